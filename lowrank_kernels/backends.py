@@ -1,0 +1,181 @@
+"""Which implementation runs each operator: load the native libraries once, choose, force, report.
+
+========== ============= ==============================================================================
+backend    device        implementation
+========== ============= ==============================================================================
+cpu        CPU           C++ kernels in ``liblowrank_cpu.so``, one set per instruction set, bound by ``_ops.so``
+reference  CPU, CUDA     float64 PyTorch (``reference.py``): slow, for checking
+========== ============= ==============================================================================
+
+``LOWRANK_BACKEND`` and ``LOWRANK_ISA`` force a choice at import. Nothing ever falls back in silence: a
+device without kernels raises an error that names the build command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from . import reference
+from .schema import NAMESPACE, OPS
+
+_PACKAGE = pathlib.Path(__file__).parent
+_BUILD_COMMAND = "pip install -e . --no-build-isolation"
+# backend -> the dispatch keys it serves
+_KEYS = {"cpu": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA",), "reference": ("CPU", "CUDA")}
+
+_native_error: str | None = None
+_held: list[torch.library.Library] = []  # a registration lives as long as its Library object
+
+
+def _load_native() -> None:
+    """Loads ``_ops.so`` (registers the CPU kernels) and ``_host``; remembers why when they cannot be loaded."""
+    global _native_error, _host
+    try:
+        torch.ops.load_library(_PACKAGE / "_ops.so")
+        from . import _host
+    except (OSError, ImportError) as error:
+        _native_error = str(error).strip().splitlines()[-1]
+        _host = None
+
+
+def _missing(device: str, reason: str):
+    def fail(*args, **kwargs):
+        raise RuntimeError(f"lowrank_kernels has no {device} kernels: {reason}")
+
+    return fail
+
+
+def _register_missing(key: str, reason: str) -> None:
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for name in OPS:
+        library.impl(name, _missing(key, reason), key)
+    _held.append(library)
+
+
+def _reference_kernel(name: str):
+    """The reference in the dtypes of the operator's schema; unrounded float64 is for tests only."""
+
+    def run(*args):
+        outputs = getattr(reference, name)(*args)
+        likes = OPS[name].fake(*args)
+        if isinstance(outputs, tuple):
+            return tuple(o.to(like.dtype).contiguous() for o, like in zip(outputs, likes, strict=True))
+        return outputs.to(likes.dtype).contiguous()
+
+    return run
+
+
+def _available() -> tuple[str, ...]:
+    return ("cpu", "reference") if _native_error is None else ("reference",)
+
+
+_active = "cpu"
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Within the block every operator runs on ``backend``: "cpu" (the native kernels) or "reference".
+
+    Process-wide, not per thread. Raises ValueError for an unknown name and RuntimeError for a backend that was
+    not built, naming the build command.
+    """
+    global _active
+    _check_backend(backend)
+    previous, library = _active, None
+    if backend == "reference":
+        library = _register_reference()
+    _active = backend
+    try:
+        yield
+    finally:
+        _active = previous
+        if library is not None:
+            library._destroy()
+
+
+def _check_backend(backend: object) -> None:
+    if backend not in _KEYS:
+        raise ValueError(f"backend: expected one of {tuple(_KEYS)}, got {backend!r}")
+    if backend not in _available():
+        reason = _native_error or "not built into this installation"
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}; build: {_BUILD_COMMAND}")
+
+
+def _register_reference() -> torch.library.Library:
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+        for name in OPS:
+            for key in _KEYS["reference"]:
+                library.impl(name, _reference_kernel(name), key, allow_override=True)
+    return library
+
+
+def active() -> str:
+    """The backend that runs CPU tensors now."""
+    return _active
+
+
+def _require_host():
+    if _host is None:
+        raise RuntimeError(f"lowrank_kernels was not built: {_native_error}; build: {_BUILD_COMMAND}")
+    return _host
+
+
+def isa() -> str:
+    """The instruction set whose CPU kernels run now: "scalar", "avx2" or "avx512"."""
+    return _require_host().isa_active()
+
+
+def isas() -> list[str]:
+    """The instruction sets this CPU supports, best first."""
+    return _require_host().isa_supported()
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Within the block CPU kernels run on this instruction set; process-wide. Also ``LOWRANK_ISA``.
+
+    Raises ValueError if ``name`` is unknown or this CPU does not support it.
+    """
+    host = _require_host()
+    previous = host.isa_active()
+    host.isa_set(name)
+    try:
+        yield
+    finally:
+        host.isa_set(previous)
+
+
+def report() -> dict[str, object]:
+    """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, build."""
+    native = _host is not None
+    return {
+        "active": _active,
+        "available": list(_available()),
+        "isa": isa() if native else None,
+        "isas_supported": isas() if native else [],
+        "threads": torch.get_num_threads(),
+        "build": _host.build_info() if native else f"not built: {_native_error}",
+        "torch": torch.__version__,
+    }
+
+
+_load_native()
+if _native_error is not None:
+    _register_missing("CPU", f"{_native_error}; build: {_BUILD_COMMAND}")
+_register_missing("CUDA", "this installation was built without CUDA")
+
+if os.environ.get("LOWRANK_ISA"):
+    _require_host().isa_set(os.environ["LOWRANK_ISA"])
+if os.environ.get("LOWRANK_BACKEND"):
+    _check_backend(os.environ["LOWRANK_BACKEND"])
+    if os.environ["LOWRANK_BACKEND"] == "reference":
+        _held.append(_register_reference())
+    _active = os.environ["LOWRANK_BACKEND"]

@@ -1,0 +1,146 @@
+"""Every operator in plain PyTorch, float64 inside: the oracle of the tests and the ``reference`` backend.
+
+Readable, never clever. Each function takes its operator's arguments and returns unrounded float64
+(dequantize: the exact float32 products), so that a test can bound the rounding of a kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .schema import NESTED_BLOCKSIZE
+
+
+def midpoint_nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
+    """Index of the entry of ``code`` nearest to each value; a value on a midpoint takes the lower entry."""
+    order = torch.argsort(code, stable=True)
+    midpoints = (code[order][:-1] + code[order][1:]) / 2
+    return order[torch.bucketize(values, midpoints)].to(torch.uint8)
+
+
+def _quantize_blocks(values, code, blocksize):
+    """float32 flat values -> (index of the nearest code per element, absmax per block)."""
+    numel = values.numel()
+    padded = torch.nn.functional.pad(values, (0, -numel % blocksize)).view(-1, blocksize)
+    absmax = padded.abs().amax(1)
+    scaled = (padded * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    return midpoint_nearest(scaled.flatten()[:numel], code), absmax
+
+
+def quantize_4bit(weight, code, blocksize):
+    """absmax_b = max |w| in block b; nibble_i = nearest code to w_i / absmax_b."""
+    nibbles, absmax = _quantize_blocks(weight.flatten().float(), code, blocksize)
+    nibbles = torch.nn.functional.pad(nibbles, (0, nibbles.numel() % 2), value=_zero_nibble(code))
+    return ((nibbles[::2] << 4) | nibbles[1::2])[:, None], absmax
+
+
+def _zero_nibble(code):
+    """What the pad nibble of an odd-sized tensor holds: the code of the value 0."""
+    return int(midpoint_nearest(torch.zeros(1, device=code.device), code))
+
+
+def double_quantize(absmax, nested_code):
+    """offset = mean(absmax); absmax - offset in blocks of 256 to the nearest entry of ``nested_code``."""
+    offset = absmax.double().mean().float() if absmax.numel() else absmax.new_zeros(())
+    quantized, nested_absmax = _quantize_blocks(absmax - offset, nested_code, NESTED_BLOCKSIZE)
+    return quantized, nested_absmax, offset
+
+
+def block_scales(absmax, nested_absmax, nested_code, nested_offset):
+    """The float32 scale of each block: product, then sum, each rounded."""
+    if nested_absmax is None:
+        return absmax
+    nested = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: absmax.numel()]
+    return nested_code[absmax.long()] * nested + nested_offset
+
+
+def dequantize_4bit(
+    packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize, dtype=None
+):
+    """W[n, k] = code[nibble_i] * scale[i // blocksize] in float32, i = n*K + k; dtype is applied outside."""
+    data = packed.contiguous().view(torch.uint8).flatten()[: (N * K + 1) // 2]
+    nibbles = torch.stack((data >> 4, data & 15), 1).flatten()[: N * K]
+    scales = block_scales(absmax, nested_absmax, nested_code, nested_offset)
+    weight = code[nibbles.long()] * scales.repeat_interleave(blocksize)[: N * K]
+    return weight.view(N, K)
+
+
+def linear_4bit(x, *weight_and_bias):
+    """y = x Wᵀ + bias."""
+    *weight, bias = weight_and_bias
+    y = x.double() @ dequantize_4bit(*weight).double().T
+    return y if bias is None else y + bias.double()
+
+
+def linear_4bit_dx(dy, *weight):
+    """dx = dy W."""
+    return dy.double() @ dequantize_4bit(*weight).double()
+
+
+def philox_4x32(counter: list[torch.Tensor], key: list[int]) -> list[torch.Tensor]:
+    """Philox4x32-10 (Salmon et al., SC11) on int64 tensors that hold unsigned 32-bit words."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wrap-around keeps all 64 bits
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & mask) ^ c1 ^ k0,
+            p1 & mask,
+            (p0 >> 32 & mask) ^ c3 ^ k1,
+            p0 & mask,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return [c0, c1, c2, c3]
+
+
+def dropout_mask(M: int, K: int, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    """[M, K] float64: 1/(1-p) where kept, 0 where dropped.
+
+    Element (m, k) is kept when word ``k % 4`` of Philox4x32-10 with counter ``(k // 4, m low, m high, 0)``
+    and key ``(seed low, seed high)`` is at least ``floor(p * 2**32)``.
+    """
+    if dropout_p == 0.0:
+        return torch.ones(M, K, dtype=torch.float64)
+    key = int(seed) & 0xFFFFFFFFFFFFFFFF
+    m = torch.arange(M)[:, None].expand(M, (K + 3) // 4)
+    k = torch.arange((K + 3) // 4)[None, :].expand_as(m)
+    words = philox_4x32(
+        [k, m & 0xFFFFFFFF, m >> 32, torch.zeros_like(k)], [key & 0xFFFFFFFF, key >> 32]
+    )
+    keep = torch.stack(words, -1).flatten(1)[:, :K] >= int(dropout_p * 2**32)
+    return (keep.double() / (1.0 - dropout_p)).to(seed.device)
+
+
+def lora_linear(x, weight, A, B, scaling, bias, dropout_p, seed):
+    """S = dropout(x) Aᵀ;  y = x Wᵀ + scaling S Bᵀ + bias."""
+    x, weight, A, B = (t.double() for t in (x, weight, A, B))
+    s = (x * dropout_mask(*x.shape, dropout_p, seed).to(x.device)) @ A.T
+    y = x @ weight.T + scaling * (s @ B.T)
+    return (y if bias is None else y + bias.double()), s
+
+
+def lora_linear_backward(
+    dy, x, s, weight, A, B, scaling, bias, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
+):
+    """dS = scaling dy B;  dx = dy W + mask (dS A);  dA = dSᵀ dropout(x);  dB = scaling dyᵀ S;  dbias = Σ dy."""
+    dy, x, s, weight, A, B = (t.double() for t in (dy, x, s, weight, A, B))
+    mask = dropout_mask(*x.shape, dropout_p, seed).to(x.device)
+    ds = scaling * (dy @ B)
+    none = dy.new_empty(0)
+    return (
+        dy @ weight + mask * (ds @ A) if need_dx else none,
+        ds.T @ (x * mask) if need_dA else none,
+        scaling * (dy.T @ s) if need_dB else none,
+        dy.sum(0) if need_dbias else none,
+    )
+
+
+def lora_linear_4bit(x, *args):
+    """:func:`lora_linear` on the dequantized weight."""
+    return lora_linear(x, dequantize_4bit(*args[:9]), *args[9:])
+
+
+def lora_linear_4bit_backward(dy, x, s, *args):
+    """:func:`lora_linear_backward` on the dequantized weight."""
+    return lora_linear_backward(dy, x, s, dequantize_4bit(*args[:9]), *args[9:])
