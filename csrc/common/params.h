@@ -1,0 +1,130 @@
+// Plain argument structs of the kernels, shared by every backend. No torch, no ownership: callers keep the memory.
+// Dimensions: M tokens, N out_features, K in_features, R LoRA rank. Matrices are row-major, strides in elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lk {
+
+enum class DType : int { f32, bf16, f16 };
+
+// Static: a weak inline symbol compiled in one instruction set's unit could be linked into another's.
+static constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Matrix {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t rows = 0, cols = 0, stride = 0;
+};
+
+struct MutMatrix {
+  void* data = nullptr;  // null: not wanted
+  DType dtype = DType::f32;
+  int64_t rows = 0, cols = 0, stride = 0;
+};
+
+struct Vector {
+  const void* data = nullptr;  // null: none
+  DType dtype = DType::f32;
+};
+
+// Weight W[N, K] in 4 bits: 16-entry table, one scale per block of consecutive elements.
+//
+//   element i = n*K + k      byte i/2: | element 2j : high nibble | element 2j+1 : low nibble |
+//   W[n, k] = code[nibble(i)] * scale(i >> block_shift)
+//   scale(j) = absmax[j]                                                          (float32), or, double-quantized,
+//            = round(round(nested_code[absmax_u8[j]] * nested_absmax[j >> 8]) + nested_offset)
+struct Weight4 {
+  const uint8_t* packed = nullptr;
+  const float* absmax = nullptr;       // exactly one of absmax, absmax_u8
+  const uint8_t* absmax_u8 = nullptr;
+  const float* nested_absmax = nullptr;
+  const float* nested_code = nullptr;
+  float nested_offset = 0.0f;
+  const float* code = nullptr;
+  int64_t N = 0, K = 0;
+  int block_shift = 6;  // log2(blocksize), 5..12
+};
+
+// Blocks do not cross rows; then every row also starts on a byte, and a row holds whole blocks.
+static inline bool blocks_fit_rows(const Weight4& w) {
+  return (w.K & ((int64_t{1} << w.block_shift) - 1)) == 0;
+}
+
+constexpr int kNestedShift = 8;  // log2 of the nested block size, 256
+
+// Inverted dropout on x[M, K]: element (m, k) is kept, times scale = 1/(1-p), when word k%4 of Philox4x32-10 with
+// counter (k/4, m low, m high, 0) and this key is >= threshold = floor(p * 2^32). threshold 0: no dropout.
+struct Dropout {
+  uint32_t threshold = 0;
+  float scale = 1.0f;
+  uint32_t key[2] = {0, 0};
+};
+
+struct Lora {
+  Matrix A, B;  // [R, K], [N, R]; A.data null: no adapter
+  float scaling = 1.0f;
+  Dropout dropout;
+};
+
+// The frozen base: one of the two.
+struct Base {
+  const Weight4* quantized = nullptr;
+  const Matrix* dense = nullptr;
+};
+
+// y = x Wᵀ + scaling S Bᵀ + bias, S = dropout(x) Aᵀ (written to s, float32 [M, R]).
+struct LinearArgs {
+  Matrix x;
+  Base base;
+  Lora lora;
+  Vector bias;
+  MutMatrix y;
+  float* s = nullptr;
+};
+
+// dS = scaling dy B (scratch ds, float32 [M, R]); dx = dy W + mask (dS A); dA = dSᵀ dropout(x);
+// dB = scaling dyᵀ S; dbias = Σ_m dy. Without an adapter only dx. Outputs with null data are not computed.
+struct BackwardArgs {
+  Matrix dy, x;
+  Base base;
+  Lora lora;
+  const float* s = nullptr;
+  float* ds = nullptr;
+  MutMatrix dx, dA, dB, dbias;
+};
+
+struct QuantizeArgs {
+  const void* weight = nullptr;
+  DType dtype = DType::f32;
+  int64_t numel = 0, blocksize = 64;
+  const float* code = nullptr;
+  uint8_t* packed = nullptr;  // [ceil(numel/2)]
+  float* absmax = nullptr;    // [ceil(numel/blocksize)]; a NaN or infinity of the block shows here
+};
+
+struct DoubleQuantizeArgs {
+  const float* absmax = nullptr;
+  int64_t blocks = 0;
+  const float* nested_code = nullptr;  // [256], sorted
+  uint8_t* quantized = nullptr;        // [blocks]
+  float* nested_absmax = nullptr;      // [ceil(blocks/256)]
+  float* offset = nullptr;             // [1]
+};
+
+struct DequantizeArgs {
+  Weight4 weight;
+  DType dtype = DType::f32;
+  void* out = nullptr;  // [N, K]
+};
+
+// How a kernel runs its tasks: run() calls body(context, begin, end) over disjoint ranges of [0, tasks).
+struct Parallel {
+  void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  int threads;
+};
+
+}  // namespace lk

@@ -1,0 +1,21 @@
+// C interface of liblowrank_cpu.so: the kernels in use and how to force them. Thread-safe.
+#pragma once
+
+#define LK_API extern "C" __attribute__((visibility("default")))
+
+namespace lk {
+struct KernelTable;
+}
+
+// The instruction set whose kernels run now: forced, or the best that this CPU supports.
+LK_API const char* lk_isa_active(void);
+// Forces one; null or "" chooses the best again. 0: done, 1: unknown name, 2: this CPU does not support it.
+LK_API int lk_isa_set(const char* name);
+// The instruction sets this library was built with, best first.
+LK_API int lk_isa_count(void);
+LK_API const char* lk_isa_name(int index);
+LK_API int lk_isa_supported(int index);
+// Compiler and flags, one line.
+LK_API const char* lk_build_info(void);
+// The kernels in use; never null.
+LK_API const lk::KernelTable* lk_kernels(void);

@@ -1,0 +1,101 @@
+// Choice of the instruction set at run time, and the per-thread scratch memory of the kernels.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "cpu/api.h"
+#include "cpu/table.h"
+
+namespace lk {
+namespace {
+
+struct Isa {
+  const KernelTable* table;
+  bool (*supported)();
+};
+
+// Best first. The one place that lists the instruction sets.
+const Isa kIsas[] = {
+#if defined(__x86_64__)
+    {&kAvx512Table,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    {&kAvx2Table,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     }},
+#endif
+    {&kScalarTable, [] { return true; }},
+};
+constexpr int kCount = sizeof(kIsas) / sizeof(kIsas[0]);
+
+const KernelTable* best() {
+  for (const Isa& isa : kIsas)
+    if (isa.supported()) return isa.table;
+  return &kScalarTable;
+}
+
+std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> table{best()};
+  return table;
+}
+
+struct Buffer {
+  void* data = nullptr;
+  size_t capacity = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+void* scratch(Slot slot, size_t bytes) {
+  thread_local Buffer buffers[static_cast<int>(Slot::count)];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.capacity < bytes) {
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    std::free(buffer.data);
+    buffer.data = nullptr;
+    buffer.capacity = 0;
+    if (posix_memalign(&buffer.data, 64, rounded) != 0) throw std::bad_alloc();
+    std::memset(buffer.data, 0, rounded);  // kernels may compute with padding, never with traps or denormal junk
+    buffer.capacity = rounded;
+  }
+  return buffer.data;
+}
+
+}  // namespace lk
+
+const char* lk_isa_active(void) { return lk_kernels()->isa; }
+
+int lk_isa_set(const char* name) {
+  if (name == nullptr || *name == '\0') {
+    lk::active() = lk::best();
+    return 0;
+  }
+  for (const auto& isa : lk::kIsas) {
+    if (std::strcmp(isa.table->isa, name) == 0) {
+      if (!isa.supported()) return 2;
+      lk::active() = isa.table;
+      return 0;
+    }
+  }
+  return 1;
+}
+
+int lk_isa_count(void) { return lk::kCount; }
+
+const char* lk_isa_name(int index) {
+  return index >= 0 && index < lk::kCount ? lk::kIsas[index].table->isa : nullptr;
+}
+
+int lk_isa_supported(int index) {
+  return index >= 0 && index < lk::kCount && lk::kIsas[index].supported();
+}
+
+const char* lk_build_info(void) { return "liblowrank_cpu, compiled by " __VERSION__; }
+
+const lk::KernelTable* lk_kernels(void) { return lk::active().load(std::memory_order_relaxed); }

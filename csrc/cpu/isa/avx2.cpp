@@ -1,0 +1,20 @@
+// The kernels for avx2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "common/half.h"
+#include "cpu/table.h"
+
+// In force to the end of the file: templates are instantiated there.
+#pragma GCC target("avx2,fma,f16c")
+
+namespace lk {
+namespace {
+#include "cpu/simd/avx2.h"
+
+#include "cpu/kernels/all.inl"
+}  // namespace
+
+const KernelTable kAvx2Table = LK_KERNEL_TABLE("avx2");
+}  // namespace lk
+#endif

@@ -1,0 +1,22 @@
+// The kernels for avx512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "common/half.h"
+#include "cpu/table.h"
+
+// GCC 12 warns of its own intrinsics' undefined vectors.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+// In force to the end of the file: templates are instantiated there.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+
+namespace lk {
+namespace {
+#include "cpu/simd/avx512.h"
+
+#include "cpu/kernels/all.inl"
+}  // namespace
+
+const KernelTable kAvx512Table = LK_KERNEL_TABLE("avx512");
+}  // namespace lk
+#endif

@@ -1,0 +1,172 @@
+// C[i, j] += Σ_p a(i, p) · P[p, j] over panels: the one product behind every operator with more than a few rows.
+//
+//   panel   P[p, j] for kDepth values of p and kWidth columns j, float32, made from a row source when it is needed:
+//           sub-panel s holds columns [s*kTile, (s+1)*kTile):  | p = 0: kTile floats | p = 1: kTile floats | ...
+//   operand a(i, p) for MR rows and kDepth values of p, float32, row by row
+//   C       float32 tile [rows, kWidth] in scratch; one rounding into the output at the end
+//
+// The order of the sum over p is the same for every row and every partition of the work: rows are batch-invariant.
+
+constexpr int kTile = NV * W;       // columns of a register tile
+constexpr int kSubPanels = 4;
+constexpr int kWidth = kSubPanels * kTile;
+constexpr int64_t kDepth = 256;     // p per panel
+constexpr int64_t kRows = 512;      // rows of C per task at most
+constexpr int64_t kPad = 16;        // keeps rows of scratch off one cache set
+
+// -- operand -------------------------------------------------------------------------------------------------
+
+// a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i].
+template <bool Transposed>
+struct Operand {
+  Matrix m;
+  const Dropout* dropout = nullptr;
+
+  void pack(int64_t i0, int rows, int64_t p0, int64_t depth, float* dst) const {
+    if constexpr (Transposed) {
+      float values[MR];
+      for (int64_t p = 0; p < depth; ++p) {
+        load_row(values, m.data, m.dtype, (p0 + p) * m.stride + i0, rows);
+        for (int i = 0; i < rows; ++i) dst[i * (kDepth + kPad) + p] = values[i];
+      }
+    } else {
+      for (int i = 0; i < rows; ++i) {
+        float* row = dst + i * (kDepth + kPad);
+        load_row(row, m.data, m.dtype, (i0 + i) * m.stride + p0, depth);
+        if (dropout) apply_dropout(*dropout, i0 + i, p0, depth, row);
+      }
+    }
+  }
+};
+
+// -- panel ---------------------------------------------------------------------------------------------------
+
+// P[p, j] = source row j0 + j, column p0 + p: rows become lanes by W x W transposes.
+template <class Source>
+void fill_transposed(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth, float* panel) {
+  constexpr int64_t stride = kDepth + kPad;
+  float* rows = static_cast<float*>(scratch(Slot::rows, W * stride * sizeof(float)));
+  for (int64_t j = 0; j < columns; j += W) {
+    float* dst = panel + j / kTile * (kDepth * kTile) + j % kTile;
+    for (int l = 0; l < W; ++l) {
+      if (j + l < columns)
+        source.row(j0 + j + l, p0, depth, rows + l * stride);
+      else
+        for (int64_t p = 0; p < depth; ++p) rows[l * stride + p] = 0.0f;
+    }
+    for (int64_t p = 0; p < depth; p += W) {
+      vf lanes[W];
+      for (int l = 0; l < W; ++l) lanes[l] = load(rows + l * stride + p);
+      transpose(lanes);
+      const int64_t count = min64(W, depth - p);
+      for (int64_t q = 0; q < count; ++q) store(dst + (p + q) * kTile, lanes[q]);
+    }
+  }
+}
+
+// P[p, j] = source row p0 + p, column j0 + j.
+template <class Source>
+void fill_natural(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth, float* panel) {
+  float* row = static_cast<float*>(scratch(Slot::rows, (kWidth + W) * sizeof(float)));
+  const int64_t padded = ceil_div(columns, W) * W;
+  for (int64_t p = 0; p < depth; ++p) {
+    source.row(p0 + p, j0, columns, row);
+    for (int64_t j = columns; j < padded; ++j) row[j] = 0.0f;
+    for (int64_t j = 0; j < padded; j += W)
+      store(panel + j / kTile * (kDepth * kTile) + p * kTile + j % kTile, load(row + j));
+  }
+}
+
+// -- register tile -------------------------------------------------------------------------------------------
+
+template <int Rows, int Vectors>
+inline void tile(const float* a, const float* panel, int64_t depth, float* c) {
+  vf acc[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) acc[i][v] = load(c + i * kWidth + v * W);
+  for (int64_t p = 0; p < depth; ++p) {
+    vf b[Vectors];
+    for (int v = 0; v < Vectors; ++v) b[v] = load(panel + p * kTile + v * W);
+    for (int i = 0; i < Rows; ++i) {
+      const vf x = set1(a[i * (kDepth + kPad) + p]);
+      for (int v = 0; v < Vectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
+    }
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) store(c + i * kWidth + v * W, acc[i][v]);
+}
+
+template <int Rows>
+inline void tile_rows(int rows, int vectors, const float* a, const float* panel, int64_t depth, float* c) {
+  if constexpr (Rows > 0) {
+    if (rows != Rows) return tile_rows<Rows - 1>(rows, vectors, a, panel, depth, c);
+    if (vectors == 1) return tile<Rows, 1>(a, panel, depth, c);
+    return tile<Rows, NV>(a, panel, depth, c);
+  }
+}
+
+// -- product -------------------------------------------------------------------------------------------------
+
+// c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j]; P is the source, transposed or as it lies.
+template <bool TransposedSource, class A, class Source>
+void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+                int64_t depth, float* c) {
+  float* panel = static_cast<float*>(scratch(Slot::panel, kDepth * kWidth * sizeof(float)));
+  float* operand = static_cast<float*>(scratch(Slot::operand, MR * (kDepth + kPad) * sizeof(float)));
+  for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
+    const int64_t n = min64(kDepth, depth - p0);
+    if constexpr (TransposedSource)
+      fill_transposed(source, j0, columns, p0, n, panel);
+    else
+      fill_natural(source, j0, columns, p0, n, panel);
+    for (int64_t i = 0; i < rows; i += MR) {
+      const int height = static_cast<int>(min64(MR, rows - i));
+      a.pack(i0 + i, height, p0, n, operand);
+      for (int64_t j = 0; j < columns; j += kTile) {
+        const int vectors = columns - j <= W ? 1 : NV;
+        tile_rows<MR>(height, vectors, operand, panel + j * kDepth, n, c + i * kWidth + j);
+      }
+    }
+  }
+}
+
+// -- tasks ---------------------------------------------------------------------------------------------------
+
+template <class Body>
+void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
+  pool.run(
+      tasks,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      const_cast<Body*>(&body));
+}
+
+// Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output, c a zeroed scratch tile. Rows are cut
+// finer when there would be fewer tiles than threads; a row's result does not depend on the cut.
+template <class Body>
+void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
+  if (I == 0 || J == 0) return;
+  const int64_t panels = ceil_div(J, kWidth);
+  int64_t height = kRows;
+  while (height > MR && panels * ceil_div(I, height) < 2 * pool.threads) height /= 2;
+  const int64_t chunks = ceil_div(I, height);
+  parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
+    float* c = static_cast<float*>(scratch(Slot::accumulator, kRows * kWidth * sizeof(float)));
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i0 = t / panels * height, j0 = t % panels * kWidth;
+      const int64_t rows = min64(height, I - i0), columns = min64(kWidth, J - j0);
+      for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
+      body(i0, rows, j0, columns, c);
+    }
+  });
+}
+
+// out[i0 + i, j0 + j] = c[i, j] * scale, rounded once.
+inline void store_tile(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c,
+                       float scale = 1.0f) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = c + i * kWidth;
+    if (scale != 1.0f)
+      for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
+    store_row(out.data, out.dtype, (i0 + i) * out.stride + j0, row, columns);
+  }
+}

@@ -1,0 +1,283 @@
+// One to kMaxFew rows of activations against a 4-bit weight whose blocks fit its rows: the weight is decoded in
+// registers and never stored.
+//
+// A chunk is one vector load of packed bytes: 8W weights of one row. Dword lane j holds weights 8j .. 8j+7, and
+// byte b of a dword holds weight 2b in its high nibble, so a right shift by kShift[s] brings weight 8j + s to the
+// low nibble of lane j for all lanes at once. Activations are laid out to match ("shuffled"):
+//
+//   shuffled[chunk][s][j] = x[chunk*8W + 8j + s]         zero beyond K
+
+constexpr int kMaxFew = 4;
+constexpr int kChunk = 8 * W;
+
+// f(s, Constant<shift of weight 8j + s>) for s = 0..7: shifts are immediates.
+template <class F>
+inline void for_shifts(const F& f) {
+  f(0, Constant<4>{});
+  f(1, Constant<0>{});
+  f(2, Constant<12>{});
+  f(3, Constant<8>{});
+  f(4, Constant<20>{});
+  f(5, Constant<16>{});
+  f(6, Constant<28>{});
+  f(7, Constant<24>{});
+}
+
+inline void shuffle_row(float* dst, const float* x, int64_t K) {
+  for (int64_t chunk = 0; chunk < K; chunk += kChunk)
+    for (int s = 0; s < 8; ++s)
+      for (int j = 0; j < W; ++j) {
+        const int64_t k = chunk + 8 * j + s;
+        *dst++ = k < K ? x[k] : 0.0f;
+      }
+}
+
+inline void unshuffle(float* dst, const float* src, int64_t n) {
+  for (int64_t chunk = 0; chunk < n; chunk += kChunk)
+    for (int s = 0; s < 8; ++s)
+      for (int j = 0; j < W; ++j) {
+        const int64_t k = chunk + 8 * j + s;
+        if (k < n) dst[k] = src[chunk + s * W + j];
+      }
+}
+
+// Walks chunks of rows of the weight: scales per lane, packed dwords.
+struct Chunks {
+  const Weight4& w;
+  int64_t blocks_per_row;
+  vi scale_lane;  // lane j of a chunk takes the scale this many blocks after the chunk's first
+
+  explicit Chunks(const Weight4& weight) : w(weight), blocks_per_row(weight.K >> weight.block_shift) {
+    uint32_t lane[W];
+    for (int j = 0; j < W; ++j) lane[j] = static_cast<uint32_t>(8 * j) >> w.block_shift;
+    scale_lane = loadi(lane);
+  }
+  // Floats that the scales of chunks [begin, end) of a row may take, with room for vector loads.
+  static int64_t scales_size(const Weight4& w) { return (w.K >> w.block_shift) + 2 * W; }
+
+  int64_t first_block(int64_t k) const { return k >> w.block_shift; }
+  void load_row_scales(float* dst, int64_t n, int64_t first, int64_t count) const {
+    load_scales(dst, w, n * blocks_per_row + first, count);
+  }
+  // `scales` starts at the block `first`.
+  vf scale(const float* scales, int64_t first, int64_t k) const {
+    return permute(load(scales + (first_block(k) - first)), scale_lane);
+  }
+  vi packed(int64_t n, int64_t k) const {
+    const uint8_t* p = w.packed + ((n * w.K + k) >> 1);
+    const int64_t dwords = (w.K - k) >> 3;
+    return dwords >= W ? loadi(p) : loadi_partial(p, static_cast<int>(dwords));
+  }
+};
+
+// -- y = x Wᵀ: dot form ----------------------------------------------------------------------------------------
+
+// totals[r][m] += lanes of the dot product of weight row n + r with activation row m.
+template <int Rows, int M>
+inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n, const float* x,
+                     int64_t x_stride, vf (&total)[Rows][M]) {
+  const int64_t K = chunks.w.K;
+  for (int64_t k = 0; k < K; k += kChunk) {
+    vf part[Rows][M];
+    for (int r = 0; r < Rows; ++r) {
+      for (int m = 0; m < M; ++m) part[r][m] = zero();
+      const float* xk = x + k;
+      const vi packed = chunks.packed(n + r, k);
+      for_shifts([&](int s, auto shift) {
+        const vf weight = lut16(lut, shr<decltype(shift)::value>(packed));
+        for (int m = 0; m < M; ++m) part[r][m] = fma(weight, load(xk + m * x_stride + s * W), part[r][m]);
+      });
+      const vf scale = chunks.scale(scales[r], 0, k);
+      for (int m = 0; m < M; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
+    }
+  }
+}
+
+struct FewArgs {
+  const LinearArgs& a;
+  const float* x;  // shuffled, M rows of x_stride
+  int64_t x_stride;
+  const float* s;  // scaling * S, M rows of s_stride, zero beyond R; null: no adapter
+  int64_t s_stride;
+};
+
+// Outputs [n0, n0 + Rows) of every activation row.
+template <int Rows, int M>
+void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* const* scales, float* b_row,
+                 int64_t n0) {
+  vf total[Rows][M];
+  for (int r = 0; r < Rows; ++r) {
+    for (int m = 0; m < M; ++m) total[r][m] = zero();
+    chunks.load_row_scales(scales[r], n0 + r, 0, chunks.blocks_per_row);
+  }
+  dot_rows<Rows, M>(chunks, lut, scales, n0, f.x, f.x_stride, total);
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t n = n0 + r;
+    if (f.s) {
+      const Matrix& B = f.a.lora.B;
+      load_row(b_row, B.data, B.dtype, n * B.stride, B.cols);
+      for (int64_t k = 0; k < f.s_stride; k += W)
+        for (int m = 0; m < M; ++m)
+          total[r][m] = fma(load(b_row + k), load(f.s + m * f.s_stride + k), total[r][m]);
+    }
+    const float bias = f.a.bias.data ? load_one(f.a.bias.data, f.a.bias.dtype, n) : 0.0f;
+    for (int m = 0; m < M; ++m)
+      store_one(f.a.y.data, f.a.y.dtype, m * f.a.y.stride + n, hsum(total[r][m]) + bias);
+  }
+}
+
+template <int M>
+void few_forward(const FewArgs& f, const Parallel& pool) {
+  constexpr int kRowsAtOnce = M == 1 ? 4 : 2;
+  const Weight4& w = *f.a.base.quantized;
+  parallel(pool, ceil_div(w.N, kRowsAtOnce), [&](int64_t begin, int64_t end) {
+    const Chunks chunks(w);
+    const Lut lut = make_lut(w.code);
+    const int64_t scales_size = Chunks::scales_size(w);
+    const int64_t b_size = f.s ? f.s_stride : 0;
+    float* memory = static_cast<float*>(
+        scratch(Slot::rows, (kRowsAtOnce * scales_size + b_size) * sizeof(float)));
+    float* scales[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      scales[r] = memory + r * scales_size;
+      for (int64_t i = chunks.blocks_per_row; i < scales_size; ++i) scales[r][i] = 0.0f;
+    }
+    float* b_row = memory + kRowsAtOnce * scales_size;
+    for (int64_t i = 0; i < b_size; ++i) b_row[i] = 0.0f;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n = t * kRowsAtOnce;
+      if (n + kRowsAtOnce <= w.N)
+        few_outputs<kRowsAtOnce, M>(f, chunks, lut, scales, b_row, n);
+      else
+        for (int64_t i = n; i < w.N; ++i) few_outputs<1, M>(f, chunks, lut, scales, b_row, i);
+    }
+  });
+}
+
+inline bool is_few(const Base& base, int64_t M) {
+  return base.quantized && M <= kMaxFew && blocks_fit_rows(*base.quantized) && base.quantized->K > 0;
+}
+
+// y for 1 <= M <= kMaxFew; S is in a.s already.
+inline void linear_few(const LinearArgs& a, const Parallel& pool) {
+  const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.data ? a.lora.A.rows : 0;
+  const int64_t x_stride = ceil_div(K, kChunk) * kChunk, s_stride = ceil_div(R, W) * W;
+  float* memory =
+      static_cast<float*>(scratch(Slot::shared, (M * (x_stride + s_stride) + x_stride) * sizeof(float)));
+  float* x = memory + x_stride;
+  float* s = x + M * x_stride;
+  for (int64_t m = 0; m < M; ++m) {
+    load_row(memory, a.x.data, a.x.dtype, m * a.x.stride, K);
+    shuffle_row(x + m * x_stride, memory, K);
+    for (int64_t r = 0; r < s_stride; ++r) s[m * s_stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
+  }
+  const FewArgs f{a, x, x_stride, R ? s : nullptr, s_stride};
+  switch (M) {
+    case 1: return few_forward<1>(f, pool);
+    case 2: return few_forward<2>(f, pool);
+    case 3: return few_forward<3>(f, pool);
+    default: return few_forward<4>(f, pool);
+  }
+}
+
+// -- dx = dy W: outer-product form -------------------------------------------------------------------------------
+
+// acc[m][k] (shuffled) += Σ_r dy[m, n + r] W[n + r, k] over the chunks of [k_begin, k_end).
+template <int Rows, int M>
+inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n,
+                       const float* dy, int64_t dy_stride, int64_t k_begin, int64_t k_end, float* acc,
+                       int64_t acc_stride) {
+  for (int64_t k = k_begin; k < k_end; k += kChunk) {
+    vi packed[Rows];
+    vf coefficient[Rows][M];
+    for (int r = 0; r < Rows; ++r) {
+      packed[r] = chunks.packed(n + r, k);
+      const vf scale = chunks.scale(scales[r], chunks.first_block(k_begin), k);
+      for (int m = 0; m < M; ++m) coefficient[r][m] = mul(scale, set1(dy[m * dy_stride + n + r]));
+    }
+    float* dst = acc + (k - k_begin);
+    for_shifts([&](int s, auto shift) {
+      vf sum[M];
+      for (int m = 0; m < M; ++m) sum[m] = load(dst + m * acc_stride + s * W);
+      for (int r = 0; r < Rows; ++r) {
+        const vf weight = lut16(lut, shr<decltype(shift)::value>(packed[r]));
+        for (int m = 0; m < M; ++m) sum[m] = fma(weight, coefficient[r][m], sum[m]);
+      }
+      for (int m = 0; m < M; ++m) store(dst + m * acc_stride + s * W, sum[m]);
+    });
+  }
+}
+
+// dst[0, k_end - k_begin) = columns of row m of mask (dS A).
+inline void adapter_columns(const BackwardArgs& a, int64_t m, int64_t k_begin, int64_t k_end, float* dst,
+                            float* row) {
+  const Matrix& A = a.lora.A;
+  const int64_t n = k_end - k_begin;
+  for (int64_t k = 0; k < n; ++k) dst[k] = 0.0f;
+  for (int64_t r = 0; r < A.rows; ++r) {
+    load_row(row, A.data, A.dtype, r * A.stride + k_begin, n);
+    const vf coefficient = set1(a.ds[m * A.rows + r]);
+    for (int64_t k = 0; k < n; k += W) store(dst + k, fma(coefficient, load(row + k), load(dst + k)));
+  }
+  apply_dropout(a.lora.dropout, m, k_begin, n, dst);
+}
+
+// Columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N]; a.ds holds dS already.
+template <int M>
+void few_columns(const BackwardArgs& a, const float* dy, int64_t k_begin, int64_t k_end) {
+  constexpr int kRowsAtOnce = 4;
+  const Weight4& w = *a.base.quantized;
+  const Chunks chunks(w);
+  const Lut lut = make_lut(w.code);
+  const int64_t width = ceil_div(k_end - k_begin, kChunk) * kChunk;
+  const int64_t scales_size = Chunks::scales_size(w);
+  const int64_t first = chunks.first_block(k_begin);
+  const int64_t blocks = chunks.first_block(k_end - 1) + 1 - first;
+  float* acc = static_cast<float*>(scratch(Slot::accumulator, M * width * sizeof(float)));
+  float* memory = static_cast<float*>(
+      scratch(Slot::rows, (kRowsAtOnce * scales_size + 3 * width) * sizeof(float)));
+  float* scales[kRowsAtOnce];
+  for (int r = 0; r < kRowsAtOnce; ++r) {
+    scales[r] = memory + r * scales_size;
+    for (int64_t i = 0; i < scales_size; ++i) scales[r][i] = 0.0f;
+  }
+  for (int64_t i = 0; i < M * width; i += W) store(acc + i, zero());
+  int64_t n = 0;
+  for (; n + kRowsAtOnce <= w.N; n += kRowsAtOnce) {
+    for (int r = 0; r < kRowsAtOnce; ++r) chunks.load_row_scales(scales[r], n + r, first, blocks);
+    outer_rows<kRowsAtOnce, M>(chunks, lut, scales, n, dy, w.N, k_begin, k_end, acc, width);
+  }
+  for (; n < w.N; ++n) {
+    chunks.load_row_scales(scales[0], n, first, blocks);
+    outer_rows<1, M>(chunks, lut, scales, n, dy, w.N, k_begin, k_end, acc, width);
+  }
+  float* base = memory + kRowsAtOnce * scales_size;
+  float* adapter = base + width;
+  for (int m = 0; m < M; ++m) {
+    unshuffle(base, acc + m * width, k_end - k_begin);
+    if (a.lora.A.data) {
+      adapter_columns(a, m, k_begin, k_end, adapter, adapter + width);
+      for (int64_t k = 0; k < k_end - k_begin; ++k) base[k] += adapter[k];
+    }
+    store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + k_begin, base, k_end - k_begin);
+  }
+}
+
+inline void dx_few(const BackwardArgs& a, const Parallel& pool) {
+  const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
+  float* dy = static_cast<float*>(scratch(Slot::shared, M * N * sizeof(float)));
+  for (int64_t m = 0; m < M; ++m) load_row(dy + m * N, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
+  // Wide strips: a strip reads the same few cache lines of every row, and long runs stream better.
+  const int64_t chunks = ceil_div(K, kChunk), strips = min64(chunks, pool.threads);
+  parallel(pool, strips, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t k_begin = chunks * t / strips * kChunk, k_end = min64(K, chunks * (t + 1) / strips * kChunk);
+      switch (M) {
+        case 1: few_columns<1>(a, dy, k_begin, k_end); break;
+        case 2: few_columns<2>(a, dy, k_begin, k_end); break;
+        case 3: few_columns<3>(a, dy, k_begin, k_end); break;
+        default: few_columns<4>(a, dy, k_begin, k_end);
+      }
+    }
+  });
+}

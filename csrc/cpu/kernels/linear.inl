@@ -1,0 +1,107 @@
+// The linear operators: which product runs, in which order, over which tasks.
+
+// -- adapter pieces ----------------------------------------------------------------------------------------------
+
+// S = dropout(x) Aᵀ, float32 [M, R].
+inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
+  const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.rows;
+  const MutMatrix out{a.s, DType::f32, M, R, R};
+  const Operand<false> x{a.x, &a.lora.dropout};
+  for_tiles(pool, M, R, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    accumulate<true>(x, Dense{a.lora.A}, i0, rows, j0, columns, K, c);
+    store_tile(out, i0, rows, j0, columns, c);
+  });
+}
+
+// out[i, j] = scale * Σ_p a(i, p) source[p, j], p < depth.
+template <class A, class Source>
+void product(const A& a, const Source& source, int64_t depth, float scale, const MutMatrix& out,
+             const Parallel& pool) {
+  for_tiles(pool, out.rows, out.cols, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
+    store_tile(out, i0, rows, j0, columns, c, scale);
+  });
+}
+
+// -- forward -----------------------------------------------------------------------------------------------------
+
+template <class Source>
+void linear_panels(const LinearArgs& a, const Source& weight, const Parallel& pool) {
+  const int64_t M = a.x.rows, K = a.x.cols, N = a.y.cols, R = a.lora.A.rows;
+  const Operand<false> x{a.x}, s{Matrix{a.s, DType::f32, M, R, R}};
+  for_tiles(pool, M, N, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    if (a.lora.A.data) {
+      accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
+      for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, mul(load(c + k), set1(a.lora.scaling)));
+    }
+    accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
+    if (a.bias.data) {
+      float bias[kWidth];
+      load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
+    }
+    store_tile(a.y, i0, rows, j0, columns, c);
+  });
+}
+
+void linear(const LinearArgs& a, const Parallel& pool) {
+  if (a.x.rows == 0) return;
+  if (a.lora.A.data) lora_shrink(a, pool);
+  if (is_few(a.base, a.x.rows)) return linear_few(a, pool);
+  if (a.base.quantized) return linear_panels(a, Quantized(*a.base.quantized), pool);
+  linear_panels(a, Dense{*a.base.dense}, pool);
+}
+
+// -- backward ----------------------------------------------------------------------------------------------------
+
+template <class Source>
+void dx_panels(const BackwardArgs& a, const Source& weight, const Parallel& pool) {
+  const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols, R = a.lora.A.rows;
+  const Operand<false> dy{a.dy}, ds{Matrix{a.ds, DType::f32, M, R, R}};
+  for_tiles(pool, M, K, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    if (a.lora.A.data) {
+      accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
+      for (int64_t i = 0; i < rows; ++i) apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
+    }
+    accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
+    store_tile(a.dx, i0, rows, j0, columns, c);
+  });
+}
+
+// dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.
+inline void bias_gradient(const BackwardArgs& a, const Parallel& pool) {
+  const int64_t M = a.dy.rows, N = a.dy.cols;
+  parallel(pool, ceil_div(N, kWidth), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t n0 = t * kWidth, columns = min64(kWidth, N - n0);
+      float sum[kWidth] = {}, row[kWidth];
+      for (int64_t m = 0; m < M; ++m) {
+        load_row(row, a.dy.data, a.dy.dtype, m * a.dy.stride + n0, columns);
+        for (int64_t j = 0; j < columns; ++j) sum[j] += row[j];
+      }
+      store_row(a.dbias.data, a.dbias.dtype, n0, sum, columns);
+    }
+  });
+}
+
+void linear_backward(const BackwardArgs& a, const Parallel& pool) {
+  const int64_t M = a.dy.rows, N = a.dy.cols, R = a.lora.A.rows;
+  if (a.lora.A.data && (a.dx.data || a.dA.data)) {
+    const MutMatrix ds{a.ds, DType::f32, M, R, R};
+    product(Operand<false>{a.dy}, Dense{a.lora.B}, N, a.lora.scaling, ds, pool);
+  }
+  if (a.dx.data && M > 0) {
+    if (is_few(a.base, M))
+      dx_few(a, pool);
+    else if (a.base.quantized)
+      dx_panels(a, Quantized(*a.base.quantized), pool);
+    else
+      dx_panels(a, Dense{*a.base.dense}, pool);
+  }
+  if (a.dA.data)
+    product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f, a.dA, pool);
+  if (a.dB.data)
+    product(Operand<true>{a.dy}, Dense{Matrix{a.s, DType::f32, M, R, R}}, M, a.lora.scaling, a.dB, pool);
+  if (a.dbias.data) bias_gradient(a, pool);
+}

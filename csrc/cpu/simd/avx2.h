@@ -1,0 +1,109 @@
+// AVX2 + FMA + F16C vocabulary: eight lanes. The names are explained in scalar.h.
+#pragma once
+
+constexpr int W = 8;
+constexpr int MR = 6;
+constexpr int NV = 2;
+
+typedef __m256 vf;
+typedef __m256i vi;
+struct Lut {
+  __m256 low, high;  // entries 0..7, 8..15
+};
+
+inline vf zero() { return _mm256_setzero_ps(); }
+inline vf set1(float v) { return _mm256_set1_ps(v); }
+inline vi set1i(uint32_t v) { return _mm256_set1_epi32(static_cast<int>(v)); }
+inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+inline vi loadi(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void storei(uint32_t* p, vi v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline vi loadi_partial(const void* p, int count) {
+  const vi lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const vi mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane);
+  return _mm256_maskload_epi32(static_cast<const int*>(p), mask);
+}
+inline vi load_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline float hsum(vf v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+template <int S>
+inline vi shr(vi v) {
+  return _mm256_srli_epi32(v, S);
+}
+inline vi abs_bits(vf v) {
+  return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+}
+inline vi maxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
+  const vi greater = _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ));
+  return _mm256_add_epi32(idx, _mm256_and_si256(greater, set1i(step)));
+}
+inline vf clamp1(vf v) { return _mm256_min_ps(_mm256_max_ps(v, set1(-1.0f)), set1(1.0f)); }
+
+inline Lut make_lut(const float* code) { return {load(code), load(code + 8)}; }
+// vpermps reads index bits 2:0; bit 3, moved to the sign, picks the half.
+inline vf lut16(const Lut& lut, vi index) {
+  const vf low = _mm256_permutevar8x32_ps(lut.low, index);
+  const vf high = _mm256_permutevar8x32_ps(lut.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
+  int bytes;
+  __builtin_memcpy(&bytes, p, 4);
+  // Lane 2j takes the high nibble of byte j, lane 2j+1 the low one.
+  const vi shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+  return lut16(lut, _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts));
+}
+inline vf gather(const float* table, vi index) { return _mm256_i32gather_ps(table, index, 4); }
+inline vf permute(vf v, vi index) { return _mm256_permutevar8x32_ps(v, index); }
+
+inline vf load_bf16(const uint16_t* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline void store_bf16(uint16_t* p, vf v) {
+  const vi u = _mm256_castps_si256(v);
+  const vi odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const vi rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const vi quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  const vi nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const vi result = _mm256_blendv_epi8(rounded, quiet, nan);
+  const __m128i packed =
+      _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline vf load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_f16(uint16_t* p, vf v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void transpose(vf* r) {
+  vf t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}

@@ -1,0 +1,104 @@
+// Portable vocabulary: four lanes in GCC vector types (SSE2 or NEON where the compiler has them).
+// Every vocabulary defines the same names; the algorithms in kernels/ use nothing else.
+#pragma once
+
+constexpr int W = 4;   // lanes
+constexpr int MR = 4;  // register tile of the GEMM: MR rows x NV vectors
+constexpr int NV = 2;
+
+typedef float vf __attribute__((vector_size(16)));
+typedef uint32_t vi __attribute__((vector_size(16)));
+struct Lut {
+  float entry[16];
+};
+
+inline vf zero() { return vf{}; }
+inline vf set1(float v) { return vf{v, v, v, v}; }
+inline vi set1i(uint32_t v) { return vi{v, v, v, v}; }
+inline vf load(const float* p) {
+  vf v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
+inline vi loadi(const void* p) {
+  vi v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void storei(uint32_t* p, vi v) { __builtin_memcpy(p, &v, sizeof v); }
+// The first `count` dwords, the rest zero; reads nothing beyond them.
+inline vi loadi_partial(const void* p, int count) {
+  vi v{};
+  __builtin_memcpy(&v, p, 4 * static_cast<size_t>(count));
+  return v;
+}
+inline vi load_u8(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+inline vf add(vf a, vf b) { return a + b; }
+inline vf mul(vf a, vf b) { return a * b; }
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // two roundings; -ffp-contract=off
+inline float hsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+template <int S>
+inline vi shr(vi v) {
+  return v >> S;
+}
+inline vi abs_bits(vf v) { return (vi)v & set1i(0x7fffffffu); }
+inline vi maxi(vi a, vi b) {  // signed order; only used on abs_bits
+  vi r;
+  for (int i = 0; i < W; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
+  return r;
+}
+inline vi addi(vi a, vi b) { return a + b; }
+// idx + step where x > t.
+inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
+  return idx + ((vi)(x > t) & set1i(step));
+}
+inline vf clamp1(vf v) {
+  for (int i = 0; i < W; ++i) v[i] = v[i] > 1.0f ? 1.0f : v[i] < -1.0f ? -1.0f : v[i];
+  return v;
+}
+
+inline Lut make_lut(const float* code) {
+  Lut lut;
+  __builtin_memcpy(lut.entry, code, sizeof lut.entry);
+  return lut;
+}
+// Table entry of the low four bits of each lane.
+inline vf lut16(const Lut& lut, vi index) {
+  return vf{lut.entry[index[0] & 15], lut.entry[index[1] & 15], lut.entry[index[2] & 15],
+            lut.entry[index[3] & 15]};
+}
+// W consecutive nibbles, high nibble first, from W/2 bytes.
+inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
+  return vf{lut.entry[p[0] >> 4], lut.entry[p[0] & 15], lut.entry[p[1] >> 4], lut.entry[p[1] & 15]};
+}
+inline vf gather(const float* table, vi index) {
+  return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+inline vf permute(vf v, vi index) {
+  return vf{v[index[0]], v[index[1]], v[index[2]], v[index[3]]};
+}
+
+inline vf load_bf16(const uint16_t* p) {
+  return (vf)vi{uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16,
+                uint32_t{p[3]} << 16};
+}
+inline void store_bf16(uint16_t* p, vf v) {
+  for (int i = 0; i < W; ++i) p[i] = bf16_from_float(v[i]);
+}
+inline vf load_f16(const uint16_t* p) {
+  return vf{float_from_f16(p[0]), float_from_f16(p[1]), float_from_f16(p[2]), float_from_f16(p[3])};
+}
+inline void store_f16(uint16_t* p, vf v) {
+  for (int i = 0; i < W; ++i) p[i] = f16_from_float(v[i]);
+}
+
+// rows[i] lane j  <->  rows[j] lane i
+inline void transpose(vf* rows) {
+  for (int i = 0; i < W; ++i)
+    for (int j = i + 1; j < W; ++j) {
+      const float t = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = t;
+    }
+}

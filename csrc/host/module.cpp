@@ -1,0 +1,54 @@
+// _host: what Python asks of the native library besides the ops: which ISAs there are, which one
+// runs, how it was built. Everything goes through the C interface in cpu/api.h.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/api.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// The compiled ISAs in the order of the library's list, or only those that this CPU supports.
+std::vector<std::string> isa_list(bool supported_only) {
+  std::vector<std::string> names;
+  for (int i = 0; i < lk_isa_count(); ++i) {
+    if (!supported_only || lk_isa_supported(i)) names.emplace_back(lk_isa_name(i));
+  }
+  return names;
+}
+
+std::string quoted(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "'" : ", '") + name + "'";
+  return text;
+}
+
+void isa_set(const std::optional<std::string>& name) {
+  const int status = lk_isa_set(name ? name->c_str() : nullptr);
+  if (status == 0) return;
+  std::string message = "name: expected ";
+  message += status == 1 ? "a known ISA (" + quoted(isa_list(false)) + ", or '' for automatic)"
+                         : "an ISA that this CPU supports (" + quoted(isa_list(true)) + ")";
+  throw py::value_error(message + ", got '" + *name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "ISA and build introspection of the native library.";
+  m.def("isa_active", &lk_isa_active, "Name of the ISA whose kernels run now.");
+  m.def("isa_set", &isa_set, py::arg("name"),
+        "Use the kernels of this ISA from now on, in the whole process; None or '' chooses the "
+        "best one the CPU supports. ValueError: unknown name, or not supported by this CPU.");
+  m.def("isa_names", [] { return isa_list(false); }, "Names of all ISAs that were compiled.");
+  m.def(
+      "isa_supported", [] { return isa_list(true); },
+      "Names of the compiled ISAs that this CPU supports.");
+  m.def("build_info", &lk_build_info, "How the library was built: compiler, flags, ISAs.");
+}
