@@ -3,5 +3,21 @@
 from . import backends
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
+from .interop.peft_files import load_adapter, save_adapter
+from .nn import Linear4bit, LoRALinear4bit
+from .replace import replace_linear
 
 __version__ = "0.1.0"
+__all__ = [
+    "Linear4bit",
+    "LoRALinear4bit",
+    "Weight4bit",
+    "backends",
+    "linear_4bit",
+    "load_adapter",
+    "lora_linear",
+    "lora_linear_4bit",
+    "quantize_4bit",
+    "replace_linear",
+    "save_adapter",
+]

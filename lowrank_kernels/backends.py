@@ -65,7 +65,9 @@ def _reference_kernel(name: str):
         outputs = getattr(reference, name)(*args)
         likes = OPS[name].fake(*args)
         if isinstance(outputs, tuple):
-            return tuple(o.to(like.dtype).contiguous() for o, like in zip(outputs, likes, strict=True))
+            return tuple(
+                o.to(like.dtype).contiguous() for o, like in zip(outputs, likes, strict=True)
+            )
         return outputs.to(likes.dtype).contiguous()
 
     return run
@@ -76,6 +78,7 @@ def _available() -> tuple[str, ...]:
 
 
 _active = "cpu"
+_reference_library: torch.library.Library | None = None  # held while the reference runs
 
 
 @contextlib.contextmanager
@@ -85,18 +88,24 @@ def use(backend: str) -> Iterator[None]:
     Process-wide, not per thread. Raises ValueError for an unknown name and RuntimeError for a backend that was
     not built, naming the build command.
     """
-    global _active
     _check_backend(backend)
-    previous, library = _active, None
-    if backend == "reference":
-        library = _register_reference()
-    _active = backend
+    previous = _active
+    _switch(backend)
     try:
         yield
     finally:
-        _active = previous
-        if library is not None:
-            library._destroy()
+        _switch(previous)
+
+
+def _switch(backend: str) -> None:
+    """Makes ``backend`` the one that runs: the reference is registered over the native kernels, or taken away."""
+    global _active, _reference_library
+    if backend == "reference" and _reference_library is None:
+        _reference_library = _register_reference()
+    elif backend != "reference" and _reference_library is not None:
+        _reference_library._destroy()
+        _reference_library = None
+    _active = backend
 
 
 def _check_backend(backend: object) -> None:
@@ -104,7 +113,9 @@ def _check_backend(backend: object) -> None:
         raise ValueError(f"backend: expected one of {tuple(_KEYS)}, got {backend!r}")
     if backend not in _available():
         reason = _native_error or "not built into this installation"
-        raise RuntimeError(f"backend {backend!r} is not available: {reason}; build: {_BUILD_COMMAND}")
+        raise RuntimeError(
+            f"backend {backend!r} is not available: {reason}; build: {_BUILD_COMMAND}"
+        )
 
 
 def _register_reference() -> torch.library.Library:
@@ -124,7 +135,9 @@ def active() -> str:
 
 def _require_host():
     if _host is None:
-        raise RuntimeError(f"lowrank_kernels was not built: {_native_error}; build: {_BUILD_COMMAND}")
+        raise RuntimeError(
+            f"lowrank_kernels was not built: {_native_error}; build: {_BUILD_COMMAND}"
+        )
     return _host
 
 
@@ -176,6 +189,4 @@ if os.environ.get("LOWRANK_ISA"):
     _require_host().isa_set(os.environ["LOWRANK_ISA"])
 if os.environ.get("LOWRANK_BACKEND"):
     _check_backend(os.environ["LOWRANK_BACKEND"])
-    if os.environ["LOWRANK_BACKEND"] == "reference":
-        _held.append(_register_reference())
-    _active = os.environ["LOWRANK_BACKEND"]
+    _switch(os.environ["LOWRANK_BACKEND"])

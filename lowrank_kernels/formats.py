@@ -23,16 +23,17 @@ CODES = {
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
     "fp4": tuple(v / 12.0 for v in (
-        0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, -0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0,
+        0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0,
     )),
 }  # fmt: skip
 _DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 _STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
+_ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
 
 
 def code_of(quant_type: str, device: torch.device | str | None = None) -> torch.Tensor:
     """The 16 float32 values of "nf4" or "fp4"."""
-    if quant_type not in CODES:
+    if not isinstance(quant_type, str) or quant_type not in CODES:
         raise ValueError(f"quant_type: expected 'nf4' or 'fp4', got {quant_type!r}")
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
@@ -45,14 +46,14 @@ def dynamic_code(device: torch.device | str | None = None) -> torch.Tensor:
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         for sign in (1, -1):
             values += (sign * 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def check_blocksize(blocksize: object) -> None:
-    if blocksize not in BLOCKSIZES or isinstance(blocksize, bool):
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize!r}")
 
 
@@ -164,7 +165,9 @@ class Weight4bit:
         def entry(suffix: str) -> torch.Tensor:
             key = prefix + suffix
             if not isinstance(state_dict.get(key), torch.Tensor):
-                raise ValueError(f"state_dict[{key!r}]: expected a tensor, got {_kind(state_dict.get(key))}")
+                raise ValueError(
+                    f"state_dict[{key!r}]: expected a tensor, got {_kind(state_dict.get(key))}"
+                )
             return state_dict[key]
 
         blob_prefix = f"{prefix}.quant_state.bitsandbytes__"
@@ -174,6 +177,14 @@ class Weight4bit:
         state = _read_quant_state(blobs[0], entry(blobs[0].removeprefix(prefix)))
         if blobs[0] != blob_prefix + state["quant_type"]:
             raise ValueError(f"{blobs[0]}: quant_type inside is {state['quant_type']!r}")
+        names = ("absmax", "quant_map")
+        if "nested_offset" in state:
+            names += ("nested_absmax", "nested_quant_map")
+        known = {blobs[0], *(f"{prefix}.{name}" for name in names)}
+        if extra := [k for k in state_dict if k.startswith(prefix + ".") and k not in known]:
+            raise ValueError(
+                f"state_dict: expected only {sorted(known)} under {prefix}, got {extra}"
+            )
         nested = {}
         if "nested_offset" in state:
             nested["nested_absmax"] = entry(".nested_absmax")
@@ -201,7 +212,9 @@ class Weight4bit:
         size = ceil_div(numel, 2)
         packed = self.packed
         if packed.dtype not in _STORAGE_DTYPES:
-            raise ValueError(f"{name}: expected packed data in one of {_STORAGE_DTYPES}, got {packed.dtype}")
+            raise ValueError(
+                f"{name}: expected packed data in one of {_STORAGE_DTYPES}, got {packed.dtype}"
+            )
         held = packed.numel() * packed.element_size()
         padded = ceil_div(size, packed.element_size()) * packed.element_size()
         if held != padded or not packed.is_contiguous():
@@ -218,7 +231,7 @@ class Weight4bit:
             tensor = getattr(self, field)
             if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
                 raise ValueError(
-                    f"{name}.{field}: expected contiguous {dtype} of shape {shape}, "
+                    f"{name}.{_ENTRIES.get(field, field)}: expected contiguous {dtype} of shape {shape}, "
                     f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
                 )
         devices = {field: tensor.device for field, tensor in self.tensors().items()}
@@ -232,12 +245,15 @@ def _kind(value: object) -> str:
 
 def _read_quant_state(key: str, blob: torch.Tensor) -> dict:
     """The quant state's JSON, each field checked."""
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() > 4096:
-        raise ValueError(f"{key}: expected at most 4096 uint8 values, got {blob.dtype} {tuple(blob.shape)}")
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() > 4096 or blob.is_meta:
+        came = f"{blob.dtype} {tuple(blob.shape)} on {blob.device}"
+        raise ValueError(f"{key}: expected at most 4096 uint8 values, got {came}")
     try:
         state = json.loads(bytes(blob.tolist()).decode())
-    except ValueError as error:
-        raise ValueError(f"{key}: expected JSON, got {bytes(blob[:40].tolist())!r}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{key}: expected JSON, got {bytes(blob[:40].tolist())!r}: {error}"
+        ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{key}: expected a JSON object, got {type(state).__name__}")
 
@@ -264,7 +280,7 @@ def _read_quant_state(key: str, blob: torch.Tensor) -> dict:
             "nested_blocksize": (lambda v: v == NESTED_BLOCKSIZE, str(NESTED_BLOCKSIZE)),
             "nested_dtype": (lambda v: v == "float32", "'float32'"),
             "nested_offset": (
-                lambda v: type(v) in (int, float) and math.isfinite(v) and abs(v) < 3.4e38,
+                lambda v: type(v) in (int, float) and abs(v) < 3.4e38,  # False for a NaN
                 "a finite float32",
             ),
         }
@@ -308,7 +324,9 @@ def quantize_4bit(
     if not weight.is_meta:
         _check_finite(weight, absmax, blocksize)
     if quant_storage.itemsize > 1:
-        flat = torch.nn.functional.pad(packed.flatten(), (0, -packed.numel() % quant_storage.itemsize))
+        flat = torch.nn.functional.pad(
+            packed.flatten(), (0, -packed.numel() % quant_storage.itemsize)
+        )
         packed = flat.view(quant_storage)[:, None]
     nested = {}
     if double_quant:
@@ -332,4 +350,6 @@ def _check_finite(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) ->
         block = weight.flatten()[start : start + blocksize]
         flat = start + int((~torch.isfinite(block)).nonzero()[0])
         index = (flat // weight.shape[1], flat % weight.shape[1])
-        raise ValueError(f"weight: expected finite values, got {float(weight[index])} at index {index}")
+        raise ValueError(
+            f"weight: expected finite values, got {float(weight[index])} at index {index}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .formats import Weight4bit
 from .schema import check_float, check_linear, check_lora, check_tensor, ops
@@ -11,7 +12,12 @@ from .schema import check_float, check_linear, check_lora, check_tensor, ops
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that torch.autocast asks of matrix products, as nn.Linear has it."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if (
+        not x.is_meta  # torch has no autocast to ask about there
+        and torch.is_autocast_enabled(device_type)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    ):
         return x.to(torch.get_autocast_dtype(device_type))
     return x
 
@@ -29,6 +35,7 @@ class _Linear4bit(torch.autograd.Function):
         return ops.linear_4bit(x, *weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         need_dx, need_dbias = ctx.needs_input_grad[:2]
         dx = ops.linear_4bit_dx(dy, *ctx.saved_tensors, *ctx.dims) if need_dx else None
@@ -45,6 +52,7 @@ class _LoRALinear4bit(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, A, B, bias, seed, s, *weight = ctx.saved_tensors
         scaling, dropout_p, dims = ctx.scalars
@@ -64,6 +72,7 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, A, B, bias, weight, seed, s = ctx.saved_tensors
         scaling, dropout_p = ctx.scalars
@@ -92,9 +101,7 @@ def _dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
 
 
-def linear_4bit(
-    x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``y = x Wᵀ + bias`` with W in 4 bits; never expands W.
 
     Args:

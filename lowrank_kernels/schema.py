@@ -114,9 +114,7 @@ def _lora_linear(x, weight, A, B, scaling, bias, dropout_p, seed):
 def _lora_linear_backward(
     dy, x, s, weight, A, B, scaling, bias, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
 ):
-    return _lora_backward(
-        dy, weight.shape[1], A, B, bias, (need_dx, need_dA, need_dB, need_dbias)
-    )
+    return _lora_backward(dy, weight.shape[1], A, B, bias, (need_dx, need_dA, need_dB, need_dbias))
 
 
 # An output that is not needed (need_* False) is returned with zero elements. S is float32 [M, R].
@@ -175,7 +173,9 @@ def check_float(name: str, tensor: torch.Tensor) -> None:
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device} like x, got one on {tensor.device}")
+        raise ValueError(
+            f"{name}: expected a tensor on {device} like x, got one on {tensor.device}"
+        )
 
 
 def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], words: str) -> None:

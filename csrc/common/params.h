@@ -1,5 +1,6 @@
-// Plain argument structs of the kernels, shared by every backend. No torch, no ownership: callers keep the memory.
-// Dimensions: M tokens, N out_features, K in_features, R LoRA rank. Matrices are row-major, strides in elements.
+// Plain argument structs of the kernels, shared by every backend. No torch, no ownership: callers
+// keep the memory. Dimensions: M tokens, N out_features, K in_features, R LoRA rank. Matrices are
+// row-major, strides in elements.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +10,8 @@ namespace lk {
 
 enum class DType : int { f32, bf16, f16 };
 
-// Static: a weak inline symbol compiled in one instruction set's unit could be linked into another's.
+// Static: a weak inline symbol compiled in one instruction set's unit could be linked into
+// another's.
 static constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
 static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -35,11 +37,12 @@ struct Vector {
 //
 //   element i = n*K + k      byte i/2: | element 2j : high nibble | element 2j+1 : low nibble |
 //   W[n, k] = code[nibble(i)] * scale(i >> block_shift)
-//   scale(j) = absmax[j]                                                          (float32), or, double-quantized,
+//   scale(j) = absmax[j]                                                          (float32), or,
+//   double-quantized,
 //            = round(round(nested_code[absmax_u8[j]] * nested_absmax[j >> 8]) + nested_offset)
 struct Weight4 {
   const uint8_t* packed = nullptr;
-  const float* absmax = nullptr;       // exactly one of absmax, absmax_u8
+  const float* absmax = nullptr;  // exactly one of absmax, absmax_u8
   const uint8_t* absmax_u8 = nullptr;
   const float* nested_absmax = nullptr;
   const float* nested_code = nullptr;
@@ -56,8 +59,9 @@ static inline bool blocks_fit_rows(const Weight4& w) {
 
 constexpr int kNestedShift = 8;  // log2 of the nested block size, 256
 
-// Inverted dropout on x[M, K]: element (m, k) is kept, times scale = 1/(1-p), when word k%4 of Philox4x32-10 with
-// counter (k/4, m low, m high, 0) and this key is >= threshold = floor(p * 2^32). threshold 0: no dropout.
+// Inverted dropout on x[M, K]: element (m, k) is kept, times scale = 1/(1-p), when word k%4 of
+// Philox4x32-10 with counter (k/4, m low, m high, 0) and this key is >= threshold = floor(p *
+// 2^32). threshold 0: no dropout.
 struct Dropout {
   uint32_t threshold = 0;
   float scale = 1.0f;
@@ -87,7 +91,8 @@ struct LinearArgs {
 };
 
 // dS = scaling dy B (scratch ds, float32 [M, R]); dx = dy W + mask (dS A); dA = dSᵀ dropout(x);
-// dB = scaling dyᵀ S; dbias = Σ_m dy. Without an adapter only dx. Outputs with null data are not computed.
+// dB = scaling dyᵀ S; dbias = Σ_m dy. Without an adapter only dx. Outputs with null data are not
+// computed.
 struct BackwardArgs {
   Matrix dy, x;
   Base base;
@@ -121,9 +126,11 @@ struct DequantizeArgs {
   void* out = nullptr;  // [N, K]
 };
 
-// How a kernel runs its tasks: run() calls body(context, begin, end) over disjoint ranges of [0, tasks).
+// How a kernel runs its tasks: run() calls body(context, begin, end) over disjoint ranges of [0,
+// tasks).
 struct Parallel {
-  void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context);
+  void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end),
+              void* context);
   int threads;
 };
 

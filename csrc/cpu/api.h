@@ -9,7 +9,8 @@ struct KernelTable;
 
 // The instruction set whose kernels run now: forced, or the best that this CPU supports.
 LK_API const char* lk_isa_active(void);
-// Forces one; null or "" chooses the best again. 0: done, 1: unknown name, 2: this CPU does not support it.
+// Forces one; null or "" chooses the best again. 0: done, 1: unknown name, 2: this CPU does not
+// support it.
 LK_API int lk_isa_set(const char* name);
 // The instruction sets this library was built with, best first.
 LK_API int lk_isa_count(void);

@@ -56,13 +56,13 @@ void* scratch(Slot slot, size_t bytes) {
   thread_local Buffer buffers[static_cast<int>(Slot::count)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
   if (buffer.capacity < bytes) {
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
     std::free(buffer.data);
     buffer.data = nullptr;
     buffer.capacity = 0;
-    if (posix_memalign(&buffer.data, 64, rounded) != 0) throw std::bad_alloc();
-    std::memset(buffer.data, 0, rounded);  // kernels may compute with padding, never with traps or denormal junk
-    buffer.capacity = rounded;
+    if (posix_memalign(&buffer.data, 64, bytes) != 0) throw std::bad_alloc();
+    // Zeroed: kernels may compute with padding, whose results nobody reads.
+    std::memset(buffer.data, 0, bytes);
+    buffer.capacity = bytes;
   }
   return buffer.data;
 }

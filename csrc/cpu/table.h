@@ -20,7 +20,8 @@ extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
 #endif
 
-// Scratch of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls. Slots are independent.
+// Scratch of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls. Slots
+// are independent.
 enum class Slot : int { panel, rows, operand, accumulator, shared, count };
 void* scratch(Slot slot, size_t bytes);
 

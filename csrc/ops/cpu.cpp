@@ -1,5 +1,6 @@
-// The operators on CPU tensors: torch tensors to plain arguments, on the LibTorch stable ABI. User-facing checks are
-// in Python (schema.py); here only what memory safety needs is checked again.
+// The operators on CPU tensors: torch tensors to plain arguments, on the LibTorch stable ABI.
+// User-facing checks are in Python (schema.py); here only what memory safety needs is checked
+// again.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +19,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// -- arguments -----------------------------------------------------------------------------------------------
+// -- arguments
+// -----------------------------------------------------------------------------------------------
 
 Parallel pool() {
   return {[](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -30,10 +32,14 @@ Parallel pool() {
 
 DType dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
 
@@ -41,13 +47,15 @@ DType dtype_of(const char* name, const Tensor& t) {
 Tensor rows_of(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  const bool ok = (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1));
+  const bool ok =
+      (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1));
   return ok ? t : torch::stable::contiguous(t);
 }
 
 Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, ": expected shape [", rows, ", ",
-                  cols, "], got ", t.dim(), " dimensions of ", t.numel(), " elements");
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
+                  ": expected shape [", rows, ", ", cols, "], got ", t.dim(), " dimensions of ",
+                  t.numel(), " elements");
   return {t.const_data_ptr(), dtype_of(name, t), rows, cols, rows > 1 ? t.stride(0) : cols};
 }
 
@@ -56,14 +64,16 @@ MutMatrix output(const Tensor& t, int64_t rows, int64_t cols) {
 }
 
 Vector vector(const char* name, const Tensor& t, int64_t size) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.numel() == size, name, ": expected ", size, " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.dim() == 1 && t.numel() == size, name, ": expected ", size, " elements, got ",
+                  t.numel());
   return {t.const_data_ptr(), dtype_of(name, t)};
 }
 
 template <class T>
 const T* data(const char* name, const Tensor& t, ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == numel && t.is_contiguous() && t.is_cpu(), name,
-                  ": expected ", numel, " contiguous elements of the schema's dtype on the CPU, got ", t.numel());
+  STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == numel && t.is_contiguous() && t.is_cpu(),
+                  name, ": expected ", numel,
+                  " contiguous elements of the schema's dtype on the CPU, got ", t.numel());
   return static_cast<const T*>(t.const_data_ptr());
 }
 
@@ -73,26 +83,29 @@ int shift_of(int64_t blocksize) {
   return __builtin_ctzll(static_cast<unsigned long long>(blocksize));
 }
 
-Weight4 weight4(const Tensor& packed, const Tensor& absmax, const Tensor& code, const MaybeTensor& nested_absmax,
-                const MaybeTensor& nested_code, const MaybeTensor& nested_offset, int64_t N, int64_t K,
-                int64_t blocksize) {
+Weight4 weight4(const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                const MaybeTensor& nested_absmax, const MaybeTensor& nested_code,
+                const MaybeTensor& nested_offset, int64_t N, int64_t K, int64_t blocksize) {
   Weight4 w;
   w.block_shift = shift_of(blocksize);
   int64_t numel = 0;
-  STD_TORCH_CHECK(N >= 0 && K >= 0 && !__builtin_mul_overflow(N, K, &numel), "N, K: expected sizes, got ", N, ", ", K);
+  STD_TORCH_CHECK(N >= 0 && K >= 0 && !__builtin_mul_overflow(N, K, &numel),
+                  "N, K: expected sizes, got ", N, ", ", K);
   w.N = N;
   w.K = K;
   const int64_t bytes = packed.numel() * static_cast<int64_t>(packed.element_size());
-  STD_TORCH_CHECK(packed.is_contiguous() && packed.is_cpu() && bytes >= ceil_div(numel, 2), "packed: expected ",
-                  ceil_div(numel, 2), " contiguous bytes on the CPU, got ", bytes);
+  STD_TORCH_CHECK(packed.is_contiguous() && packed.is_cpu() && bytes >= ceil_div(numel, 2),
+                  "packed: expected ", ceil_div(numel, 2), " contiguous bytes on the CPU, got ",
+                  bytes);
   w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   w.code = data<float>("code", code, ScalarType::Float, 16);
   const int64_t blocks = ceil_div(numel, blocksize);
   if (nested_absmax) {
-    STD_TORCH_CHECK(nested_code && nested_offset, "nested_code, nested_offset: expected tensors, got None");
+    STD_TORCH_CHECK(nested_code && nested_offset,
+                    "nested_code, nested_offset: expected tensors, got None");
     w.absmax_u8 = data<uint8_t>("absmax", absmax, ScalarType::Byte, blocks);
-    w.nested_absmax =
-        data<float>("nested_absmax", *nested_absmax, ScalarType::Float, ceil_div(blocks, int64_t{1} << kNestedShift));
+    w.nested_absmax = data<float>("nested_absmax", *nested_absmax, ScalarType::Float,
+                                  ceil_div(blocks, int64_t{1} << kNestedShift));
     w.nested_code = data<float>("nested_code", *nested_code, ScalarType::Float, 256);
     w.nested_offset = *data<float>("nested_offset", *nested_offset, ScalarType::Float, 1);
   } else {
@@ -118,25 +131,30 @@ struct Adapter {
   Tensor A, B;
   Lora lora;
 
-  Adapter(const Tensor& a, const Tensor& b, double scaling, double dropout_p, const MaybeTensor& seed, int64_t N,
-          int64_t K)
+  Adapter(const Tensor& a, const Tensor& b, double scaling, double dropout_p,
+          const MaybeTensor& seed, int64_t N, int64_t K)
       : A(rows_of("A", a)), B(rows_of("B", b)) {
     const int64_t R = A.size(0);
-    lora = {matrix("A", A, R, K), matrix("B", B, N, R), static_cast<float>(scaling), dropout_of(dropout_p, seed)};
+    lora = {matrix("A", A, R, K), matrix("B", B, N, R), static_cast<float>(scaling),
+            dropout_of(dropout_p, seed)};
   }
 };
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size), type);
 }
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) { return empty(like, size, like.scalar_type()); }
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
+  return empty(like, size, like.scalar_type());
+}
 
-// -- operators: the order of arguments is that of schema.py -------------------------------------------------------
+// -- operators: the order of arguments is that of schema.py
+// -------------------------------------------------------
 
-#define LK_WEIGHT_PARAMS                                                                                        \
-  Tensor packed, Tensor absmax, Tensor code, MaybeTensor nested_absmax, MaybeTensor nested_code,                \
+#define LK_WEIGHT_PARAMS                                                                         \
+  Tensor packed, Tensor absmax, Tensor code, MaybeTensor nested_absmax, MaybeTensor nested_code, \
       MaybeTensor nested_offset, int64_t N, int64_t K, int64_t blocksize
-#define LK_WEIGHT weight4(packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize)
+#define LK_WEIGHT \
+  weight4(packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize)
 
 std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor code, int64_t blocksize) {
   weight = torch::stable::contiguous(weight);
@@ -175,8 +193,8 @@ Tensor dequantize_4bit(LK_WEIGHT_PARAMS, ScalarType dtype) {
 }
 
 // y and S of either base; without an adapter S is empty.
-std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Base& base, const Adapter* adapter, int64_t N, int64_t K,
-                                   const MaybeTensor& bias_in) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Base& base, const Adapter* adapter,
+                                   int64_t N, int64_t K, const MaybeTensor& bias_in) {
   const Tensor x = rows_of("x", x_in);
   const int64_t M = x.size(0), R = adapter ? adapter->lora.A.rows : 0;
   Tensor y = empty(x, {M, N}), s = empty(x, {M, R}, ScalarType::Float);
@@ -213,15 +231,17 @@ Tensor linear_4bit_dx(Tensor dy_in, LK_WEIGHT_PARAMS) {
   return dx;
 }
 
-std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor x, LK_WEIGHT_PARAMS, Tensor A, Tensor B, double scaling,
-                                            MaybeTensor bias, double dropout_p, MaybeTensor seed) {
+std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor x, LK_WEIGHT_PARAMS, Tensor A, Tensor B,
+                                            double scaling, MaybeTensor bias, double dropout_p,
+                                            MaybeTensor seed) {
   const Weight4 w = LK_WEIGHT;
   const Adapter adapter(A, B, scaling, dropout_p, seed, N, K);
   return forward(x, {&w, nullptr}, &adapter, N, K, bias);
 }
 
-std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight_in, Tensor A, Tensor B, double scaling,
-                                       MaybeTensor bias, double dropout_p, MaybeTensor seed) {
+std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight_in, Tensor A, Tensor B,
+                                       double scaling, MaybeTensor bias, double dropout_p,
+                                       MaybeTensor seed) {
   const Tensor weight = rows_of("weight", weight_in);
   const int64_t N = weight.size(0), K = weight.size(1);
   const Matrix dense = matrix("weight", weight, N, K);
@@ -233,13 +253,15 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // dx, dA, dB, dbias; one that is not needed is empty.
 Gradients backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& s_in, const Base& base,
-                   const Adapter& adapter, const MaybeTensor& bias, int64_t N, int64_t K, bool need_dx, bool need_dA,
-                   bool need_dB, bool need_dbias) {
-  const Tensor dy = rows_of("dy", dy_in), x = rows_of("x", x_in), s = torch::stable::contiguous(s_in);
+                   const Adapter& adapter, const MaybeTensor& bias, int64_t N, int64_t K,
+                   bool need_dx, bool need_dA, bool need_dB, bool need_dbias) {
+  const Tensor dy = rows_of("dy", dy_in), x = rows_of("x", x_in),
+               s = torch::stable::contiguous(s_in);
   const int64_t M = dy.size(0), R = adapter.lora.A.rows;
   const Tensor none = empty(dy, {0});
   const Tensor dx = need_dx ? empty(dy, {M, K}) : none;
-  const Tensor dA = empty(adapter.A, {need_dA ? R : 0, K}), dB = empty(adapter.B, {need_dB ? N : 0, R});
+  const Tensor dA = empty(adapter.A, {need_dA ? R : 0, K}),
+               dB = empty(adapter.B, {need_dB ? N : 0, R});
   const Tensor dbias = empty(bias ? *bias : dy, {need_dbias ? N : 0});
   const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
   BackwardArgs a;
@@ -257,22 +279,25 @@ Gradients backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& s_in, 
   return {dx, need_dA ? dA : empty(adapter.A, {0}), need_dB ? dB : empty(adapter.B, {0}), dbias};
 }
 
-Gradients lora_linear_4bit_backward(Tensor dy, Tensor x, Tensor s, LK_WEIGHT_PARAMS, Tensor A, Tensor B,
-                                    double scaling, MaybeTensor bias, double dropout_p, MaybeTensor seed,
-                                    bool need_dx, bool need_dA, bool need_dB, bool need_dbias) {
+Gradients lora_linear_4bit_backward(Tensor dy, Tensor x, Tensor s, LK_WEIGHT_PARAMS, Tensor A,
+                                    Tensor B, double scaling, MaybeTensor bias, double dropout_p,
+                                    MaybeTensor seed, bool need_dx, bool need_dA, bool need_dB,
+                                    bool need_dbias) {
   const Weight4 w = LK_WEIGHT;
   const Adapter adapter(A, B, scaling, dropout_p, seed, N, K);
-  return backward(dy, x, s, {&w, nullptr}, adapter, bias, N, K, need_dx, need_dA, need_dB, need_dbias);
+  return backward(dy, x, s, {&w, nullptr}, adapter, bias, N, K, need_dx, need_dA, need_dB,
+                  need_dbias);
 }
 
-Gradients lora_linear_backward(Tensor dy, Tensor x, Tensor s, Tensor weight_in, Tensor A, Tensor B, double scaling,
-                               MaybeTensor bias, double dropout_p, MaybeTensor seed, bool need_dx, bool need_dA,
-                               bool need_dB, bool need_dbias) {
+Gradients lora_linear_backward(Tensor dy, Tensor x, Tensor s, Tensor weight_in, Tensor A, Tensor B,
+                               double scaling, MaybeTensor bias, double dropout_p, MaybeTensor seed,
+                               bool need_dx, bool need_dA, bool need_dB, bool need_dbias) {
   const Tensor weight = rows_of("weight", weight_in);
   const int64_t N = weight.size(0), K = weight.size(1);
   const Matrix dense = matrix("weight", weight, N, K);
   const Adapter adapter(A, B, scaling, dropout_p, seed, N, K);
-  return backward(dy, x, s, {nullptr, &dense}, adapter, bias, N, K, need_dx, need_dA, need_dB, need_dbias);
+  return backward(dy, x, s, {nullptr, &dense}, adapter, bias, N, K, need_dx, need_dA, need_dB,
+                  need_dbias);
 }
 
 }  // namespace

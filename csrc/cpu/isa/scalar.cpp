@@ -3,7 +3,6 @@
 #include "common/half.h"
 #include "cpu/table.h"
 
-
 namespace lk {
 namespace {
 #include "cpu/simd/scalar.h"

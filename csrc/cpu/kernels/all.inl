@@ -1,5 +1,6 @@
-// The algorithms, once. A unit of isa/ includes a vocabulary and then this file, all in an anonymous namespace: no
-// symbol compiled for one instruction set may be shared with another. No STL and no threads in here either.
+// The algorithms, once. A unit of isa/ includes a vocabulary and then this file, all in an
+// anonymous namespace: no symbol compiled for one instruction set may be shared with another. No
+// STL and no threads in here either.
 
 template <int V>
 struct Constant {
@@ -9,9 +10,9 @@ struct Constant {
 #include "cpu/kernels/philox.inl"
 #include "cpu/kernels/rows.inl"
 #include "cpu/kernels/gemm.inl"
+#include "cpu/kernels/panel4.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/quantize.inl"
 
-#define LK_KERNEL_TABLE(name) \
-  { name, quantize, double_quantize, dequantize, linear, linear_backward }
+#define LK_KERNEL_TABLE(name) {name, quantize, double_quantize, dequantize, linear, linear_backward}

@@ -1,20 +1,25 @@
-// C[i, j] += Σ_p a(i, p) · P[p, j] over panels: the one product behind every operator with more than a few rows.
+// C[i, j] += Σ_p a(i, p) · P[p, j] over panels: the one product behind every operator with more
+// than a few rows.
 //
-//   panel   P[p, j] for kDepth values of p and kWidth columns j, float32, made from a row source when it is needed:
-//           sub-panel s holds columns [s*kTile, (s+1)*kTile):  | p = 0: kTile floats | p = 1: kTile floats | ...
+//   panel   P[p, j] for kDepth values of p and kWidth columns j, float32, made from a row source
+//   when it is needed:
+//           sub-panel s holds columns [s*kTile, (s+1)*kTile):  | p = 0: kTile floats | p = 1: kTile
+//           floats | ...
 //   operand a(i, p) for MR rows and kDepth values of p, float32, row by row
 //   C       float32 tile [rows, kWidth] in scratch; one rounding into the output at the end
 //
-// The order of the sum over p is the same for every row and every partition of the work: rows are batch-invariant.
+// The order of the sum over p is the same for every row and every partition of the work: rows are
+// batch-invariant.
 
-constexpr int kTile = NV * W;       // columns of a register tile
+constexpr int kTile = NV * W;  // columns of a register tile
 constexpr int kSubPanels = 4;
 constexpr int kWidth = kSubPanels * kTile;
-constexpr int64_t kDepth = 256;     // p per panel
-constexpr int64_t kRows = 512;      // rows of C per task at most
-constexpr int64_t kPad = 16;        // keeps rows of scratch off one cache set
+constexpr int64_t kDepth = 256;  // p per panel
+constexpr int64_t kRows = 512;   // rows of C per task at most
+constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
 
-// -- operand -------------------------------------------------------------------------------------------------
+// -- operand
+// -------------------------------------------------------------------------------------------------
 
 // a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i].
 template <bool Transposed>
@@ -24,7 +29,7 @@ struct Operand {
 
   void pack(int64_t i0, int rows, int64_t p0, int64_t depth, float* dst) const {
     if constexpr (Transposed) {
-      float values[MR];
+      float values[64];  // at least MR
       for (int64_t p = 0; p < depth; ++p) {
         load_row(values, m.data, m.dtype, (p0 + p) * m.stride + i0, rows);
         for (int i = 0; i < rows; ++i) dst[i * (kDepth + kPad) + p] = values[i];
@@ -39,11 +44,13 @@ struct Operand {
   }
 };
 
-// -- panel ---------------------------------------------------------------------------------------------------
+// -- panel
+// ---------------------------------------------------------------------------------------------------
 
 // P[p, j] = source row j0 + j, column p0 + p: rows become lanes by W x W transposes.
 template <class Source>
-void fill_transposed(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth, float* panel) {
+void fill_transposed_rows(const Source& source, int64_t j0, int64_t columns, int64_t p0,
+                          int64_t depth, float* panel) {
   constexpr int64_t stride = kDepth + kPad;
   float* rows = static_cast<float*>(scratch(Slot::rows, W * stride * sizeof(float)));
   for (int64_t j = 0; j < columns; j += W) {
@@ -66,7 +73,8 @@ void fill_transposed(const Source& source, int64_t j0, int64_t columns, int64_t 
 
 // P[p, j] = source row p0 + p, column j0 + j.
 template <class Source>
-void fill_natural(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth, float* panel) {
+void fill_natural_rows(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth,
+                       float* panel) {
   float* row = static_cast<float*>(scratch(Slot::rows, (kWidth + W) * sizeof(float)));
   const int64_t padded = ceil_div(columns, W) * W;
   for (int64_t p = 0; p < depth; ++p) {
@@ -77,7 +85,20 @@ void fill_natural(const Source& source, int64_t j0, int64_t columns, int64_t p0,
   }
 }
 
-// -- register tile -------------------------------------------------------------------------------------------
+// Sources with a better way overload these two.
+template <class Source>
+void fill_transposed(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth,
+                     float* panel) {
+  fill_transposed_rows(source, j0, columns, p0, depth, panel);
+}
+template <class Source>
+void fill_natural(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth,
+                  float* panel) {
+  fill_natural_rows(source, j0, columns, p0, depth, panel);
+}
+
+// -- register tile
+// -------------------------------------------------------------------------------------------
 
 template <int Rows, int Vectors>
 inline void tile(const float* a, const float* panel, int64_t depth, float* c) {
@@ -86,7 +107,10 @@ inline void tile(const float* a, const float* panel, int64_t depth, float* c) {
     for (int v = 0; v < Vectors; ++v) acc[i][v] = load(c + i * kWidth + v * W);
   for (int64_t p = 0; p < depth; ++p) {
     vf b[Vectors];
-    for (int v = 0; v < Vectors; ++v) b[v] = load(panel + p * kTile + v * W);
+    for (int v = 0; v < Vectors; ++v) {
+      b[v] = load(panel + p * kTile + v * W);
+      __builtin_prefetch(panel + (p + 8) * kTile + v * W);
+    }
     for (int i = 0; i < Rows; ++i) {
       const vf x = set1(a[i * (kDepth + kPad) + p]);
       for (int v = 0; v < Vectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
@@ -97,7 +121,8 @@ inline void tile(const float* a, const float* panel, int64_t depth, float* c) {
 }
 
 template <int Rows>
-inline void tile_rows(int rows, int vectors, const float* a, const float* panel, int64_t depth, float* c) {
+inline void tile_rows(int rows, int vectors, const float* a, const float* panel, int64_t depth,
+                      float* c) {
   if constexpr (Rows > 0) {
     if (rows != Rows) return tile_rows<Rows - 1>(rows, vectors, a, panel, depth, c);
     if (vectors == 1) return tile<Rows, 1>(a, panel, depth, c);
@@ -105,22 +130,25 @@ inline void tile_rows(int rows, int vectors, const float* a, const float* panel,
   }
 }
 
-// -- product -------------------------------------------------------------------------------------------------
+// -- product
+// -------------------------------------------------------------------------------------------------
 
 // c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j]; P is the source, transposed or as it lies.
 template <bool TransposedSource, class A, class Source>
-void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int64_t j0, int64_t columns,
-                int64_t depth, float* c) {
+void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int64_t j0,
+                int64_t columns, int64_t depth, float* c) {
   float* panel = static_cast<float*>(scratch(Slot::panel, kDepth * kWidth * sizeof(float)));
-  float* operand = static_cast<float*>(scratch(Slot::operand, MR * (kDepth + kPad) * sizeof(float)));
+  float* operand =
+      static_cast<float*>(scratch(Slot::operand, MR * (kDepth + kPad) * sizeof(float)));
   for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
     const int64_t n = min64(kDepth, depth - p0);
     if constexpr (TransposedSource)
       fill_transposed(source, j0, columns, p0, n, panel);
     else
       fill_natural(source, j0, columns, p0, n, panel);
-    for (int64_t i = 0; i < rows; i += MR) {
-      const int height = static_cast<int>(min64(MR, rows - i));
+    const int64_t even = ceil_div(rows, ceil_div(rows, MR));  // 16 rows as 8 + 8, not 14 + 2
+    for (int64_t i = 0; i < rows; i += even) {
+      const int height = static_cast<int>(min64(even, rows - i));
       a.pack(i0 + i, height, p0, n, operand);
       for (int64_t j = 0; j < columns; j += kTile) {
         const int vectors = columns - j <= W ? 1 : NV;
@@ -130,18 +158,22 @@ void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int6
   }
 }
 
-// -- tasks ---------------------------------------------------------------------------------------------------
+// -- tasks
+// ---------------------------------------------------------------------------------------------------
 
 template <class Body>
 void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
   pool.run(
       tasks,
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); },
+      [](void* context, int64_t begin, int64_t end) {
+        (*static_cast<const Body*>(context))(begin, end);
+      },
       const_cast<Body*>(&body));
 }
 
-// Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output, c a zeroed scratch tile. Rows are cut
-// finer when there would be fewer tiles than threads; a row's result does not depend on the cut.
+// Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output, c a zeroed scratch tile.
+// Rows are cut finer when there would be fewer tiles than threads; a row's result does not depend
+// on the cut.
 template <class Body>
 void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   if (I == 0 || J == 0) return;
@@ -161,8 +193,8 @@ void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
 }
 
 // out[i0 + i, j0 + j] = c[i, j] * scale, rounded once.
-inline void store_tile(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c,
-                       float scale = 1.0f) {
+inline void store_tile(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+                       float* c, float scale = 1.0f) {
   for (int64_t i = 0; i < rows; ++i) {
     float* row = c + i * kWidth;
     if (scale != 1.0f)

@@ -1,27 +1,11 @@
-// One to kMaxFew rows of activations against a 4-bit weight whose blocks fit its rows: the weight is decoded in
-// registers and never stored.
+// One to kMaxFew rows of activations against a 4-bit weight whose blocks fit its rows: the weight
+// is decoded in registers and never stored.
 //
-// A chunk is one vector load of packed bytes: 8W weights of one row. Dword lane j holds weights 8j .. 8j+7, and
-// byte b of a dword holds weight 2b in its high nibble, so a right shift by kShift[s] brings weight 8j + s to the
-// low nibble of lane j for all lanes at once. Activations are laid out to match ("shuffled"):
+// Activations are laid out to match the chunks of panel4.inl ("shuffled"):
 //
 //   shuffled[chunk][s][j] = x[chunk*8W + 8j + s]         zero beyond K
 
 constexpr int kMaxFew = 4;
-constexpr int kChunk = 8 * W;
-
-// f(s, Constant<shift of weight 8j + s>) for s = 0..7: shifts are immediates.
-template <class F>
-inline void for_shifts(const F& f) {
-  f(0, Constant<4>{});
-  f(1, Constant<0>{});
-  f(2, Constant<12>{});
-  f(3, Constant<8>{});
-  f(4, Constant<20>{});
-  f(5, Constant<16>{});
-  f(6, Constant<28>{});
-  f(7, Constant<24>{});
-}
 
 inline void shuffle_row(float* dst, const float* x, int64_t K) {
   for (int64_t chunk = 0; chunk < K; chunk += kChunk)
@@ -41,41 +25,13 @@ inline void unshuffle(float* dst, const float* src, int64_t n) {
       }
 }
 
-// Walks chunks of rows of the weight: scales per lane, packed dwords.
-struct Chunks {
-  const Weight4& w;
-  int64_t blocks_per_row;
-  vi scale_lane;  // lane j of a chunk takes the scale this many blocks after the chunk's first
-
-  explicit Chunks(const Weight4& weight) : w(weight), blocks_per_row(weight.K >> weight.block_shift) {
-    uint32_t lane[W];
-    for (int j = 0; j < W; ++j) lane[j] = static_cast<uint32_t>(8 * j) >> w.block_shift;
-    scale_lane = loadi(lane);
-  }
-  // Floats that the scales of chunks [begin, end) of a row may take, with room for vector loads.
-  static int64_t scales_size(const Weight4& w) { return (w.K >> w.block_shift) + 2 * W; }
-
-  int64_t first_block(int64_t k) const { return k >> w.block_shift; }
-  void load_row_scales(float* dst, int64_t n, int64_t first, int64_t count) const {
-    load_scales(dst, w, n * blocks_per_row + first, count);
-  }
-  // `scales` starts at the block `first`.
-  vf scale(const float* scales, int64_t first, int64_t k) const {
-    return permute(load(scales + (first_block(k) - first)), scale_lane);
-  }
-  vi packed(int64_t n, int64_t k) const {
-    const uint8_t* p = w.packed + ((n * w.K + k) >> 1);
-    const int64_t dwords = (w.K - k) >> 3;
-    return dwords >= W ? loadi(p) : loadi_partial(p, static_cast<int>(dwords));
-  }
-};
-
-// -- y = x Wᵀ: dot form ----------------------------------------------------------------------------------------
+// -- y = x Wᵀ: dot form
+// ----------------------------------------------------------------------------------------
 
 // totals[r][m] += lanes of the dot product of weight row n + r with activation row m.
 template <int Rows, int M>
-inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n, const float* x,
-                     int64_t x_stride, vf (&total)[Rows][M]) {
+inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n,
+                     const float* x, int64_t x_stride, vf (&total)[Rows][M]) {
   const int64_t K = chunks.w.K;
   for (int64_t k = 0; k < K; k += kChunk) {
     vf part[Rows][M];
@@ -83,9 +39,11 @@ inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* s
       for (int m = 0; m < M; ++m) part[r][m] = zero();
       const float* xk = x + k;
       const vi packed = chunks.packed(n + r, k);
+      chunks.prefetch(n + r + Rows, k);
       for_shifts([&](int s, auto shift) {
         const vf weight = lut16(lut, shr<decltype(shift)::value>(packed));
-        for (int m = 0; m < M; ++m) part[r][m] = fma(weight, load(xk + m * x_stride + s * W), part[r][m]);
+        for (int m = 0; m < M; ++m)
+          part[r][m] = fma(weight, load(xk + m * x_stride + s * W), part[r][m]);
       });
       const vf scale = chunks.scale(scales[r], 0, k);
       for (int m = 0; m < M; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
@@ -103,8 +61,8 @@ struct FewArgs {
 
 // Outputs [n0, n0 + Rows) of every activation row.
 template <int Rows, int M>
-void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* const* scales, float* b_row,
-                 int64_t n0) {
+void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* const* scales,
+                 float* b_row, int64_t n0) {
   vf total[Rows][M];
   for (int r = 0; r < Rows; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = zero();
@@ -155,38 +113,45 @@ void few_forward(const FewArgs& f, const Parallel& pool) {
 }
 
 inline bool is_few(const Base& base, int64_t M) {
-  return base.quantized && M <= kMaxFew && blocks_fit_rows(*base.quantized) && base.quantized->K > 0;
+  return base.quantized && M <= kMaxFew && blocks_fit_rows(*base.quantized) &&
+         base.quantized->K > 0;
 }
 
 // y for 1 <= M <= kMaxFew; S is in a.s already.
 inline void linear_few(const LinearArgs& a, const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.data ? a.lora.A.rows : 0;
   const int64_t x_stride = ceil_div(K, kChunk) * kChunk, s_stride = ceil_div(R, W) * W;
-  float* memory =
-      static_cast<float*>(scratch(Slot::shared, (M * (x_stride + s_stride) + x_stride) * sizeof(float)));
+  float* memory = static_cast<float*>(
+      scratch(Slot::shared, (M * (x_stride + s_stride) + x_stride) * sizeof(float)));
   float* x = memory + x_stride;
   float* s = x + M * x_stride;
   for (int64_t m = 0; m < M; ++m) {
     load_row(memory, a.x.data, a.x.dtype, m * a.x.stride, K);
     shuffle_row(x + m * x_stride, memory, K);
-    for (int64_t r = 0; r < s_stride; ++r) s[m * s_stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
+    for (int64_t r = 0; r < s_stride; ++r)
+      s[m * s_stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
   }
   const FewArgs f{a, x, x_stride, R ? s : nullptr, s_stride};
   switch (M) {
-    case 1: return few_forward<1>(f, pool);
-    case 2: return few_forward<2>(f, pool);
-    case 3: return few_forward<3>(f, pool);
-    default: return few_forward<4>(f, pool);
+    case 1:
+      return few_forward<1>(f, pool);
+    case 2:
+      return few_forward<2>(f, pool);
+    case 3:
+      return few_forward<3>(f, pool);
+    default:
+      return few_forward<4>(f, pool);
   }
 }
 
-// -- dx = dy W: outer-product form -------------------------------------------------------------------------------
+// -- dx = dy W: outer-product form
+// -------------------------------------------------------------------------------
 
 // acc[m][k] (shuffled) += Σ_r dy[m, n + r] W[n + r, k] over the chunks of [k_begin, k_end).
 template <int Rows, int M>
 inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n,
-                       const float* dy, int64_t dy_stride, int64_t k_begin, int64_t k_end, float* acc,
-                       int64_t acc_stride) {
+                       const float* dy, int64_t dy_stride, int64_t k_begin, int64_t k_end,
+                       float* acc, int64_t acc_stride) {
   for (int64_t k = k_begin; k < k_end; k += kChunk) {
     vi packed[Rows];
     vf coefficient[Rows][M];
@@ -209,20 +174,22 @@ inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* const*
 }
 
 // dst[0, k_end - k_begin) = columns of row m of mask (dS A).
-inline void adapter_columns(const BackwardArgs& a, int64_t m, int64_t k_begin, int64_t k_end, float* dst,
-                            float* row) {
+inline void adapter_columns(const BackwardArgs& a, int64_t m, int64_t k_begin, int64_t k_end,
+                            float* dst, float* row) {
   const Matrix& A = a.lora.A;
   const int64_t n = k_end - k_begin;
   for (int64_t k = 0; k < n; ++k) dst[k] = 0.0f;
   for (int64_t r = 0; r < A.rows; ++r) {
     load_row(row, A.data, A.dtype, r * A.stride + k_begin, n);
     const vf coefficient = set1(a.ds[m * A.rows + r]);
-    for (int64_t k = 0; k < n; k += W) store(dst + k, fma(coefficient, load(row + k), load(dst + k)));
+    for (int64_t k = 0; k < n; k += W)
+      store(dst + k, fma(coefficient, load(row + k), load(dst + k)));
   }
   apply_dropout(a.lora.dropout, m, k_begin, n, dst);
 }
 
-// Columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N]; a.ds holds dS already.
+// Columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N]; a.ds holds
+// dS already.
 template <int M>
 void few_columns(const BackwardArgs& a, const float* dy, int64_t k_begin, int64_t k_end) {
   constexpr int kRowsAtOnce = 4;
@@ -271,12 +238,20 @@ inline void dx_few(const BackwardArgs& a, const Parallel& pool) {
   const int64_t chunks = ceil_div(K, kChunk), strips = min64(chunks, pool.threads);
   parallel(pool, strips, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t k_begin = chunks * t / strips * kChunk, k_end = min64(K, chunks * (t + 1) / strips * kChunk);
+      const int64_t k_begin = chunks * t / strips * kChunk,
+                    k_end = min64(K, chunks * (t + 1) / strips * kChunk);
       switch (M) {
-        case 1: few_columns<1>(a, dy, k_begin, k_end); break;
-        case 2: few_columns<2>(a, dy, k_begin, k_end); break;
-        case 3: few_columns<3>(a, dy, k_begin, k_end); break;
-        default: few_columns<4>(a, dy, k_begin, k_end);
+        case 1:
+          few_columns<1>(a, dy, k_begin, k_end);
+          break;
+        case 2:
+          few_columns<2>(a, dy, k_begin, k_end);
+          break;
+        case 3:
+          few_columns<3>(a, dy, k_begin, k_end);
+          break;
+        default:
+          few_columns<4>(a, dy, k_begin, k_end);
       }
     }
   });

@@ -1,6 +1,7 @@
 // The linear operators: which product runs, in which order, over which tasks.
 
-// -- adapter pieces ----------------------------------------------------------------------------------------------
+// -- adapter pieces
+// ----------------------------------------------------------------------------------------------
 
 // S = dropout(x) Aᵀ, float32 [M, R].
 inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
@@ -17,13 +18,15 @@ inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
 template <class A, class Source>
 void product(const A& a, const Source& source, int64_t depth, float scale, const MutMatrix& out,
              const Parallel& pool) {
-  for_tiles(pool, out.rows, out.cols, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
-    store_tile(out, i0, rows, j0, columns, c, scale);
-  });
+  for_tiles(pool, out.rows, out.cols,
+            [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+              accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
+              store_tile(out, i0, rows, j0, columns, c, scale);
+            });
 }
 
-// -- forward -----------------------------------------------------------------------------------------------------
+// -- forward
+// -----------------------------------------------------------------------------------------------------
 
 template <class Source>
 void linear_panels(const LinearArgs& a, const Source& weight, const Parallel& pool) {
@@ -32,7 +35,8 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Parallel& po
   for_tiles(pool, M, N, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
-      for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, mul(load(c + k), set1(a.lora.scaling)));
+      for (int64_t k = 0; k < rows * kWidth; k += W)
+        store(c + k, mul(load(c + k), set1(a.lora.scaling)));
     }
     accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
     if (a.bias.data) {
@@ -53,7 +57,8 @@ void linear(const LinearArgs& a, const Parallel& pool) {
   linear_panels(a, Dense{*a.base.dense}, pool);
 }
 
-// -- backward ----------------------------------------------------------------------------------------------------
+// -- backward
+// ----------------------------------------------------------------------------------------------------
 
 template <class Source>
 void dx_panels(const BackwardArgs& a, const Source& weight, const Parallel& pool) {
@@ -62,7 +67,8 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Parallel& pool
   for_tiles(pool, M, K, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
-      for (int64_t i = 0; i < rows; ++i) apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
+      for (int64_t i = 0; i < rows; ++i)
+        apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
     }
     accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
     store_tile(a.dx, i0, rows, j0, columns, c);
@@ -100,8 +106,10 @@ void linear_backward(const BackwardArgs& a, const Parallel& pool) {
       dx_panels(a, Dense{*a.base.dense}, pool);
   }
   if (a.dA.data)
-    product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f, a.dA, pool);
+    product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f,
+            a.dA, pool);
   if (a.dB.data)
-    product(Operand<true>{a.dy}, Dense{Matrix{a.s, DType::f32, M, R, R}}, M, a.lora.scaling, a.dB, pool);
+    product(Operand<true>{a.dy}, Dense{Matrix{a.s, DType::f32, M, R, R}}, M, a.lora.scaling, a.dB,
+            pool);
   if (a.dbias.data) bias_gradient(a, pool);
 }

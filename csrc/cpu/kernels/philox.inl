@@ -1,4 +1,5 @@
-// Dropout by counter: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3; SC11).
+// Dropout by counter: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy
+// as 1, 2, 3; SC11).
 
 constexpr int kPhiloxLanes = 16;
 
@@ -33,7 +34,8 @@ inline void philox(const Dropout& d, int64_t row, uint32_t first, uint32_t (*wor
   }
 }
 
-// values[0, n) are columns [begin, begin + n) of a row: kept ones times scale, dropped ones zero. begin % 4 == 0.
+// values[0, n) are columns [begin, begin + n) of a row: kept ones times scale, dropped ones zero.
+// begin % 4 == 0.
 inline void apply_dropout(const Dropout& d, int64_t row, int64_t begin, int64_t n, float* values) {
   if (d.threshold == 0) return;
   uint32_t word[4][kPhiloxLanes];

@@ -2,8 +2,8 @@
 
 // Nearest entries of a sorted view of the 16 codes; a value on a midpoint takes the lower entry.
 struct Nearest {
-  Lut midpoints;        // entry 15 unused
-  uint8_t nibble[16];   // of the i-th smallest code
+  Lut midpoints;       // entry 15 unused
+  uint8_t nibble[16];  // of the i-th smallest code
 
   explicit Nearest(const float* code) {
     for (int i = 0; i < 16; ++i) {  // stable insertion sort
@@ -18,12 +18,14 @@ struct Nearest {
   // How many midpoints lie below each value: binary search by table lookups.
   vi rank(vf v) const {
     vi r = set1i(0);
-    for (uint32_t step = 8; step; step /= 2) r = add_if_greater(r, v, lut16(midpoints, addi(r, set1i(step - 1))), step);
+    for (uint32_t step = 8; step; step /= 2)
+      r = add_if_greater(r, v, lut16(midpoints, addi(r, set1i(step - 1))), step);
     return r;
   }
 };
 
-// The largest magnitude of values[0, n); as bits, so that a NaN or infinity wins. values is padded with zeros to W.
+// The largest magnitude of values[0, n); as bits, so that a NaN or infinity wins. values is padded
+// with zeros to W.
 inline float absmax_of(const float* values, int64_t n) {
   vi largest = set1i(0);
   for (int64_t i = 0; i < n; i += W) largest = maxi(largest, abs_bits(load(values + i)));
@@ -53,13 +55,15 @@ void quantize(const QuantizeArgs& a, const Parallel& pool) {
         uint32_t rank[W];
         storei(rank, nearest.rank(clamp1(mul(load(values + i), inverse))));
         for (int64_t j = 0; j < W && i + j < n; j += 2)  // the value after an odd end is zero
-          out[(i + j) / 2] = static_cast<uint8_t>(nearest.nibble[rank[j]] << 4 | nearest.nibble[rank[j + 1]]);
+          out[(i + j) / 2] =
+              static_cast<uint8_t>(nearest.nibble[rank[j]] << 4 | nearest.nibble[rank[j + 1]]);
       }
     }
   });
 }
 
-// offset = mean(absmax), summed in float64; absmax - offset to the nearest of 256 sorted codes, in blocks of 256.
+// offset = mean(absmax), summed in float64; absmax - offset to the nearest of 256 sorted codes, in
+// blocks of 256.
 void double_quantize(const DoubleQuantizeArgs& a, const Parallel& pool) {
   double sum = 0.0;
   for (int64_t i = 0; i < a.blocks; ++i) sum += static_cast<double>(a.absmax[i]);
@@ -93,7 +97,8 @@ void dequantize(const DequantizeArgs& a, const Parallel& pool) {
     float* values = static_cast<float*>(scratch(Slot::rows, kSpan * sizeof(float)));
     float scales[kSpan / 32];
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * kSpan, n = min64(kSpan, numel - first), size = int64_t{1} << w.block_shift;
+      const int64_t first = t * kSpan, n = min64(kSpan, numel - first),
+                    size = int64_t{1} << w.block_shift;
       float* dst = a.dtype == DType::f32 ? static_cast<float*>(a.out) + first : values;
       load_scales(scales, w, first >> w.block_shift, ceil_div(n, size));
       for (int64_t i = 0; i < n; i += size)

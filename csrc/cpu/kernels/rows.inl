@@ -1,19 +1,28 @@
-// Rows as float32: conversions at the edges of the kernels, and the row sources that panels are filled from.
-// Included once per instruction set, inside its anonymous namespace, after a vocabulary of simd/.
+// Rows as float32: conversions at the edges of the kernels, and the row sources that panels are
+// filled from. Included once per instruction set, inside its anonymous namespace, after a
+// vocabulary of simd/.
 
 inline float load_one(const void* p, DType t, int64_t i) {
   switch (t) {
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::bf16: return float_from_bf16(static_cast<const uint16_t*>(p)[i]);
-    default: return float_from_f16(static_cast<const uint16_t*>(p)[i]);
+    case DType::f32:
+      return static_cast<const float*>(p)[i];
+    case DType::bf16:
+      return float_from_bf16(static_cast<const uint16_t*>(p)[i]);
+    default:
+      return float_from_f16(static_cast<const uint16_t*>(p)[i]);
   }
 }
 
 inline void store_one(void* p, DType t, int64_t i, float v) {
   switch (t) {
-    case DType::f32: static_cast<float*>(p)[i] = v; return;
-    case DType::bf16: static_cast<uint16_t*>(p)[i] = bf16_from_float(v); return;
-    default: static_cast<uint16_t*>(p)[i] = f16_from_float(v);
+    case DType::f32:
+      static_cast<float*>(p)[i] = v;
+      return;
+    case DType::bf16:
+      static_cast<uint16_t*>(p)[i] = bf16_from_float(v);
+      return;
+    default:
+      static_cast<uint16_t*>(p)[i] = f16_from_float(v);
   }
 }
 
@@ -49,7 +58,8 @@ inline void store_row(void* dst, DType t, int64_t offset, const float* src, int6
   for (; i < n; ++i) store_one(dst, t, offset + i, src[i]);
 }
 
-// -- scales of the 4-bit weight ------------------------------------------------------------------------------
+// -- scales of the 4-bit weight
+// ------------------------------------------------------------------------------
 
 inline float block_scale(const Weight4& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
@@ -57,23 +67,28 @@ inline float block_scale(const Weight4& w, int64_t block) {
          w.nested_offset;
 }
 
-// dst[0, n) = the scales of blocks [first, first + n). Product and sum are rounded separately, as stored ones were.
+// dst[0, n) = the scales of blocks [first, first + n). Product and sum are rounded separately, as
+// stored ones were.
 inline void load_scales(float* dst, const Weight4& w, int64_t first, int64_t n) {
   if (w.absmax) return load_row(dst, w.absmax, DType::f32, first, n);
   int64_t i = 0;
   while (i < n) {
     // A run shares one nested absmax.
     const int64_t run_end = min64(n, ((((first + i) >> kNestedShift) + 1) << kNestedShift) - first);
-    const vf nested = set1(w.nested_absmax[(first + i) >> kNestedShift]), offset = set1(w.nested_offset);
+    const vf nested = set1(w.nested_absmax[(first + i) >> kNestedShift]),
+             offset = set1(w.nested_offset);
     for (; i + W <= run_end; i += W)
-      store(dst + i, add(mul(gather(w.nested_code, load_u8(w.absmax_u8 + first + i)), nested), offset));
+      store(dst + i,
+            add(mul(gather(w.nested_code, load_u8(w.absmax_u8 + first + i)), nested), offset));
     for (; i < run_end; ++i) dst[i] = block_scale(w, first + i);
   }
 }
 
-// -- row sources: row(r, begin, n, dst) writes float32 columns [begin, begin + n) of stored row r ---------------
+// -- row sources: row(r, begin, n, dst) writes float32 columns [begin, begin + n) of stored row r
+// ---------------
 
-// Rows of a 4-bit weight, any shape: blocks may cross rows and a row may start in the middle of a byte.
+// Rows of a 4-bit weight, any shape: blocks may cross rows and a row may start in the middle of a
+// byte.
 struct Quantized {
   const Weight4& w;
   Lut lut;
@@ -101,7 +116,8 @@ struct Quantized {
       ++i;
     }
     const vf scales = set1(scale);
-    for (; i + W <= end; i += W, dst += W) store(dst, mul(lut_nibbles(lut, w.packed + (i >> 1)), scales));
+    for (; i + W <= end; i += W, dst += W)
+      store(dst, mul(lut_nibbles(lut, w.packed + (i >> 1)), scales));
     for (; i < end; ++i) *dst++ = w.code[w.packed[i >> 1] >> (i & 1 ? 0 : 4) & 15] * scale;
   }
 };

@@ -26,6 +26,8 @@ inline vi loadi_partial(const void* p, int count) {
 inline vi load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+inline vf as_float(vi v) { return _mm256_castsi256_ps(v); }
+inline vi as_bits(vf v) { return _mm256_castps_si256(v); }
 inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }

@@ -24,6 +24,8 @@ inline vi loadi_partial(const void* p, int count) {
 inline vi load_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+inline vf as_float(vi v) { return _mm512_castsi512_ps(v); }
+inline vi as_bits(vf v) { return _mm512_castps_si512(v); }
 inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
@@ -48,11 +50,11 @@ inline vf lut16(const Lut& lut, vi index) { return _mm512_permutexvar_ps(index, 
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   long long bytes;
   __builtin_memcpy(&bytes, p, 8);
-  // Lane 2j takes the high nibble of byte j, lane 2j+1 the low one; even qword of dwords per four bytes.
+  // Lane 2j takes the high nibble of byte j, lane 2j+1 the low one; even qword of dwords per four
+  // bytes.
   const vi dwords = _mm512_permutexvar_epi32(
       _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(bytes));
-  const vi shifts =
-      _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+  const vi shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm512_srlv_epi32(dwords, shifts));
 }
 inline vf gather(const float* table, vi index) { return _mm512_i32gather_ps(index, table, 4); }
@@ -76,8 +78,7 @@ inline vf load_f16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline void store_f16(uint16_t* p, vf v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
 inline void transpose(vf* r) {
@@ -86,15 +87,16 @@ inline void transpose(vf* r) {
     t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
   }
-  for (int i = 0; i < 16; i += 4) {  // r[i + q] holds, per 128-bit lane L, column 4L + q of rows i..i+3
+  for (int i = 0; i < 16;
+       i += 4) {  // r[i + q] holds, per 128-bit lane L, column 4L + q of rows i..i+3
     r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
     r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
     r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
     r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
   }
   for (int q = 0; q < 4; ++q) {
-    const vf a = _mm512_shuffle_f32x4(r[q], r[4 + q], 0x88);      // lanes 0, 2 of rows 0-3, 4-7
-    const vf b = _mm512_shuffle_f32x4(r[q], r[4 + q], 0xdd);      // lanes 1, 3
+    const vf a = _mm512_shuffle_f32x4(r[q], r[4 + q], 0x88);  // lanes 0, 2 of rows 0-3, 4-7
+    const vf b = _mm512_shuffle_f32x4(r[q], r[4 + q], 0xdd);  // lanes 1, 3
     const vf c = _mm512_shuffle_f32x4(r[8 + q], r[12 + q], 0x88);
     const vf d = _mm512_shuffle_f32x4(r[8 + q], r[12 + q], 0xdd);
     t[q] = _mm512_shuffle_f32x4(a, c, 0x88);

@@ -34,6 +34,8 @@ inline vi loadi_partial(const void* p, int count) {
   return v;
 }
 inline vi load_u8(const uint8_t* p) { return vi{p[0], p[1], p[2], p[3]}; }
+inline vf as_float(vi v) { return (vf)v; }
+inline vi as_bits(vf v) { return (vi)v; }
 inline vf add(vf a, vf b) { return a + b; }
 inline vf mul(vf a, vf b) { return a * b; }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // two roundings; -ffp-contract=off
@@ -75,9 +77,7 @@ inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
 inline vf gather(const float* table, vi index) {
   return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
-inline vf permute(vf v, vi index) {
-  return vf{v[index[0]], v[index[1]], v[index[2]], v[index[3]]};
-}
+inline vf permute(vf v, vi index) { return vf{v[index[0]], v[index[1]], v[index[2]], v[index[3]]}; }
 
 inline vf load_bf16(const uint16_t* p) {
   return (vf)vi{uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16,

