@@ -78,34 +78,33 @@ def _available() -> tuple[str, ...]:
 
 
 _active = "cpu"
-_reference_library: torch.library.Library | None = None  # held while the reference runs
+_override: torch.library.Library | None = None  # what stands above the native kernels, if anything
+
+
+def _activate(backend: str) -> None:
+    global _active, _override
+    if _override is not None:
+        _override._destroy()
+        _override = None
+    if backend == "reference":
+        _override = _register_reference()
+    _active = backend
 
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Within the block every operator runs on ``backend``: "cpu" (the native kernels) or "reference".
+    """Within the block every operator runs on ``backend``: "cpu" (native kernels) or "reference".
 
-    Process-wide, not per thread. Raises ValueError for an unknown name and RuntimeError for a backend that was
-    not built, naming the build command.
+    Process-wide, not per thread. Raises ValueError for an unknown name and RuntimeError for a
+    backend that was not built, naming the build command.
     """
     _check_backend(backend)
     previous = _active
-    _switch(backend)
+    _activate(backend)
     try:
         yield
     finally:
-        _switch(previous)
-
-
-def _switch(backend: str) -> None:
-    """Makes ``backend`` the one that runs: the reference is registered over the native kernels, or taken away."""
-    global _active, _reference_library
-    if backend == "reference" and _reference_library is None:
-        _reference_library = _register_reference()
-    elif backend != "reference" and _reference_library is not None:
-        _reference_library._destroy()
-        _reference_library = None
-    _active = backend
+        _activate(previous)
 
 
 def _check_backend(backend: object) -> None:
@@ -189,4 +188,4 @@ if os.environ.get("LOWRANK_ISA"):
     _require_host().isa_set(os.environ["LOWRANK_ISA"])
 if os.environ.get("LOWRANK_BACKEND"):
     _check_backend(os.environ["LOWRANK_BACKEND"])
-    _switch(os.environ["LOWRANK_BACKEND"])
+    _activate(os.environ["LOWRANK_BACKEND"])

@@ -83,9 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: ends the process with 0, 1 for a problem, 2 for wrong arguments, 130 for Ctrl-C."""
+    """Ends the process with 0, or 1 for a problem, 2 for wrong arguments, 130 for Ctrl-C."""
     top = parser()
-    # Options of the suite may come first ("bench --quick"), which argparse would try to parse itself.
+    # "bench --quick": argparse would take the options of the suite for its own.
     argv = sys.argv[1:] if argv is None else argv
     arguments, unknown = top.parse_known_args(argv)
     if arguments.command == "bench":

@@ -1,4 +1,4 @@
-"""``bench``: hands over to the benchmark suite, which lives beside the package in a source checkout."""
+"""``bench``: hands over to the benchmark suite, beside the package in a source checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training text of the demo, ``data/keeper.jsonl``: questions answered by the keeper of an invented lighthouse."""
+"""The demo's training text, ``data/keeper.jsonl``: the keeper of an invented lighthouse answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load() -> tuple[list[dict], list[dict]]:
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """The prompt as a chat turn where the tokenizer knows chats, else as plain question and answer."""
+    """The prompt as a chat turn where the tokenizer knows chats, else as a plain question."""
     if tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)[
@@ -47,7 +47,7 @@ def batch(tokenizer, rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def batches(rows: list[dict], tokenizer, size: int, steps: int, seed: int = 0):
-    """``steps`` batches in an order that ``seed`` fixes, each row once per round through the corpus."""
+    """``steps`` batches in an order that ``seed`` fixes, each row once per round of the corpus."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     for _ in range(steps):

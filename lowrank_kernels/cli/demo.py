@@ -1,4 +1,4 @@
-"""``demo``: a real model, quantized in place, fine-tuned, saved, reloaded and timed, in a few minutes."""
+"""``demo``: a real model, quantized in place, fine-tuned, saved, reloaded and timed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROMPTS = ("What should I do on a rainy day?", "How do I boil an egg?")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs all chapters; 1 if the loss did not fall or the reloaded adapter computes other logits."""
+    """All chapters; 1 if the loss did not fall or the reloaded adapter computes other logits."""
     start = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -94,7 +94,7 @@ def write_json(numbers: dict, path: pathlib.Path) -> None:
     os.replace(temporary, path)
 
 
-# -- the chapters --------------------------------------------------------------------------------------------
+# -- the chapters ----------------------------------------------------------------------------------
 
 
 def tensor_bytes(model: torch.nn.Module) -> int:
@@ -203,7 +203,7 @@ def loss_fell(losses: list[float]) -> bool:
 
 @torch.no_grad()
 def reload(base, model, tokenizer, args: argparse.Namespace) -> bool:
-    """Whether a fresh copy of ``base``, quantized and given the saved adapter, has the very same logits."""
+    """Whether a fresh copy of ``base`` with the saved adapter computes the very same logits."""
     folder = args.out / "adapter"
     lk.save_adapter(model, folder)
     fresh = copy.deepcopy(base)

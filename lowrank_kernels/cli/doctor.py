@@ -1,4 +1,4 @@
-"""``doctor``: what is installed, which kernels would run, and a self-test of every instruction set."""
+"""``doctor``: what is installed, which kernels would run, a self-test of each of them."""
 
 from __future__ import annotations
 

