@@ -13,7 +13,14 @@ from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit
 from .schema import FLOAT_DTYPES
 
-_STATISTICS = ("absmax", "code", "nested_absmax", "nested_code", "nested_offset")
+# Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
+_BUFFERS = {
+    "absmax": "absmax",
+    "code": "quant_map",
+    "nested_absmax": "nested_absmax",
+    "nested_code": "nested_quant_map",
+    "nested_offset": "nested_offset",
+}
 
 
 class Params4bit(nn.Parameter):
@@ -43,7 +50,7 @@ def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     out = fn(flat)
     if out is flat:
-        return tensor
+        return tensor.detach()  # plain: Module._apply may wrap it in an nn.Parameter
     if out.dtype != torch.uint8:  # Module.type() casts integers too
         out = flat.to(out.device)
     return out.view(tensor.dtype).reshape(tensor.shape)
@@ -131,7 +138,7 @@ class Linear4bit(nn.Linear):
 
     def _setup(self, w: Weight4bit, bias: nn.Parameter | None) -> None:
         self.out_features, self.in_features = w.shape
-        for name in _STATISTICS:
+        for name in _BUFFERS.values():
             self.register_buffer(name, None, persistent=False)
         self._set_weight4bit(w)
         self.register_parameter("bias", bias)
@@ -139,12 +146,12 @@ class Linear4bit(nn.Linear):
     def _set_weight4bit(self, w: Weight4bit) -> None:
         packed = w.packed if isinstance(w.packed, Params4bit) else Params4bit(w.packed)
         self.register_parameter("weight", packed)
-        for name in _STATISTICS:
-            self._buffers[name] = getattr(w, name)
+        for field, name in _BUFFERS.items():
+            self._buffers[name] = getattr(w, field)
         self._weight4bit = dataclasses.replace(w, packed=packed)
 
     def _collect(self) -> Weight4bit:
-        statistics = {name: self._buffers[name] for name in _STATISTICS}
+        statistics = {field: self._buffers[name] for field, name in _BUFFERS.items()}
         packed = self._parameters["weight"]
         return dataclasses.replace(self._weight4bit, packed=packed, **statistics)
 
@@ -159,9 +166,9 @@ class Linear4bit(nn.Linear):
         if (
             w.packed is self._parameters["weight"]
             and w.absmax is buffers["absmax"]
-            and w.code is buffers["code"]
+            and w.code is buffers["quant_map"]
             and w.nested_absmax is buffers["nested_absmax"]
-            and w.nested_code is buffers["nested_code"]
+            and w.nested_code is buffers["nested_quant_map"]
             and w.nested_offset is buffers["nested_offset"]
         ):
             return w
@@ -217,7 +224,7 @@ class Linear4bit(nn.Linear):
         )
 
     def _apply(self, fn, recurse=True):
-        tensors = (self._parameters["weight"], *(self._buffers[name] for name in _STATISTICS))
+        tensors = (self._parameters["weight"], *(self._buffers[name] for name in _BUFFERS.values()))
         frozen = {id(t) for t in tensors if t is not None}
         super()._apply(lambda t: apply_to_bytes(fn, t) if id(t) in frozen else fn(t), recurse)
         self._set_weight4bit(self._collect())

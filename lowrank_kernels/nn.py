@@ -16,12 +16,21 @@ from .schema import FLOAT_DTYPES
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
 
+def check_adapter_name(name: object) -> None:
+    """It becomes a key of an nn.ModuleDict, which refuses dots and its own attributes ("keys")."""
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"name: expected a non-empty string without '.' that is no attribute of nn.ModuleDict, "
+            f"got {name!r}"
+        )
+
+
 def _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype) -> None:
     if type(r) is not int or r < 1:
         raise ValueError(f"r: expected an integer >= 1, got {r!r}")
-    if type(lora_alpha) not in (int, float) or not math.isfinite(lora_alpha):
+    if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-    if type(lora_dropout) not in (int, float) or not 0.0 <= lora_dropout < 1.0:
+    if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout: expected 0 <= lora_dropout < 1, got {lora_dropout!r}")
     if init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
@@ -123,8 +132,7 @@ class LoRALinear4bit(Linear4bit):
         ``adapter_dtype`` is float32 unless given, also over a 16-bit base.
         Raises ValueError or TypeError naming the argument, also for a name that exists.
         """
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"name: expected a non-empty string without '.', got {name!r}")
+        check_adapter_name(name)
         if name in self.r:
             raise ValueError(f"name: expected a new adapter, got {name!r}, one of {list(self.r)}")
         _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)

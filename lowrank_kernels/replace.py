@@ -24,6 +24,7 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _MIB = 2**20
+_UNTARGETED = "not in target_modules"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,14 +162,14 @@ def replace_linear(
     cls(1, 1, device="meta", **arguments)  # raises for a bad argument before anything changes
     groups, skipped = _plan(model, target_modules, exclude_modules, r)
 
+    replaced = []
+    for names in tqdm(groups, desc="Quantizing", unit="layer", disable=not progress):
+        replaced.append(_replace_one(model, names, cls, arguments))
     if r > 0:
         kept = {id(p) for m in _lora_layers(model) for p in _adapter_parameters(m)}
         for parameter in model.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
-    replaced = []
-    for names in tqdm(groups, desc="Quantizing", unit="layer", disable=not progress):
-        replaced.append(_replace_one(model, names, cls, arguments))
     return ReplaceReport(replaced, skipped)
 
 
@@ -266,12 +267,12 @@ def _plan(
         weight = module._parameters.get("weight")
         if not is_target(module, names):
             if isinstance(module, nn.Linear):
-                skipped.append(SkippedLayer(names[0], "not in target_modules"))
+                skipped.append(SkippedLayer(names[0], _UNTARGETED))
         elif any(matches(name, excluded) for name in names):
             skipped.append(SkippedLayer(names[0], "in exclude_modules"))
         elif type(module) not in (nn.Linear, Linear4bit):
             if weight is not None:
-                skipped.append(SkippedLayer(names[0], f"a {type(module).__name__}"))
+                skipped.append(SkippedLayer(names[0], f"of type {type(module).__name__}"))
         elif type(module) is Linear4bit and r == 0:
             skipped.append(SkippedLayer(names[0], "in 4 bits already"))
         elif len(owners[id(weight)]) > 1:
@@ -284,6 +285,7 @@ def _plan(
                 )
             groups.append(names)
     if not groups:
+        skipped.sort(key=lambda layer: layer.reason == _UNTARGETED)
         reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
         raise ValueError(
             f"target_modules: expected a linear layer to replace, got {target_modules!r} on a "

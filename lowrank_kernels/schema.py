@@ -207,5 +207,7 @@ def check_lora(x: torch.Tensor, N: int, K: int, A, B, scaling: float, dropout_p:
     check_device("B", B, x.device)
     if not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")

@@ -19,8 +19,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// -- arguments
-// -----------------------------------------------------------------------------------------------
+// -- arguments ------------------------------------------------------------------------------------
 
 Parallel pool() {
   return {[](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
@@ -93,10 +92,12 @@ Weight4 weight4(const Tensor& packed, const Tensor& absmax, const Tensor& code,
                   "N, K: expected sizes, got ", N, ", ", K);
   w.N = N;
   w.K = K;
-  const int64_t bytes = packed.numel() * static_cast<int64_t>(packed.element_size());
-  STD_TORCH_CHECK(packed.is_contiguous() && packed.is_cpu() && bytes >= ceil_div(numel, 2),
-                  "packed: expected ", ceil_div(numel, 2), " contiguous bytes on the CPU, got ",
-                  bytes);
+  // Exactly: a packed weight that somebody cast to a wider dtype has too many bytes.
+  const int64_t item = static_cast<int64_t>(packed.element_size());
+  const int64_t bytes = packed.numel() * item;
+  const int64_t expected = ceil_div(ceil_div(numel, 2), item) * item;
+  STD_TORCH_CHECK(packed.is_contiguous() && packed.is_cpu() && bytes == expected,
+                  "packed: expected ", expected, " contiguous bytes on the CPU, got ", bytes);
   w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
   w.code = data<float>("code", code, ScalarType::Float, 16);
   const int64_t blocks = ceil_div(numel, blocksize);
@@ -147,8 +148,7 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
   return empty(like, size, like.scalar_type());
 }
 
-// -- operators: the order of arguments is that of schema.py
-// -------------------------------------------------------
+// -- operators: the order of arguments is that of schema.py ---------------------------------------
 
 #define LK_WEIGHT_PARAMS                                                                         \
   Tensor packed, Tensor absmax, Tensor code, MaybeTensor nested_absmax, MaybeTensor nested_code, \

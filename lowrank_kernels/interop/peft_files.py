@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..nn import LoRALinear4bit
+from ..nn import LoRALinear4bit, check_adapter_name
 from ..replace import matches
 from ..schema import FLOAT_DTYPES
 
@@ -68,8 +68,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     partners and what the layers cannot represent (DoRA, trained biases or other modules,
     initialisations that change the base weight); RuntimeError while an adapter is merged.
     """
-    if not isinstance(name, str) or not name or "." in name:
-        raise ValueError(f"name: expected a non-empty string without '.', got {name!r}")
+    check_adapter_name(name)
     folder = Path(path)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():

@@ -18,8 +18,7 @@ constexpr int64_t kDepth = 256;  // p per panel
 constexpr int64_t kRows = 512;   // rows of C per task at most
 constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
 
-// -- operand
-// -------------------------------------------------------------------------------------------------
+// -- operand --------------------------------------------------------------------------------------
 
 // a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i].
 template <bool Transposed>
@@ -42,10 +41,21 @@ struct Operand {
       }
     }
   }
+  // Rows of the next tile, on their way while this one is multiplied: runs too short for hardware
+  // to see coming.
+  void prefetch(int64_t i0, int rows, int64_t p0, int64_t depth) const {
+    if constexpr (!Transposed) {
+      const int64_t size = element_size(m.dtype);
+      for (int i = 0; i < rows; ++i) {
+        const char* row = static_cast<const char*>(m.data) + ((i0 + i) * m.stride + p0) * size;
+        for (int64_t byte = 0; byte < depth * size; byte += 64)
+          __builtin_prefetch(row + byte, 0, 2);
+      }
+    }
+  }
 };
 
-// -- panel
-// ---------------------------------------------------------------------------------------------------
+// -- panel ----------------------------------------------------------------------------------------
 
 // P[p, j] = source row j0 + j, column p0 + p: rows become lanes by W x W transposes.
 template <class Source>
@@ -97,8 +107,7 @@ void fill_natural(const Source& source, int64_t j0, int64_t columns, int64_t p0,
   fill_natural_rows(source, j0, columns, p0, depth, panel);
 }
 
-// -- register tile
-// -------------------------------------------------------------------------------------------
+// -- register tile --------------------------------------------------------------------------------
 
 template <int Rows, int Vectors>
 inline void tile(const float* a, const float* panel, int64_t depth, float* c) {
@@ -130,8 +139,7 @@ inline void tile_rows(int rows, int vectors, const float* a, const float* panel,
   }
 }
 
-// -- product
-// -------------------------------------------------------------------------------------------------
+// -- product --------------------------------------------------------------------------------------
 
 // c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j]; P is the source, transposed or as it lies.
 template <bool TransposedSource, class A, class Source>
@@ -140,16 +148,17 @@ void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int6
   float* panel = static_cast<float*>(scratch(Slot::panel, kDepth * kWidth * sizeof(float)));
   float* operand =
       static_cast<float*>(scratch(Slot::operand, MR * (kDepth + kPad) * sizeof(float)));
+  const int64_t even = ceil_div(rows, ceil_div(rows, MR));  // 16 rows as 8 + 8, not 14 + 2
   for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
     const int64_t n = min64(kDepth, depth - p0);
     if constexpr (TransposedSource)
       fill_transposed(source, j0, columns, p0, n, panel);
     else
       fill_natural(source, j0, columns, p0, n, panel);
-    const int64_t even = ceil_div(rows, ceil_div(rows, MR));  // 16 rows as 8 + 8, not 14 + 2
     for (int64_t i = 0; i < rows; i += even) {
       const int height = static_cast<int>(min64(even, rows - i));
       a.pack(i0 + i, height, p0, n, operand);
+      a.prefetch(i0 + i + height, static_cast<int>(min64(even, rows - i - height)), p0, n);
       for (int64_t j = 0; j < columns; j += kTile) {
         const int vectors = columns - j <= W ? 1 : NV;
         tile_rows<MR>(height, vectors, operand, panel + j * kDepth, n, c + i * kWidth + j);
@@ -158,8 +167,7 @@ void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int6
   }
 }
 
-// -- tasks
-// ---------------------------------------------------------------------------------------------------
+// -- tasks ----------------------------------------------------------------------------------------
 
 template <class Body>
 void parallel(const Parallel& pool, int64_t tasks, const Body& body) {

@@ -25,8 +25,7 @@ inline void unshuffle(float* dst, const float* src, int64_t n) {
       }
 }
 
-// -- y = x Wᵀ: dot form
-// ----------------------------------------------------------------------------------------
+// -- y = x Wᵀ: dot form ---------------------------------------------------------------------------
 
 // totals[r][m] += lanes of the dot product of weight row n + r with activation row m.
 template <int Rows, int M>
@@ -144,8 +143,7 @@ inline void linear_few(const LinearArgs& a, const Parallel& pool) {
   }
 }
 
-// -- dx = dy W: outer-product form
-// -------------------------------------------------------------------------------
+// -- dx = dy W: outer-product form ----------------------------------------------------------------
 
 // acc[m][k] (shuffled) += Σ_r dy[m, n + r] W[n + r, k] over the chunks of [k_begin, k_end).
 template <int Rows, int M>

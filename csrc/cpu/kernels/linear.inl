@@ -1,7 +1,6 @@
 // The linear operators: which product runs, in which order, over which tasks.
 
-// -- adapter pieces
-// ----------------------------------------------------------------------------------------------
+// -- adapter pieces -------------------------------------------------------------------------------
 
 // S = dropout(x) Aᵀ, float32 [M, R].
 inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
@@ -25,8 +24,7 @@ void product(const A& a, const Source& source, int64_t depth, float scale, const
             });
 }
 
-// -- forward
-// -----------------------------------------------------------------------------------------------------
+// -- forward --------------------------------------------------------------------------------------
 
 template <class Source>
 void linear_panels(const LinearArgs& a, const Source& weight, const Parallel& pool) {
@@ -57,8 +55,7 @@ void linear(const LinearArgs& a, const Parallel& pool) {
   linear_panels(a, Dense{*a.base.dense}, pool);
 }
 
-// -- backward
-// ----------------------------------------------------------------------------------------------------
+// -- backward -------------------------------------------------------------------------------------
 
 template <class Source>
 void dx_panels(const BackwardArgs& a, const Source& weight, const Parallel& pool) {

@@ -84,7 +84,7 @@ inline void fill_transposed(const Quantized& source, int64_t j0, int64_t columns
       for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one; its scale is zero
         const int64_t n = j0 + j + min64(l, count - 1);
         dwords[l] = as_float(chunks.packed(n, p0 + p));
-        chunks.prefetch(n + kWidth, p0 + p);
+        chunks.prefetch(n, p0 + p + kDepth);
       }
       transpose(dwords);
       const int64_t present = min64(W, (depth - p) / 8);

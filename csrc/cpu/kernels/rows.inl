@@ -58,8 +58,7 @@ inline void store_row(void* dst, DType t, int64_t offset, const float* src, int6
   for (; i < n; ++i) store_one(dst, t, offset + i, src[i]);
 }
 
-// -- scales of the 4-bit weight
-// ------------------------------------------------------------------------------
+// -- scales of the 4-bit weight -------------------------------------------------------------------
 
 inline float block_scale(const Weight4& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
@@ -84,8 +83,8 @@ inline void load_scales(float* dst, const Weight4& w, int64_t first, int64_t n) 
   }
 }
 
-// -- row sources: row(r, begin, n, dst) writes float32 columns [begin, begin + n) of stored row r
-// ---------------
+// -- row sources ----------------------------------------------------------------------------------
+// row(r, begin, n, dst) writes columns [begin, begin + n) of stored row r as float32.
 
 // Rows of a 4-bit weight, any shape: blocks may cross rows and a row may start in the middle of a
 // byte.

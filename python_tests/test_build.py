@@ -1,0 +1,161 @@
+"""The build: one version everywhere, errors of one line, only the dependencies that are meant."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+import lowrank_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(lowrank_kernels.__file__).parent
+
+needs_sources = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="needs the source tree: no setup.py beside the tests"
+)
+needs_nm = pytest.mark.skipif(not shutil.which("nm"), reason="needs nm and readelf (binutils)")
+
+
+def read(name):
+    return (ROOT / name).read_text()
+
+
+def undefined_symbols(library):
+    command = ["nm", "-D", "--undefined-only", "--format=posix", str(PACKAGE / library)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line.split()[0].partition("@")[0] for line in lines}
+
+
+def needed_libraries(library):
+    command = ["readelf", "--dynamic", str(PACKAGE / library)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "[$ORIGIN]" in text, f"{library} has no $ORIGIN run path"
+    names = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
+    system = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0"}
+    return {name for name in names if not name.startswith("ld-linux")} - system
+
+
+# ---- Versions ----
+
+
+def test_version_is_the_same_in_package_and_metadata():
+    assert lowrank_kernels.__version__ == importlib.metadata.version("lowrank_kernels")
+
+
+@needs_sources
+def test_version_is_the_same_in_sources_and_changelog():
+    version = re.search(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)[1]
+    assert version == importlib.metadata.version("lowrank_kernels")
+    newest = re.search(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)[1]
+    assert version == newest
+
+
+def test_metadata_asks_for_the_torch_whose_abi_is_targeted():
+    requires = importlib.metadata.requires("lowrank_kernels")
+    assert "torch>=2.10" in requires
+    assert {"numpy", "safetensors", "tqdm"} <= set(requires)
+
+
+@needs_sources
+def test_pins_agree():
+    build_pins = re.search(r"^requires = \[(.+)\]$", read("pyproject.toml"), re.MULTILINE)[1]
+    installed = read("requirements/base.txt").splitlines()
+    for pin in re.findall(r'"(.+?)"', build_pins):
+        assert pin in installed, f"{pin} is not in requirements/base.txt"
+    hooks = read(".pre-commit-config.yaml")
+    for pin in re.findall(r"^\S+==\S+$", read("requirements/lint.txt"), re.MULTILINE):
+        assert pin in hooks, f"{pin} is not in .pre-commit-config.yaml"
+
+
+# ---- Errors of setup.py: one line, exit code 1, no traceback ----
+
+# Runs setup.py as if the module named first could not be found.
+WITHOUT = """
+import runpy, sys
+sys.modules[sys.argv.pop(1)] = None
+sys.argv[0] = "setup.py"
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def build_error(tmp_path, *, cxx=None, without=None):
+    start = ["-c", WITHOUT, without] if without else ["setup.py"]
+    folders = ["--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    environment = {**os.environ, "CXX": cxx} if cxx else os.environ
+    result = subprocess.run(
+        [sys.executable, *start, "build_ext", *folders],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1, result
+    assert "Traceback" not in result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("lowrank_kernels: ")
+    return lines[0]
+
+
+@needs_sources
+@pytest.mark.parametrize("cxx", ["/nonexistent", "/nonexistent/g++ -m64", "false"])
+def test_a_missing_or_broken_compiler_is_named_in_one_line(tmp_path, cxx):
+    line = build_error(tmp_path, cxx=cxx)
+    assert f"(tried {cxx})" in line
+    assert "install g++" in line
+
+
+@needs_sources
+@pytest.mark.parametrize(
+    ("module", "install"),
+    [("torch", "pip install 'torch>=2.10'"), ("ninja", "pip install ninja")]
+    + [("pybind11", "pip install pybind11")],
+)
+def test_a_missing_package_is_named_in_one_line(tmp_path, module, install):
+    assert install in build_error(tmp_path, without=module)
+
+
+# ---- What the products depend on ----
+
+
+@needs_nm
+def test_ops_use_only_the_stable_abi():
+    symbols = undefined_symbols("_ops.so")
+    # Mangled names of the C++ standard library and ABI (namespaces std and __cxxabiv1, operator
+    # new and delete) are fine; those of torch (at, c10, torch, caffe2) tie us to one version.
+    standard = re.compile(r"_Z(T[ISV])?N?K?(S[a-z]|St|10__cxxabiv1|N10__cxxabiv1)|_Z(nw|na|dl|da)")
+    foreign = {name for name in symbols if name.startswith("_Z") and not standard.match(name)}
+    assert not foreign
+    assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols)
+    assert not any(name.startswith(("Py", "_Py")) for name in symbols)
+    assert needed_libraries("_ops.so") <= {"liblowrank_cpu.so", "libtorch_cpu.so", "libtorch.so"}
+
+
+@needs_nm
+def test_kernels_know_neither_torch_nor_python():
+    symbols = undefined_symbols("liblowrank_cpu.so")
+    pattern = re.compile(r"torch|c10|caffe2|_ZN?K?2at|^_?Py")
+    assert not {name for name in symbols if pattern.search(name)}
+    assert needed_libraries("liblowrank_cpu.so") == set()
+
+
+@needs_nm
+def test_host_module_knows_only_the_kernel_library():
+    host = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
+    assert needed_libraries(host) == {"liblowrank_cpu.so"}
+
+
+@needs_sources
+@pytest.mark.parametrize("name", ["setup.py", "Makefile"])
+def test_no_global_isa_flags(name):
+    flags = re.findall(r"(?<![\w-])-[a-zA-Z][\w=+-]*", read(name))
+    assert "-ffp-contract=off" in flags
+    forbidden = re.compile(r"-m\w|-ffast-math|-Ofast|-funsafe-math")
+    assert not [flag for flag in flags if forbidden.match(flag)]
