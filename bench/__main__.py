@@ -1,0 +1,157 @@
+"""Measures, prints tables, writes JSON; ``python -m bench.report`` then writes the documents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+
+import pytest
+import torch
+from tqdm import tqdm
+
+import lowrank_kernels as lk
+
+from . import cases, harness, report
+
+BENCH = pathlib.Path(__file__).parent
+BUSY = 0.5  # load average from which on a warning is due
+OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "quantize")
+
+
+class Progress:
+    """A pytest plugin: a progress bar in place of pytest's dots, and every failure in full."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+        self.failures: list[str] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.bar = tqdm(total=len(session.items), unit="turn")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failures.append(f"{report.nodeid}\n{report.longreprtext}")
+        if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
+            self.bar.set_postfix_str(report.nodeid.split("[")[-1].rstrip("]"), refresh=False)
+            self.bar.update()
+
+    def pytest_unconfigure(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def pytest_report_teststatus(self, report: pytest.TestReport):
+        return report.outcome, "", ""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _shape(text: str) -> tuple[int, int]:
+    N, x, K = text.partition("x")
+    if not (x and N.isdecimal() and K.isdecimal() and int(N) and int(K)):
+        raise argparse.ArgumentTypeError(f"expected NxK, such as 4096x4096, got {text}")
+    return int(N), int(K)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one shape, fewer rounds, < 4 minutes")
+    parser.add_argument("--op", choices=OPS, action="append", help="only this one (repeatable)")
+    parser.add_argument(
+        "-k", default="", metavar="EXPR", help="only cases that match, as in pytest"
+    )
+    parser.add_argument(
+        "--shape", type=_shape, action="append", metavar="NxK", help="other shapes (repeatable)"
+    )
+    parser.add_argument("--tokens", type=_positive, action="append", metavar="M", help="other M")
+    parser.add_argument("--seconds", type=float, help="timed per case and provider (default: 0.5)")
+    parser.add_argument(
+        "--threads", type=_positive, help="threads for every provider (default: torch's)"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="JSON to write (default: in bench/results for a full run, else in build/bench)",
+    )
+    return parser.parse_args(argv)
+
+
+def run_pytest(args: argparse.Namespace, settings: harness.Settings) -> dict:
+    """Runs the suite in this process: the result document. Exits with 1 if a test failed."""
+    run, progress = harness.Harness(settings), Progress()
+    files = [BENCH / f"bench_{op}.py" for op in args.op or OPS]
+    with tempfile.TemporaryDirectory() as folder:
+        raw = pathlib.Path(folder, "raw.json")
+        options = ["-c", "/dev/null", f"--rootdir={BENCH.parent}", "-o", "python_files=bench_*.py"]
+        options += [
+            "-o",
+            "python_functions=bench_*",
+            "-p",
+            "no:cacheprovider",
+            "-qq",
+            "--no-header",
+        ]
+        options += ["--no-summary", "--benchmark-quiet", "--benchmark-disable-gc"]
+        options += [f"--benchmark-json={raw}", "-W", "ignore"]
+        if args.k:
+            options += ["-k", f"bench_limit or ({args.k})"]
+        paths = [str(path) for path in (BENCH / "bench_limits.py", *files)]
+        # The harness is a plugin so that conftest.py finds it.
+        config_plugins = [progress, _Named(run)]
+        code = pytest.main([*options, *paths], plugins=config_plugins)
+        if progress.failures or code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            sys.exit(
+                "\n".join([*progress.failures, f"bench: failed (pytest exit code {int(code)})"])
+            )
+        return harness.collect(json.loads(raw.read_text()), run.unavailable, settings.quick)
+
+
+class _Named:
+    """Registers the harness under the name conftest.py asks for."""
+
+    def __init__(self, run: harness.Harness):
+        self.run = run
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        config.pluginmanager.register(self.run, "lowrank_bench")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if lk.backends.active() not in lk.backends.report()["available"]:
+        sys.exit(f"bench: the native kernels are missing ({lk.backends.report()['build']})")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # The modules of the suite read these when pytest imports them, which is later.
+    cases.SHAPES = tuple(args.shape or cases.SHAPES)
+    cases.TOKENS = tuple(args.tokens or cases.TOKENS)
+    settings = harness.Settings(quick=args.quick)
+    if args.quick:
+        settings.passes, settings.seconds = 3, 0.2
+    settings.seconds = args.seconds or settings.seconds
+    start = time.perf_counter()
+    load = harness.load_average()
+    if load is not None and load > BUSY:
+        print(f"bench: load average {load:.1f}: other programs disturb the result", file=sys.stderr)
+    document = run_pytest(args, settings) | {"load_average_before": load}
+    chosen = (args.quick, args.op, args.k, args.shape, args.tokens, args.seconds)
+    folder = BENCH.parent / "build" / "bench" if any(chosen) else BENCH / "results"
+    output = args.output or folder / f"{harness.machine_name(document)}.json"
+    harness.write_json(document, output)
+    print(report.text(document))
+    print(f"{time.perf_counter() - start:.0f} s; wrote {output}")
+    if not any(chosen):
+        print("next: python -m bench.report writes docs/performance.md and the table of README.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,9 @@
+"""What this machine can do at most: memory read bandwidth and float32 matrix product."""
+
+from .harness import LIMITS
+
+
+def bench_limit(benchmark, limit):
+    call = LIMITS[limit]()
+    benchmark.extra_info["limit"] = limit
+    benchmark.pedantic(call, rounds=15, warmup_rounds=2)

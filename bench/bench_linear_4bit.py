@@ -1,0 +1,16 @@
+"""y = x Wᵀ with W in 4 bits: inference, and the base half of training's forward."""
+
+from . import providers
+from .cases import TOKENS, cases
+
+CASES = cases("linear_4bit", hot=TOKENS)
+PROVIDERS = {
+    "lowrank_kernels": providers.linear_lowrank,
+    "torch": providers.linear_torch,
+    "dequantize + matmul": providers.linear_dequantize,
+    "bitsandbytes": providers.linear_bitsandbytes,
+}
+
+
+def bench_linear_4bit(timed):
+    timed()

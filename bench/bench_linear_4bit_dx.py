@@ -1,0 +1,16 @@
+"""dx = dy W with W in 4 bits: the gradient that flows through a frozen base."""
+
+from . import providers
+from .cases import cases
+
+CASES = cases("linear_4bit_dx")
+PROVIDERS = {
+    "lowrank_kernels": providers.dx_lowrank,
+    "torch": providers.dx_torch,
+    "dequantize + matmul": providers.dx_dequantize,
+    "bitsandbytes": providers.dx_bitsandbytes,
+}
+
+
+def bench_linear_4bit_dx(timed):
+    timed()

@@ -1,0 +1,58 @@
+"""Turns CASES and PROVIDERS of a module into pytest-benchmark tests, providers taking turns."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from .cases import SHAPES
+from .harness import LIMITS, Harness
+from .providers import Unavailable
+
+
+def harness_of(config: pytest.Config) -> Harness:
+    """The harness of this run: the one ``python -m bench`` registered, or a default one."""
+    if not config.pluginmanager.has_plugin("lowrank_bench"):
+        config.pluginmanager.register(Harness(), "lowrank_bench")
+    return config.pluginmanager.get_plugin("lowrank_bench")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "limit" in metafunc.fixturenames:
+        # pytest_collection_modifyitems moves the "last" ones to the end of the run
+        turns = [(limit, when) for when in ("first", "last") for limit in LIMITS]
+        metafunc.parametrize("limit", [t[0] for t in turns], ids=[f"{w}-{n}" for n, w in turns])
+    if "timed" in metafunc.fixturenames:
+        settings = harness_of(metafunc.config).settings
+        cases = [
+            case
+            for case in metafunc.module.CASES
+            if not settings.quick or SHAPES[0] == (case.N, case.K)
+        ]
+        turns = []
+        for case, turn in itertools.product(cases, range(settings.passes)):
+            of_op = metafunc.module.PROVIDERS.get(case.op, metafunc.module.PROVIDERS)
+            turns += [
+                pytest.param((case, name, provider), id=f"{case.id}-{name}-{turn}")
+                for name, provider in of_op.items()
+            ]
+        metafunc.parametrize("timed", turns, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "[last-" in item.name)
+
+
+@pytest.fixture
+def timed(request, benchmark):
+    """Times this test's provider on its case; skips, with the reason, where it cannot run."""
+    case, name, provider = request.param
+
+    def run() -> None:
+        try:
+            harness_of(request.config).time(benchmark, case, name, provider)
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+
+    return run

@@ -1,0 +1,294 @@
+"""Problems for tests and benchmarks: shapes x dtypes x ranks x block sizes x formats, and their tensors.
+
+``ALL`` is what each operator runs in every test: a pairwise cover of the factors below (each pair of
+values of two factors occurs somewhere), random problems with fixed seeds, and some large ones. A case that
+``slow`` says takes long runs in a fixed quarter by default (see conftest.py).
+``make(op, case)`` gives the arguments of an operator.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import NamedTuple
+
+import lowrank_kernels as lk
+import torch
+from lowrank_kernels import Weight4bit
+from lowrank_kernels.formats import BLOCKSIZES, code_of, dynamic_code
+from lowrank_kernels.schema import NESTED_BLOCKSIZE, ceil_div
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+_SHORT = {F32: "f32", BF16: "bf16", F16: "f16", torch.uint8: "u8", None: "none"}
+
+
+class Case(NamedTuple):
+    """One problem. An operator that has no adapter or no base in 4 bits ignores those fields."""
+
+    M: int = 5
+    N: int = 33
+    K: int = 96
+    quant_type: str = "nf4"
+    blocksize: int = 64
+    double_quant: bool = False
+    dtype: torch.dtype = F32  # of x, dy and a dense weight
+    bias: torch.dtype | None = None
+    R: int = 8
+    adapter: torch.dtype = F32  # of A and B
+    scaling: float = 2.0
+    dropout_p: float = 0.0
+    storage: torch.dtype = torch.uint8  # that the packed bytes are presented in
+
+    @property
+    def slow(self) -> bool:
+        return self.M * self.N * self.K > 20_000_000
+
+    def __str__(self) -> str:
+        return (
+            f"{self.M}x{self.N}x{self.K}-{self.quant_type}-b{self.blocksize}"
+            f"{'-dq' if self.double_quant else ''}-{_SHORT[self.dtype]}-bias_{_SHORT[self.bias]}"
+            f"-r{self.R}_{_SHORT[self.adapter]}-s{self.scaling:g}-p{self.dropout_p:g}"
+            f"-{_SHORT[self.storage]}"
+        )
+
+
+# Tile sizes of the kernels are multiples of 4 rows and 16 columns: each side of each of them, and 0.
+M_VALUES = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 33, 64, 65)
+NK_VALUES = (
+    (1, 1), (1, 64), (64, 1), (3, 5), (2, 31), (31, 33), (16, 64), (17, 65), (33, 63), (48, 96),
+    (40, 128), (15, 256), (65, 127), (5, 1000), (100, 320), (7, 512), (3, 2048), (2, 4096), (129, 66),
+)  # fmt: skip
+FACTORS = {
+    "M": M_VALUES,
+    "NK": NK_VALUES,
+    "quant_type": ("nf4", "fp4"),
+    "blocksize": BLOCKSIZES,
+    "double_quant": (False, True),
+    "dtype": (F32, BF16, F16),
+    "bias": (None, F32, BF16, F16),
+    "R": (1, 3, 8, 12, 16, 20, 64, 100),
+    "adapter": (F32, BF16, F16),
+    "scaling": (1.0, 2.0, -0.25),
+    "dropout_p": (0.0, 0.25),
+    "storage": (torch.uint8, BF16, F32),
+}
+
+
+# Rows of whole blocks, where decoding has kernels of its own.
+WHOLE_BLOCKS = FACTORS | {
+    "M": (1, 2, 3, 4, 5, 17),
+    "NK": tuple(itertools.product((1, 2, 3, 5, 16, 17, 31, 64, 129), (1, 2, 3))),  # K in blocks
+}
+
+
+def pairwise(factors: dict[str, tuple]) -> list[dict]:
+    """Rows in which every two values of different factors meet; greedy, always the same."""
+    names = list(factors)
+    rows, done = [], set()
+
+    def new_pairs(row: dict, name: str, value) -> int:
+        return sum(frozenset((item, (name, value))) not in done for item in row.items())
+
+    for a, b in itertools.combinations(names, 2):
+        for pair in itertools.product(factors[a], factors[b]):
+            if frozenset(zip((a, b), pair)) in done:
+                continue
+            row = dict(zip((a, b), pair))
+            for i, name in enumerate(n for n in names if n not in row):
+                # Of equally good values another one each time, so that triples vary as well.
+                values = factors[name]
+                turn = (len(rows) + i) % len(values)
+                row[name] = max(
+                    values[turn:] + values[:turn], key=lambda v, n=name: new_pairs(row, n, v)
+                )
+            done.update(map(frozenset, itertools.combinations(row.items(), 2)))
+            rows.append(row)
+    return rows
+
+
+def _case(row: dict, whole_blocks: bool = False) -> Case:
+    row = dict(row)
+    N, K = row.pop("NK")
+    return Case(N=N, K=K * row["blocksize"] if whole_blocks else K, **row)
+
+
+def fuzz(count: int, seed: int, size: int) -> list[Case]:
+    """Random problems with sides up to ``size``, small ones more often."""
+    rng = random.Random(seed)
+
+    def side(limit: int) -> int:
+        return max(1, round(limit ** rng.random()))
+
+    rows = []
+    for _ in range(count):
+        row = {name: rng.choice(values) for name, values in FACTORS.items()}
+        row |= {"M": side(size // 4), "NK": (side(size), side(2 * size)), "R": side(64)}
+        row["dropout_p"] = rng.choice((0.0, round(rng.random() * 0.9, 3)))
+        rows.append(_case(row))
+    return rows
+
+
+# More than one tile and more than one thread's share in each dimension; widths of real models.
+LARGE = [
+    Case(1, 1536, 576), Case(4, 576, 1536, "fp4", 64, True, BF16, R=16, adapter=BF16),
+    Case(3, 1024, 4096, "nf4", 4096, False, BF16, BF16, 64, dropout_p=0.05),
+    Case(2, 513, 4097, "nf4", 64, True, F16, F32, 20), Case(1, 4096, 1024, "nf4", 128, True, F16),
+    Case(64, 576, 1536, "nf4", 64, True, BF16, BF16, 16, F32, dropout_p=0.1),
+    Case(65, 1536, 576, "nf4", 32, True, F32, F32, 16), Case(130, 300, 1000, "fp4", 256, False, F16),
+    Case(257, 192, 576, "nf4", 64, True, BF16, None, 100, BF16), Case(33, 1025, 511, "nf4", 512),
+    Case(512, 96, 320, "nf4", 64, True, F32, F32, 8, F32, dropout_p=0.5),
+    Case(300, 33, 2050, "fp4", 64, True, BF16, F32, 64, F16), Case(17, 2048, 257, "nf4", 1024, True),
+]  # fmt: skip
+
+PAIRWISE = [_case(row) for row in pairwise(FACTORS)]
+PAIRWISE += [_case(row, whole_blocks=True) for row in pairwise(WHOLE_BLOCKS)]
+FUZZ = [*fuzz(60, seed=1, size=200), *fuzz(60, seed=2, size=700)]
+ALL = [*PAIRWISE, *LARGE, *FUZZ]
+_WEIGHT = ("NK", "quant_type", "blocksize", "double_quant", "dtype", "storage")
+# For operators on the weight alone.
+WEIGHTS = [*map(_case, pairwise({name: FACTORS[name] for name in _WEIGHT})), *LARGE, *FUZZ[::2]]
+# One of each kind, for tests that are not about shapes.
+FEW = [
+    Case(),
+    Case(3, 33, 128, "fp4", 64, True, BF16, F32, 3, F32),
+    Case(17, 31, 33, "nf4", 32, True, F16, F16, 12, BF16, dropout_p=0.25, storage=BF16),
+    Case(1, 40, 512, "nf4", 128, False, F32, F32, 16, BF16, -0.5),
+    Case(70, 65, 127, "fp4", 256, False, BF16, None, 100, BF16, dropout_p=0.5),
+]
+
+
+def family(op: str, case: Case) -> str:
+    """The kernel family of the CPU backend; only within one are the bits of a row promised to be equal.
+
+    One to four rows against a 4-bit weight whose blocks do not cross rows are decoded in registers
+    ("gemv"); everything else goes through the register-tile kernel ("panel").
+    """
+    fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
+    return "gemv" if 1 <= case.M <= 4 and fits else "panel"
+
+
+# -- tensors -------------------------------------------------------------------------------------------------
+# From torch's generator, which conftest.py seeds for each test.
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def random_weight(case: Case) -> Weight4bit:
+    """Random nibbles (all 16, and whatever in the padding) with scales about 1/sqrt(K)."""
+    N, K = case.N, case.K
+    size = ceil_div(ceil_div(N * K, 2), case.storage.itemsize) * case.storage.itemsize
+    packed = torch.randint(0, 256, (size,), dtype=torch.uint8).view(case.storage)[:, None]
+    blocks = ceil_div(N * K, case.blocksize)
+    nested = {}
+    if case.double_quant:
+        absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+        nested = {
+            "nested_absmax": (torch.rand(ceil_div(blocks, NESTED_BLOCKSIZE)) + 0.5) / K**0.5,
+            "nested_code": dynamic_code(),
+            "nested_offset": torch.tensor(1.5 / K**0.5),
+        }
+    else:
+        absmax = (torch.rand(blocks) + 0.5) / K**0.5
+    return Weight4bit(
+        packed, absmax, code_of(case.quant_type), torch.Size((N, K)), case.dtype, case.quant_type,
+        case.blocksize, **nested,
+    )  # fmt: skip
+
+
+def weight_of(op_args: tuple, case: Case) -> Weight4bit:
+    """The weight whose ``op_args()`` these are."""
+    packed, absmax, code, *nested, N, K, blocksize = op_args
+    return Weight4bit(
+        packed, absmax, code, torch.Size((N, K)), case.dtype, case.quant_type, blocksize, *nested
+    )
+
+
+def random_seed() -> torch.Tensor:
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+
+
+def _base(op: str, case: Case) -> tuple:
+    if "4bit" in op:
+        return random_weight(case).op_args()
+    return (random_tensor(case.N, case.K, dtype=case.dtype, scale=case.K**-0.5),)
+
+
+def _bias(case: Case) -> torch.Tensor | None:
+    return None if case.bias is None else random_tensor(case.N, dtype=case.bias)
+
+
+def _adapter(case: Case) -> tuple:
+    return (
+        random_tensor(case.R, case.K, dtype=case.adapter, scale=case.K**-0.5),
+        random_tensor(case.N, case.R, dtype=case.adapter, scale=case.R**-0.5),
+        case.scaling,
+    )
+
+
+def _dropout(case: Case) -> tuple:
+    return case.dropout_p, random_seed() if case.dropout_p else None
+
+
+def _quantize(op, case):
+    weight = random_tensor(case.N, case.K, dtype=case.dtype)
+    return weight, code_of(case.quant_type), case.blocksize
+
+
+def _double_quantize(op, case):
+    return torch.rand(case.N * case.K) + 0.5, dynamic_code()
+
+
+def _dequantize(op, case):
+    return *_base(op, case), case.dtype
+
+
+def _linear(op, case):
+    return random_tensor(case.M, case.K, dtype=case.dtype), *_base(op, case), _bias(case)
+
+
+def _linear_dx(op, case):
+    return random_tensor(case.M, case.N, dtype=case.dtype), *_base(op, case)
+
+
+def _lora(op, case):
+    x = random_tensor(case.M, case.K, dtype=case.dtype)
+    return x, *_base(op, case), *_adapter(case), _bias(case), *_dropout(case)
+
+
+def _lora_backward(op, case):
+    dy = random_tensor(case.M, case.N, dtype=case.dtype)
+    x, s = random_tensor(case.M, case.K, dtype=case.dtype), random_tensor(case.M, case.R, dtype=F32)
+    rest = (*_base(op, case), *_adapter(case), _bias(case), *_dropout(case))
+    return dy, x, s, *rest, True, True, True, case.bias is not None
+
+
+MAKE = {
+    "quantize_4bit": _quantize,
+    "double_quantize": _double_quantize,
+    "dequantize_4bit": _dequantize,
+    "linear_4bit": _linear,
+    "linear_4bit_dx": _linear_dx,
+    "lora_linear_4bit": _lora,
+    "lora_linear_4bit_backward": _lora_backward,
+    "lora_linear": _lora,
+    "lora_linear_backward": _lora_backward,
+}
+
+
+def call(op: str, args: tuple, case: Case) -> torch.Tensor:
+    """The public function of a forward operator on its arguments; it draws its own dropout seed."""
+    if op == "lora_linear":
+        x, weight, A, B, scaling, bias, dropout_p, _ = args
+        return lk.lora_linear(x, weight, A, B, scaling, bias, dropout_p)
+    w = weight_of(args[1:10], case)
+    if op == "linear_4bit":
+        return lk.linear_4bit(args[0], w, args[10])
+    A, B, scaling, bias, dropout_p, _ = args[10:]
+    return lk.lora_linear_4bit(args[0], w, A, B, scaling, bias, dropout_p)
+
+
+def make(op: str, case: Case) -> tuple:
+    """Random arguments of ``torch.ops.lowrank_kernels.<op>`` for this problem."""
+    return MAKE[op](op, case)

@@ -1,0 +1,143 @@
+"""Fixtures: the backend, seeds, threads; and which tests run by default.
+
+``LOWRANK_TEST_FULL=1`` runs everything. Without it a test marked ``slow`` runs only when the checksum of
+its name falls into one quarter (the same quarter every time). A test marked ``large_memory(gigabytes)``
+runs when twice that much memory is available.
+``LOWRANK_BACKEND=reference`` tests the reference alone, for work on the tests without a build.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import random
+import re
+import zlib
+from collections.abc import Iterator
+
+import cases
+import lowrank_kernels as lk
+import numpy as np
+import pytest
+import torch
+from lowrank_kernels.formats import code_of
+
+FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
+SHARDS = 4
+ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
+# A backend of another device is one more name here, and a torch.device() context in `entered`.
+KERNELS = ("reference",) if ONLY_REFERENCE else ("cpu-scalar", "cpu-avx2", "cpu-avx512")
+
+
+@contextlib.contextmanager
+def entered(name: str) -> Iterator[str]:
+    """Runs the operators on one of ``KERNELS`` or "reference", and makes sure that they do.
+
+    A CPU without the instruction set is a skip; a library that was not built is an error.
+    """
+    kind, _, isa = name.partition("-")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lk.backends.use(kind))
+        if isa:
+            if isa not in lk.backends.isas():
+                pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
+            stack.enter_context(lk.backends.use_isa(isa))
+            assert lk.backends.isa() == isa
+        assert lk.backends.active() == kind
+        yield name
+
+
+@pytest.fixture(params=KERNELS)
+def backend(request) -> Iterator[str]:
+    """Each set of native kernels in turn."""
+    with entered(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=dict.fromkeys((*KERNELS, "reference")))
+def any_backend(request) -> Iterator[str]:
+    """The native kernels and the reference: for what is not about numbers."""
+    with entered(request.param) as name:
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def seeded(request) -> None:
+    """The same data in every run, and for every backend of a test."""
+    name = re.sub(r"cpu-\w+|reference", "", request.node.nodeid.rpartition("/")[2])
+    torch.manual_seed(zlib.crc32(name.encode()))
+    random.seed(name)
+
+
+@pytest.fixture(autouse=True)
+def enough_memory(request) -> None:
+    """Checked when the test runs, not at collection: other programs come and go."""
+    marker = request.node.get_closest_marker("large_memory")
+    if marker is None:
+        return
+    needed, available = marker.args[0], available_gigabytes()
+    if available < 2 * needed:
+        pytest.skip(f"needs {needed} GB of memory and as much again free, has {available:.1f} GB")
+
+
+def available_gigabytes() -> float:
+    """What the kernel (of the operating system) thinks a new program could take."""
+    meminfo = pathlib.Path("/proc/meminfo")
+    if not meminfo.exists():
+        return 0.0
+    return int(re.search(r"MemAvailable:\s*(\d+) kB", meminfo.read_text())[1]) / 2**20
+
+
+@pytest.fixture
+def set_threads() -> Iterator:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def large_weight() -> tuple[lk.Weight4bit, lk.Weight4bit]:
+    """A weight of more than 2^31 elements that takes little memory, and its last rows as a weight.
+
+    All pages but those of the last rows are the kernel's one page of zeros; scales are zero there.
+    """
+    K, rows, blocksize = 2**14, 3, 4096
+    N = 2**31 // K + rows
+    blocks = N * K // blocksize
+    packed = torch.from_numpy(np.zeros(N * K // 2, dtype=np.uint8))
+    absmax = torch.zeros(blocks)
+    end = packed[-rows * K // 2 :]
+    end.copy_(torch.randint(0, 256, end.shape, generator=torch.Generator().manual_seed(0)))
+    absmax[-rows * K // blocksize :] = 0.01
+    code = code_of("nf4")
+    whole = lk.Weight4bit(packed, absmax, code, torch.Size((N, K)), cases.BF16, "nf4", blocksize)
+    last = (end, absmax[-rows * K // blocksize :], code, torch.Size((rows, K)))
+    return whole, lk.Weight4bit(*last, cases.BF16, "nf4", blocksize)
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    if isinstance(val, cases.Case):
+        return str(val)
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    return None
+
+
+def pytest_report_header(config):
+    slow = "all" if FULL else f"1 of {SHARDS} (LOWRANK_TEST_FULL=1 runs all)"
+    return f"lowrank_kernels: {lk.backends.report()}; slow tests: {slow}"
+
+
+def pytest_collection_modifyitems(config, items):
+    kept, dropped = [], []
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")
+        if isinstance(case, cases.Case) and case.slow:
+            item.add_marker(pytest.mark.slow)
+        shard = zlib.crc32(item.nodeid.rpartition("/")[2].encode()) % SHARDS
+        (dropped if item.get_closest_marker("slow") and shard and not FULL else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept

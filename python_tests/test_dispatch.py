@@ -1,0 +1,258 @@
+"""What runs is what was asked for, or an error says why not: instruction sets, backends, environment."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import cases
+import conftest
+import lowrank_kernels as lk
+import pytest
+import torch
+from lowrank_kernels import backends, reference
+from lowrank_kernels.schema import OPS, ops
+
+needs_native = pytest.mark.skipif(
+    conftest.ONLY_REFERENCE, reason="LOWRANK_BACKEND=reference: the native kernels are not tested"
+)
+ISAS = ("scalar", "avx2", "avx512")
+PACKAGE = pathlib.Path(lk.__file__).parent
+
+
+@pytest.fixture
+def reference_calls(monkeypatch):
+    """The names of the reference's operators, as they run."""
+    calls = []
+
+    def recorded(name, function):
+        def run(*args):
+            calls.append(name)
+            return function(*args)
+
+        return run
+
+    for name in OPS:
+        monkeypatch.setattr(reference, name, recorded(name, getattr(reference, name)))
+    return calls
+
+
+# -- instruction sets --------------------------------------------------------------------------------------
+
+
+@needs_native
+def test_the_best_instruction_set_is_the_default():
+    assert lk.backends.isas()[-1] == "scalar" and set(lk.backends.isas()) <= set(ISAS)
+    if not os.environ.get("LOWRANK_ISA"):
+        assert lk.backends.isa() == lk.backends.isas()[0]
+
+
+@needs_native
+def test_use_isa_forces_and_restores():
+    before = lk.backends.isa()
+    for isa in lk.backends.isas():
+        with lk.backends.use_isa(isa):
+            assert lk.backends.isa() == isa == lk.backends.report()["isa"]
+            with lk.backends.use_isa("scalar"):
+                assert lk.backends.isa() == "scalar"
+            assert lk.backends.isa() == isa
+    with pytest.raises(ZeroDivisionError), lk.backends.use_isa("scalar"):
+        _ = 1 / 0
+    assert lk.backends.isa() == before
+
+
+@needs_native
+def test_another_instruction_set_is_other_code():
+    """Lanes of 1, 8 and 16 sum in another order, which shows in the last bits of some of 1000 sums."""
+    x, *rest = cases.make("linear_4bit", cases.Case(1, 1000, 1024))
+    results = {}
+    for isa in lk.backends.isas():
+        with lk.backends.use_isa(isa):
+            results[isa] = ops.linear_4bit(x, *rest)
+    if len(results) == 1:
+        pytest.skip(f"this CPU has kernels for {list(results)} alone: nothing to tell apart")
+    for a in results:
+        for b in results:
+            assert a == b or not torch.equal(results[a], results[b]), f"{a} and {b}: the same bits"
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["sse2", "AVX2", "avx-512", "scalar ", "0"])
+def test_unknown_instruction_set(name):
+    before = lk.backends.isa()
+    with pytest.raises(ValueError) as error, lk.backends.use_isa(name):
+        pytest.fail("the block must not run")
+    for known in (*lk.backends.isas(), name):
+        assert f"'{known}'" in str(error.value)
+    assert lk.backends.isa() == before
+
+
+@needs_native
+def test_instruction_set_that_this_cpu_lacks():
+    missing = [isa for isa in backends._host.isa_names() if isa not in lk.backends.isas()]
+    if not missing:
+        pytest.skip("this CPU supports every instruction set that was compiled")
+    with pytest.raises(ValueError, match="this CPU supports"), lk.backends.use_isa(missing[0]):
+        pytest.fail("the block must not run")
+
+
+# -- backends ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_reference_runs_when_asked_for(op, reference_calls):
+    args = cases.make(op, cases.Case())
+    with lk.backends.use("reference"):
+        assert lk.backends.active() == "reference"
+        getattr(ops, op)(*args)
+    assert op in reference_calls
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_native_kernels_never_run_the_reference(op, backend, reference_calls):
+    """No silent fallback, whatever the case."""
+    if conftest.ONLY_REFERENCE:
+        pytest.skip("LOWRANK_BACKEND=reference: the native kernels are not tested")
+    for case in (*cases.FEW, cases.Case(M=0), cases.Case(M=1, N=1, K=1)):
+        getattr(ops, op)(*cases.make(op, case))
+    assert reference_calls == []
+
+
+@needs_native
+def test_use_nests_and_restores(reference_calls):
+    args = cases.make("linear_4bit", cases.Case())
+
+    def runs_reference():
+        reference_calls.clear()
+        ops.linear_4bit(*args)
+        return bool(reference_calls)
+
+    use = lk.backends.use
+    assert not runs_reference()
+    with use("reference"):
+        assert runs_reference()
+        with use("reference"):
+            assert runs_reference()
+        assert runs_reference()
+        with use("cpu"):
+            assert lk.backends.active() == "cpu" and not runs_reference()
+        assert lk.backends.active() == "reference" and runs_reference()
+    with pytest.raises(ZeroDivisionError), use("reference"):
+        _ = 1 / 0
+    assert lk.backends.active() == "cpu" and not runs_reference()
+
+
+@pytest.mark.parametrize("name", ["gpu", "CPU", "", None, 0, "cpu-avx2"])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError) as error, lk.backends.use(name):
+        pytest.fail("the block must not run")
+    for known in ("cpu", "cuda", "triton", "reference"):
+        assert repr(known) in str(error.value)
+    assert repr(name) in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without CUDA")
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_backend_that_was_not_built(name):
+    with pytest.raises(RuntimeError) as error, lk.backends.use(name):
+        pytest.fail("the block must not run")
+    assert f"backend '{name}' is not available" in str(error.value)
+    assert "pip install -e . --no-build-isolation" in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without CUDA")
+@pytest.mark.parametrize("op", OPS)
+def test_cuda_tensors_get_an_error_that_says_so(op, reference_calls):
+    """What the dispatcher would call for a CUDA tensor, called with CPU tensors for want of others."""
+    if conftest.ONLY_REFERENCE:
+        pytest.skip("LOWRANK_BACKEND=reference: the reference serves CUDA tensors as well")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(RuntimeError, match="lowrank_kernels has no CUDA kernels: .*without CUDA"):
+        getattr(ops, op).default.redispatch(keys, *cases.make(op, cases.Case()))
+    assert reference_calls == []
+
+
+def test_report():
+    report = lk.backends.report()
+    assert report["active"] == lk.backends.active() and "reference" in report["available"]
+    assert report["threads"] == torch.get_num_threads() and report["torch"] == torch.__version__
+    native = "cpu" in report["available"]
+    assert report["isas_supported"] == (lk.backends.isas() if native else [])
+    assert isinstance(report["build"], str) and report["build"]
+
+
+# -- environment -------------------------------------------------------------------------------------------
+
+SHOW = (
+    "import lowrank_kernels as lk, torch; from lowrank_kernels import reference; "
+    "calls = []; f = reference.linear_4bit; "
+    "reference.linear_4bit = lambda *a: (calls.append(1), f(*a))[1]; "
+    "lk.linear_4bit(torch.ones(1, 64), lk.quantize_4bit(torch.ones(2, 64))); "
+    "print(lk.backends.active(), len(calls), lk.backends.report()['isa'])"
+)
+
+
+def python(environment, program=SHOW, root=PACKAGE.parent):
+    """Runs a program in a new process; (exit status, last line of output, last line of errors)."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("LOWRANK_")}
+    path = os.pathsep.join([str(root), *filter(None, [inherited.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,  # which comes first in the path of a program given with -c
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    last = [(stream.strip().splitlines() or [""])[-1] for stream in (result.stdout, result.stderr)]
+    return result.returncode, *last
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_isa_from_the_environment(isa):
+    if isa not in lk.backends.isas():
+        pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
+    assert python({"LOWRANK_ISA": isa}) == (0, f"cpu 0 {isa}", "")
+
+
+def test_reference_from_the_environment():
+    status, output, errors = python({"LOWRANK_BACKEND": "reference"})
+    assert (status, errors) == (0, "") and output.startswith("reference 1 ")
+
+
+@needs_native
+def test_empty_environment_is_no_choice():
+    empty = {"LOWRANK_ISA": "", "LOWRANK_BACKEND": ""}
+    assert python(empty) == (0, f"cpu 0 {lk.backends.isas()[0]}", "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"LOWRANK_BACKEND": "gpu"}, ("ValueError: backend: expected one of", "'cuda'", "'gpu'")),
+        ({"LOWRANK_BACKEND": "cuda"}, ("RuntimeError: backend 'cuda' is not available", "build:")),
+        pytest.param(
+            {"LOWRANK_ISA": "sse9"}, ("ValueError", "'avx2'", "'sse9'"), marks=needs_native
+        ),
+    ],
+)
+def test_bad_environment_fails_at_import(environment, words):
+    if "cuda" in environment.values() and torch.cuda.is_available():
+        pytest.skip("this is about a machine without CUDA")
+    status, output, errors = python(environment)
+    assert status == 1 and output == ""
+    assert all(word in errors for word in words), errors
+
+
+def test_without_the_library_every_op_says_how_to_build_it(tmp_path):
+    """The package as it is before a build: it imports, and only the reference runs, on request."""
+    without = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=without)
+    status, output, errors = python({}, root=tmp_path)
+    assert status == 1 and output == ""
+    assert errors.startswith("RuntimeError: lowrank_kernels has no CPU kernels: ")
+    assert errors.endswith("; build: pip install -e . --no-build-isolation")
+    status, output, _ = python({"LOWRANK_BACKEND": "reference"}, root=tmp_path)
+    assert (status, output) == (0, "reference 1 None")

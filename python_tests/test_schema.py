@@ -1,0 +1,262 @@
+"""Every operator has all its parts, and every operator keeps what all of them promise.
+
+Numbers are in test_<operator>.py. Here: fakes, ``opcheck``, layouts, the same bits again, on any number
+of threads, and in any batch.
+"""
+
+import inspect
+import pathlib
+
+import cases
+import conftest
+import lowrank_kernels as lk
+import pytest
+import tolerance
+import torch
+from lowrank_kernels import reference
+from lowrank_kernels.schema import NAMESPACE, OPS, ops
+
+HERE = pathlib.Path(__file__).parent
+BY_ROWS = [
+    "linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "lora_linear_4bit_backward",
+    "lora_linear", "lora_linear_backward",
+]  # fmt: skip
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def run(op, args):
+    outputs = getattr(ops, op)(*args)
+    return outputs if isinstance(outputs, tuple | list) else (outputs,)
+
+
+# -- every operator has all its parts ----------------------------------------------------------------------
+
+
+@each_op
+def test_op_has_all_its_parts(op):
+    assert inspect.isfunction(getattr(reference, op))
+    assert inspect.isfunction(OPS[op].fake)
+    assert op in cases.MAKE
+    test = HERE / f"test_{op}.py"
+    assert test.exists() and op in test.read_text(), f"{test.name} is missing or never names {op}"
+
+
+def test_nothing_but_the_ops_has_cases():
+    assert cases.MAKE.keys() == OPS.keys()
+
+
+@each_op
+@pytest.mark.parametrize("key", ["CPU", "CUDA", "Meta"])
+def test_op_is_registered_for(op, key):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key)
+
+
+@each_op
+def test_native_kernels_are_in_the_library(op):
+    if conftest.ONLY_REFERENCE:
+        pytest.skip("LOWRANK_BACKEND=reference: only the reference is tested")
+    dump = torch._C._dispatch_dump(f"{NAMESPACE}::{op}")
+    places = [line for line in dump.splitlines() if line.startswith("CPU: registered at")]
+    assert len(places) == 1 and "csrc/ops/cpu.cpp" in places[0], dump  # not the stand-in for none
+
+
+@each_op
+def test_runs_on_every_backend(op, any_backend):
+    run(op, cases.make(op, cases.Case()))
+
+
+# -- fakes and opcheck -------------------------------------------------------------------------------------
+
+
+@each_op
+@pytest.mark.parametrize("case", [*cases.FEW, cases.Case(M=0), cases.Case(M=1, N=1, K=1, R=1)])
+def test_fake_gives_what_the_kernel_gives(op, case, any_backend):
+    args = cases.make(op, case)
+    fakes = OPS[op].fake(*(_to_meta(a) for a in args))
+    fakes = fakes if isinstance(fakes, tuple) else (fakes,)
+    for real, fake in zip(run(op, args), fakes, strict=True):
+        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
+        assert real.is_contiguous()
+
+
+def _to_meta(value):
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+
+@each_op
+@pytest.mark.parametrize("case", [cases.FEW[2], cases.Case(M=0)])
+def test_opcheck(op, case):
+    """On the best kernels alone: nothing that opcheck looks at differs between instruction sets."""
+    result = torch.library.opcheck(getattr(ops, op).default, cases.make(op, case))
+    assert set(result.values()) == {"SUCCESS"} and len(result) >= 4
+
+
+@each_op
+def test_opcheck_of_the_reference(op):
+    with conftest.entered("reference"):
+        torch.library.opcheck(getattr(ops, op).default, cases.make(op, cases.FEW[2]))
+
+
+# -- layouts -----------------------------------------------------------------------------------------------
+
+
+def _padded(t, rows=1, columns=7):
+    """The same values inside a wider buffer of NaNs: rows apart, and not aligned to anything."""
+    if t.dim() != 2:
+        return t
+    wide = torch.full((t.shape[0] + rows, t.shape[1] + columns), torch.nan, dtype=t.dtype)
+    wide[: t.shape[0], 3 : 3 + t.shape[1]] = t
+    return wide[: t.shape[0], 3 : 3 + t.shape[1]]
+
+
+def _every_second(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
+    "rows_apart": _padded,
+    "columns_apart": _every_second,
+    "negated_view": lambda t: torch._neg_view(-t),
+    "requires_grad": lambda t: t.clone().requires_grad_(),
+}
+
+
+@each_op
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [cases.FEW[2], cases.FEW[3], cases.Case(M=1, N=1, K=64)])
+def test_strides_do_not_matter(op, layout, case, backend):
+    args = cases.make(op, case)
+    expected = run(op, args)
+    # The packed bytes, scales and codes of a weight are contiguous by contract; absmax is one of them.
+    first = _first_weight_argument(op)
+    strided = [
+        LAYOUTS[layout](a)
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in first
+        else a
+        for i, a in enumerate(args)
+    ]
+    tolerance.assert_same_bits(f"{op}, {layout}", run(op, strided), expected)
+
+
+@each_op
+@pytest.mark.parametrize("case", [cases.FEW[1], cases.FEW[2]])
+def test_alignment_does_not_matter(op, case, backend):
+    """A checkpoint's tensors lie at any byte of its file."""
+    args = cases.make(op, case)
+    expected = run(op, args)
+    shifted = [_unaligned(a) if isinstance(a, torch.Tensor) else a for a in args]
+    tolerance.assert_same_bits(op, run(op, shifted), expected)
+
+
+def _unaligned(t):
+    buffer = torch.empty(t.numel() + 1, dtype=t.dtype)
+    buffer[1:] = t.flatten()
+    return buffer[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("op", BY_ROWS)
+@pytest.mark.parametrize("case", [cases.FEW[1], cases.FEW[2]])
+def test_rows_expanded_from_one(op, case, backend):
+    """Stride 0, as the gradient of a sum has it."""
+    args = cases.make(op, case)
+    expanded = [
+        a[:1].expand(a.shape) if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a
+        for a in args
+    ]
+    assert any(isinstance(a, torch.Tensor) and 0 in a.stride() for a in expanded)
+    dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expanded]
+    tolerance.assert_same_bits(op, run(op, expanded), run(op, dense))
+
+
+def _first_weight_argument(op):
+    """The positions of the 4-bit weight's nine arguments."""
+    names = [a.name for a in getattr(ops, op).default._schema.arguments]
+    if "packed" not in names:
+        exact = ("code", "absmax", "nested_code")
+        return {i for i, name in enumerate(names) if name in exact}
+    start = names.index("packed")
+    return set(range(start, start + 9))
+
+
+# -- the same bits -----------------------------------------------------------------------------------------
+
+BITS = [*cases.FEW, cases.Case(64, 130, 300, R=16, bias=cases.F32, dropout_p=0.1)]
+
+
+@each_op
+@pytest.mark.parametrize("case", BITS)
+def test_same_bits_again_and_arguments_untouched(op, case, backend):
+    args = cases.make(op, case)
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+    expected = run(op, args)
+    for _ in range(3):
+        tolerance.assert_same_bits(op, run(op, args), expected)
+    for i, (a, b) in enumerate(zip(args, before)):
+        if isinstance(a, torch.Tensor):
+            tolerance.assert_same_bits(f"{op}: argument {i}", a, b)
+
+
+@each_op
+@pytest.mark.parametrize("case", [*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)])
+def test_same_bits_on_any_number_of_threads(op, case, backend, set_threads):
+    args = cases.make(op, case)
+    set_threads(1)
+    expected = run(op, args)
+    for threads in (2, 3, 7):
+        set_threads(threads)
+        tolerance.assert_same_bits(f"{op}, {threads} threads", run(op, args), expected)
+
+
+# Every height of a register tile and of a task, on both sides.
+HEIGHTS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 64, 65, 130)
+BATCH = [
+    cases.Case(130, 33, 96, "nf4", 32, bias=cases.F32, R=12),
+    cases.Case(130, 70, 65, "fp4", 64, True, cases.BF16, cases.BF16, 20, cases.BF16),
+    cases.Case(130, 17, 256, "nf4", 256, True, cases.F16, None, 3),
+    cases.Case(600, 48, 128, "nf4", 64, True, cases.BF16, cases.F32, 16),
+]
+
+
+@pytest.mark.parametrize("op", BY_ROWS)
+@pytest.mark.parametrize("case", BATCH)
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
+    """Among equal kernel families, see cases.family."""
+    args = cases.make(op, case)
+    per_row = 1 if op.endswith("backward") else 2  # dA, dB and dbias are sums over the rows
+    expected = {}
+    for height in (*HEIGHTS[::-1], case.M):
+        rows = slice(0, height) if place == "first" else slice(case.M - height, case.M)
+        part = [
+            a[rows] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a
+            for a in args
+        ]
+        outputs = run(op, part)[:per_row]
+        family = cases.family(op, case._replace(M=height))
+        tallest = expected.setdefault(family, outputs)
+        for name, out, tall in zip(("first output", "second output"), outputs, tallest):
+            same = tall[:height] if place == "first" else tall[tall.shape[0] - height :]
+            if height <= tall.shape[0]:
+                tolerance.assert_same_bits(f"{op}, {name}, {height} rows, {family}", out, same)
+
+
+@pytest.mark.parametrize("op", ["lora_linear_4bit", "lora_linear"])
+@pytest.mark.parametrize("case", BATCH)
+def test_the_adapters_own_product_is_of_one_family(op, case, backend):
+    """S has the same bits in every batch, gemv or panel: the backward pass relies on it."""
+    args = cases.make(op, case)
+    s = run(op, args)[1]
+    for height in (1, 3, 4, 5):
+        tolerance.assert_same_bits(op, run(op, (args[0][:height], *args[1:]))[1], s[:height])
+
+
+def test_the_cases_reach_both_families():
+    families = {cases.family("linear_4bit", c._replace(M=h)) for c in BATCH for h in HEIGHTS}
+    assert families == {cases.family("linear_4bit", c) for c in cases.ALL} == {"gemv", "panel"}
+
+
+def test_errors_name_the_schema(any_backend):
+    with pytest.raises(RuntimeError, match="linear_4bit"):
+        ops.linear_4bit(torch.zeros(1, 64))
+    assert lk.backends.active() in ("cpu", "reference")

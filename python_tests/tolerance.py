@@ -1,0 +1,149 @@
+"""The bound a kernel must keep, element by element; no averages.
+
+    |actual - reference| <= c u_acc magnitude + u_out |reference| + floor
+
+``reference`` is float64 on the same quantized weights. ``magnitude`` is the same formula on absolute
+values, so every product that a kernel sums stands in it with its size. For a linear layer that is
+``|X| |W|ᵀ + |bias|``. With an adapter it has these terms, named as the errors they bound:
+
+    base     |X| |W|ᵀ                          sums of the frozen matrix
+    adapter  |scaling| (|X̃| |A|ᵀ) |B|ᵀ         S is itself a float32 sum, and its error goes through B;
+                                               then the sum of S Bᵀ
+    bias     |bias|                            one addition
+
+and likewise for the gradients, where dS takes the place of S. No kernel rounds an intermediate to
+less than float32, so u_acc is the same for all terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from lowrank_kernels import reference
+
+U_ACC = 2.0**-24  # unit roundoff of float32, the dtype of every sum and intermediate
+
+# u_out: one rounding at the end, to nearest.
+U_OUT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+# Below the normal range a rounding is absolute: half of the smallest subnormal of the output, plus up
+# to 2^16 float32 products that each lose 2^-150.
+FLOOR = {
+    torch.float32: 2.0**-150 + 2.0**-134,
+    torch.bfloat16: 2.0**-134 + 2.0**-134,
+    torch.float16: 2.0**-25 + 2.0**-134,
+}
+
+# c for data of zero mean. A partial sum after k of K terms is about sqrt(k) |t| and each addition rounds
+# at u of it, so the whole error of one accumulator is about u |t| K / 2, while magnitude is about
+# 2/3 K |t|: some 0.7 u whatever K is, and 4 to 5 standard deviations over the elements of a test. Several
+# accumulators only make it smaller. To that come at most 3 u for the roundings of one product
+# (scale times code, times x, times 1/(1-p)); the adapter's term has two such sums, each with half of the
+# magnitude's growth. 8 holds all this with about a factor of two; a result that lost one term, or
+# rounded one intermediate to bfloat16, misses it by orders of magnitude.
+C_ZERO_MEAN = 8.0
+
+
+def c_worst_case(terms: int) -> float:
+    """c for any data, of any sign and range: the a-priori bound of a sum of that many terms in float32."""
+    return 8.0 + terms
+
+
+def evaluate(op: str, args: tuple) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """(reference outputs, magnitudes), float64, for one of the matrix operators and its arguments."""
+    function = getattr(reference, op)
+    values = function(*args)
+    # The weight is made dense, so that absolute values can be taken of it.
+    if op == "linear_4bit":
+        x, bias = args[0].double(), args[-1]
+        magnitudes = x.abs() @ reference.dequantize_4bit(*args[1:10]).double().abs().T
+        magnitudes = magnitudes if bias is None else magnitudes + bias.double().abs()
+    elif op == "linear_4bit_dx":
+        magnitudes = args[0].double().abs() @ reference.dequantize_4bit(*args[1:10]).double().abs()
+    elif op in ("lora_linear_4bit", "lora_linear_4bit_backward"):
+        start = 1 if op == "lora_linear_4bit" else 3
+        weight = reference.dequantize_4bit(*args[start : start + 9])
+        dense = (*args[:start], weight, *args[start + 9 :])
+        magnitudes = getattr(reference, op.replace("_4bit", ""))(*map(_absolute, dense))
+    else:
+        magnitudes = function(*map(_absolute, args))
+    if not isinstance(values, tuple):
+        values, magnitudes = (values,), (magnitudes,)
+    return values, magnitudes
+
+
+def _absolute(value):
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.double().abs()
+    return abs(value) if type(value) is float else value
+
+
+OUTPUTS = {
+    "lora_linear_4bit": ("y", "s"),
+    "lora_linear": ("y", "s"),
+    "lora_linear_4bit_backward": ("dx", "dA", "dB", "dbias"),
+    "lora_linear_backward": ("dx", "dA", "dB", "dbias"),
+}
+
+
+def check(op: str, args: tuple, outputs, c: float = C_ZERO_MEAN) -> None:
+    """Asserts that the outputs of ``op(*args)`` keep the bound."""
+    values, magnitudes = evaluate(op, args)
+    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    assert len(outputs) == len(values), f"{op}: {len(outputs)} outputs, expected {len(values)}"
+    names = OUTPUTS.get(op, ("output",))
+    for name, actual, value, magnitude in zip(names, outputs, values, magnitudes, strict=True):
+        assert_close(f"{op}: {name}", actual, value, magnitude, c)
+
+
+def assert_close(
+    name: str,
+    actual: torch.Tensor,
+    value: torch.Tensor,
+    magnitude: torch.Tensor,
+    c: float = C_ZERO_MEAN,
+) -> None:
+    """Asserts the bound; a failure prints the worst element.
+
+    Where the reference is NaN or infinite, or overflows the output's dtype, the same must come.
+    """
+    assert actual.shape == value.shape, f"{name}: shape {tuple(actual.shape)}, not {value.shape}"
+    if value.numel() == 0:
+        return
+    a = actual.detach().double()
+    bound = c * U_ACC * magnitude + U_OUT[actual.dtype] * value.abs() + FLOOR[actual.dtype]
+    rounded = value.to(actual.dtype).double()
+    same = (a == rounded) | (a.isnan() & rounded.isnan())
+    error = (a - value).abs()
+    wrong = ~(same | (error <= bound))
+    if not wrong.any():
+        return
+    ratio = torch.where(wrong, error / bound, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    index = tuple(int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
+    raise AssertionError(
+        f"{name}: {int(wrong.sum())} of {wrong.numel()} elements exceed the bound; worst at {index}: "
+        f"expected {value[index].item():.9g}, got {a[index].item():.9g}, "
+        f"error {error[index].item():.3g}, bound {bound[index].item():.3g}, "
+        f"ratio {ratio[index].item():.3g}"
+    )
+
+
+def assert_same_bits(name: str, actual, expected) -> None:
+    """Asserts equal dtype, shape and bytes (so -0.0 is not 0.0, and NaNs of equal bits are equal)."""
+    if isinstance(expected, tuple | list):
+        assert len(actual) == len(expected), f"{name}: {len(actual)} outputs, not {len(expected)}"
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_bits(f"{name}[{i}]", a, e)
+        return
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{name}: {actual.shape}, expected {expected.shape}"
+    a, e = (t.detach().contiguous().flatten().view(torch.uint8) for t in (actual, expected))
+    if torch.equal(a, e):
+        return
+    size = actual.element_size()
+    differ = (a.view(-1, size) != e.view(-1, size)).any(1)
+    flat = int(differ.nonzero()[0])
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), actual.shape))
+    raise AssertionError(
+        f"{name}: {int(differ.sum())} of {differ.numel()} elements differ in their bits; first at "
+        f"{index}: expected {expected[index].item()!r}, got {actual[index].item()!r}"
+    )
