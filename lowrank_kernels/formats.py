@@ -112,7 +112,7 @@ class Weight4bit:
         return 8.0 * size / max(1, math.prod(self.shape))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W as a dense ``[N, K]`` tensor: exact float32 products, rounded once to ``dtype`` (default: ``self.dtype``)."""
+        """W dense, ``[N, K]``: float32 products, rounded once to ``dtype`` (default: ``self.dtype``)."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")

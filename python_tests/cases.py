@@ -12,8 +12,9 @@ import itertools
 import random
 from typing import NamedTuple
 
-import lowrank_kernels as lk
 import torch
+
+import lowrank_kernels as lk
 from lowrank_kernels import Weight4bit
 from lowrank_kernels.formats import BLOCKSIZES, code_of, dynamic_code
 from lowrank_kernels.schema import NESTED_BLOCKSIZE, ceil_div
@@ -167,7 +168,7 @@ def family(op: str, case: Case) -> str:
     return "gemv" if 1 <= case.M <= 4 and fits else "panel"
 
 
-# -- tensors -------------------------------------------------------------------------------------------------
+# -- tensors ---------------------------------------------------------------------------------------
 # From torch's generator, which conftest.py seeds for each test.
 
 

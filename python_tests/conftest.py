@@ -16,11 +16,12 @@ import re
 import zlib
 from collections.abc import Iterator
 
-import cases
-import lowrank_kernels as lk
 import numpy as np
 import pytest
 import torch
+
+import cases
+import lowrank_kernels as lk
 from lowrank_kernels.formats import code_of
 
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"

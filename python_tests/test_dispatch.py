@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+import torch
+
 import cases
 import conftest
 import lowrank_kernels as lk
-import pytest
-import torch
 from lowrank_kernels import backends, reference
 from lowrank_kernels.schema import OPS, ops
 
@@ -38,7 +39,7 @@ def reference_calls(monkeypatch):
     return calls
 
 
-# -- instruction sets --------------------------------------------------------------------------------------
+# -- instruction sets ------------------------------------------------------------------------------
 
 
 @needs_native
@@ -97,7 +98,7 @@ def test_instruction_set_that_this_cpu_lacks():
         pytest.fail("the block must not run")
 
 
-# -- backends ----------------------------------------------------------------------------------------------
+# -- backends --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -168,7 +169,7 @@ def test_cuda_tensors_get_an_error_that_says_so(op, reference_calls):
     if conftest.ONLY_REFERENCE:
         pytest.skip("LOWRANK_BACKEND=reference: the reference serves CUDA tensors as well")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match="lowrank_kernels has no CUDA kernels: .*without CUDA"):
+    with pytest.raises(RuntimeError, match=r"lowrank_kernels has no CUDA kernels: .*without CUDA"):
         getattr(ops, op).default.redispatch(keys, *cases.make(op, cases.Case()))
     assert reference_calls == []
 
@@ -182,7 +183,7 @@ def test_report():
     assert isinstance(report["build"], str) and report["build"]
 
 
-# -- environment -------------------------------------------------------------------------------------------
+# -- environment -----------------------------------------------------------------------------------
 
 SHOW = (
     "import lowrank_kernels as lk, torch; from lowrank_kernels import reference; "

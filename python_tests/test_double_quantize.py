@@ -1,10 +1,11 @@
 """8-bit scales: offset = mean, the rest to the nearest of 256 values in blocks of 256."""
 
+import pytest
+import torch
+
 import cases
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels import reference
 from lowrank_kernels.formats import dynamic_code
 from lowrank_kernels.schema import ops
@@ -44,11 +45,15 @@ def test_scales_of_very_different_size(backend):
 
 
 def test_ties_go_low(backend):
-    """Symmetric data has mean 0; within [-1, 1] the values are the midpoints themselves."""
-    code = dynamic_code()
-    middle = ((code[:-1].double() + code[1:].double()) / 2).float()
-    for part in (middle[middle > 0], middle[middle > 0].nextafter(torch.tensor(0.0))):
-        check(torch.cat([part, -part, torch.tensor([1.0, -1.0])]))
+    """Symmetric data has mean 0; in a block whose largest is 1 the values are the midpoints themselves."""
+    middle = (dynamic_code()[:-1] + dynamic_code()[1:]) / 2
+    positive = middle[middle > 0][1:]
+    below, above = (positive.nextafter(torch.tensor(end)) for end in (0.0, 2.0))
+    for part in (positive, below, above):
+        absmax = torch.cat([torch.tensor([1.0, -1.0]), part, -part])
+        assert len(absmax) == 256
+        _, nested_absmax, offset = check(absmax)
+        assert nested_absmax == 1 and offset == 0
 
 
 def test_reference_takes_the_nearest_code():

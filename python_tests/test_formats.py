@@ -7,14 +7,15 @@ import json
 import math
 import random
 
-import cases
-import lowrank_kernels as lk
 import pytest
-import tolerance
 import torch
-from lowrank_kernels.formats import code_of, dynamic_code
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import cases
+import lowrank_kernels as lk
+import tolerance
+from lowrank_kernels.formats import code_of, dynamic_code
 
 FORMATS = list(itertools.product(("nf4", "fp4"), (False, True)))
 
@@ -35,7 +36,7 @@ def same_entries(actual, expected):
         tolerance.assert_same_bits(key, actual[key], expected[key])
 
 
-# -- golden bytes ------------------------------------------------------------------------------------------
+# -- golden bytes ----------------------------------------------------------------------------------
 # Written by bitsandbytes 0.50.2 for GOLDEN_WEIGHT in blocks of 32: two whole ones and one of two elements.
 
 GOLDEN_WEIGHT = ((((torch.arange(66) * 37) % 101 - 50) / 16).view(3, 22)).bfloat16()
@@ -82,7 +83,8 @@ def test_golden_bytes(quant_type, double_quant, backend):
     assert bytes_of(entries["layer.weight"]).hex() == GOLDEN_PACKED[quant_type]
     assert bytes_of(entries["layer.weight.absmax"]).hex() == GOLDEN_ABSMAX[double_quant]
     assert bytes_of(entries[key]).decode() == state[:-1] + (GOLDEN_NESTED if double_quant else "}")
-    assert hashlib.sha256(bytes_of(entries["layer.weight.quant_map"])).hexdigest() == SHA256[quant_type]
+    table = hashlib.sha256(bytes_of(entries["layer.weight.quant_map"]))
+    assert table.hexdigest() == SHA256[quant_type]
     if double_quant:
         assert bytes_of(entries["layer.weight.nested_absmax"]).hex() == GOLDEN_NESTED_ABSMAX
         assert bytes_of(w.dequantize()).hex() == GOLDEN_DENSE[quant_type]
@@ -91,7 +93,9 @@ def test_golden_bytes(quant_type, double_quant, backend):
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_golden_entries_load(quant_type, backend):
     hexes = {"": GOLDEN_PACKED[quant_type], ".absmax": GOLDEN_ABSMAX[True]}
-    entries = {f"w{k}": torch.tensor(list(bytes.fromhex(v)), dtype=torch.uint8) for k, v in hexes.items()}
+    entries = {
+        f"w{k}": torch.tensor(list(bytes.fromhex(v)), dtype=torch.uint8) for k, v in hexes.items()
+    }
     nested = torch.tensor(list(bytes.fromhex(GOLDEN_NESTED_ABSMAX)), dtype=torch.uint8)
     entries["w.quant_map"], entries["w.nested_quant_map"] = code_of(quant_type), dynamic_code()
     entries["w.nested_absmax"] = nested.view(torch.float32)
@@ -102,7 +106,7 @@ def test_golden_entries_load(quant_type, backend):
     assert bytes_of(w.dequantize()).hex() == GOLDEN_DENSE[quant_type]
 
 
-# -- bitsandbytes' own -------------------------------------------------------------------------------------
+# -- bitsandbytes' own -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
@@ -163,7 +167,7 @@ def test_two_weights_share_no_memory():
     assert len({t.data_ptr() for t in state.values()}) == len(state)
 
 
-# -- the class ---------------------------------------------------------------------------------------------
+# -- the class -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
@@ -191,10 +195,11 @@ def test_quantizing_on_meta_gives_the_same_sizes():
     real, meta = (lk.quantize_4bit(torch.zeros(7, 37, device=d)) for d in ("cpu", "meta"))
     meta.validate()
     for name, tensor in real.tensors().items():
-        assert (meta.tensors()[name].shape, meta.tensors()[name].dtype) == (tensor.shape, tensor.dtype)
+        other = meta.tensors()[name]
+        assert (other.shape, other.dtype) == (tensor.shape, tensor.dtype)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def blob_of(text):
@@ -221,10 +226,13 @@ def with_state(**changes):
 
 
 def with_entry(**changes):
-    return lambda entries: entries | {
-        "w" if k == "packed" else f"w.{k}": f(entries["w" if k == "packed" else f"w.{k}"])
-        for k, f in changes.items()
-    }
+    """An edit of tensors by name."""
+
+    def edit(entries):
+        keys = {name: "w" if name == "packed" else f"w.{name}" for name in changes}
+        return entries | {keys[name]: f(entries[keys[name]]) for name, f in changes.items()}
+
+    return edit
 
 
 def without(key):

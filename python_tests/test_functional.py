@@ -2,12 +2,13 @@
 
 import warnings
 
-import cases
-import lowrank_kernels as lk
 import pytest
-import tolerance
 import torch
 from torch.utils.checkpoint import checkpoint
+
+import cases
+import lowrank_kernels as lk
+import tolerance
 
 OPS = ["linear_4bit", "lora_linear_4bit", "lora_linear"]
 LORA = OPS[1:]
@@ -28,7 +29,7 @@ def keywords(op):
     return named
 
 
-# -- errors ------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 BAD_TENSOR = [None, 1.0, [[1.0]], "x"]
 BAD_DTYPE = [torch.float64, torch.int8, torch.bool, torch.complex64]
@@ -90,7 +91,7 @@ def test_numbers_of_other_kinds(op):
     tolerance.assert_same_bits("y", getattr(lk, op)(**named | {"dropout_p": 0}), expected)
 
 
-# -- shapes ------------------------------------------------------------------------------------------------
+# -- shapes ----------------------------------------------------------------------------------------
 
 LEADING = [(), (0,), (1,), (7,), (2, 3), (2, 0, 3), (1, 1, 1), (3, 1, 2, 2)]
 
@@ -139,7 +140,7 @@ def test_views_of_x_and_their_gradients(op, view, any_backend):
     tolerance.assert_same_bits("y, gradient of x", *results)
 
 
-# -- autograd ----------------------------------------------------------------------------------------------
+# -- autograd --------------------------------------------------------------------------------------
 
 
 @each_op
@@ -163,7 +164,7 @@ def test_double_backward_is_an_error(op, any_backend):
     x = named["x"].requires_grad_()
     y = getattr(lk, op)(**named)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiate twice"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|differentiate twice"):
         (dx.square().sum() + y.sum()).backward()
 
 
@@ -219,7 +220,7 @@ def test_no_warnings(op, any_backend):
             getattr(lk, op)(**keywords(op))
 
 
-# -- autocast ----------------------------------------------------------------------------------------------
+# -- autocast --------------------------------------------------------------------------------------
 
 
 @each_op
@@ -247,7 +248,7 @@ def test_autocast_leaves_what_linear_refuses(op):
                 getattr(lk, op)(**keywords(op) | {"x": torch.ones(M, K).to(dtype)})
 
 
-# -- torch.compile -----------------------------------------------------------------------------------------
+# -- torch.compile ---------------------------------------------------------------------------------
 
 
 def compiled_and_eager(op, case, backend, dynamic=None, heights=(M,)):

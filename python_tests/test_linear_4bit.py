@@ -1,10 +1,11 @@
 """y = x Wᵀ + bias on a 4-bit weight."""
 
+import pytest
+import torch
+
 import cases
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels import reference
 from lowrank_kernels.schema import ops
 
@@ -131,7 +132,7 @@ def test_reference_is_the_dense_product():
     assert torch.allclose(reference.linear_4bit(*args), expected, rtol=1e-14, atol=0)
 
 
-# -- more than 2^31 elements -------------------------------------------------------------------------------
+# -- more than 2^31 elements -----------------------------------------------------------------------
 
 
 @pytest.mark.large_memory(1)

@@ -1,9 +1,10 @@
 """dx = dy W on a 4-bit weight."""
 
-import cases
 import pytest
-import tolerance
 import torch
+
+import cases
+import tolerance
 from lowrank_kernels.schema import ops
 
 # M = 3 is the decode kernel, M = 6 the register-tile kernel; K = 130 has blocks that cross rows.

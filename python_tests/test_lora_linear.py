@@ -1,10 +1,11 @@
 """y = x Wᵀ + scaling S Bᵀ + bias on a dense weight. Dropout: test_lora_linear_4bit.py, for both."""
 
+import pytest
+import torch
+
 import cases
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels.schema import ops
 
 OP = "lora_linear"
@@ -41,7 +42,7 @@ def test_empty_dimensions(shape, backend):
 @pytest.mark.parametrize("M", [1, 3, 8])
 def test_infinities_and_nans_spread_as_in_ieee(value, which, M, backend):
     args = cases.make(OP, cases.Case(M, 21, 65, R=5))
-    args["x weight A B".split().index(which)][0, -1] = value
+    args[["x", "weight", "A", "B"].index(which)][0, -1] = value
     outputs = ops.lora_linear(*args)
     tolerance.check(OP, args, outputs)
     spoiled = {"x": 0, "weight": (..., 0), "A": ..., "B": (..., 0)}[which]

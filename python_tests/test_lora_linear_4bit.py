@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
+import torch
+
 import cases
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels import functional, reference
 from lowrank_kernels.schema import ops
 
@@ -76,7 +77,7 @@ def test_scaling(case, scaling, backend):
         assert torch.equal(y, ops.linear_4bit(*args[:10], args[13]))
 
 
-# -- dropout -----------------------------------------------------------------------------------------------
+# -- dropout ---------------------------------------------------------------------------------------
 # Philox4x32-10: counter, key and result of Random123's test vectors (kat_vectors, DE Shaw Research).
 PHILOX = [
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

@@ -5,10 +5,11 @@ What does not depend on the base is tested here for both; test_lora_linear_backw
 
 import itertools
 
-import cases
 import pytest
-import tolerance
 import torch
+
+import cases
+import tolerance
 from lowrank_kernels import functional, reference
 from lowrank_kernels.schema import ops
 
@@ -94,8 +95,12 @@ def test_autograd(op, case, backend):
     y.backward(dy)
     needs = (True, True, True, True)
     expected, _ = tolerance.evaluate(f"{op}_backward", (dy, args[0], values[1], *args[1:], *needs))
-    _, bounds = tolerance.evaluate(f"{op}_backward", (dy, args[0], magnitudes[1], *args[1:], *needs))
-    for name, tensor, value, bound in zip("x A B bias".split(), (x, A, B, bias), expected, bounds):
+    _, bounds = tolerance.evaluate(
+        f"{op}_backward", (dy, args[0], magnitudes[1], *args[1:], *needs)
+    )
+    for name, tensor, value, bound in zip(
+        ["x", "A", "B", "bias"], (x, A, B, bias), expected, bounds
+    ):
         assert tensor.grad.dtype == tensor.dtype
         tolerance.assert_close(f"gradient of {name}", tensor.grad, value, bound)
 
@@ -150,7 +155,9 @@ def test_values_of_every_size(case, backend):
 @pytest.mark.parametrize("case", EXTREME)
 def test_positive_terms(case, backend):
     args = cases.make(OP, case)
-    args = tuple(a.abs() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+    args = tuple(
+        a.abs() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args
+    )
     c = tolerance.c_worst_case(case.N + case.R + case.M)
     tolerance.check(OP, args, ops.lora_linear_4bit_backward(*args), c)
 
@@ -164,7 +171,11 @@ def test_infinities_and_nans_spread_as_in_ieee(case, value, which, backend):
     args[which][1, -1] = value
     dx, dA, dB, dbias = outputs = ops.lora_linear_4bit_backward(*args)
     tolerance.check(OP, args, outputs)
-    clean = {0: [dx[0], dB[0], dbias[0]], 1: [dx, dB, dbias, dA[:, 0]], 2: [dx, dA, dbias, dB[:, 0]]}
+    clean = {
+        0: [dx[0], dB[0], dbias[0]],
+        1: [dx, dB, dbias, dA[:, 0]],
+        2: [dx, dA, dbias, dB[:, 0]],
+    }
     assert all(t.isfinite().all() for t in clean[which])
     spoiled = {0: [dx[1], dA, dB[-1], dbias[-1]], 1: [dA[:, -1]], 2: [dB[:, -1]]}
     assert not any(t.isfinite().any() for t in spoiled[which])

@@ -1,10 +1,11 @@
 """Gradients of lora_linear, the dense base. The adapter's part: test_lora_linear_4bit_backward.py, for both."""
 
+import pytest
+import torch
+
 import cases
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels.schema import ops
 
 OP = "lora_linear_backward"
@@ -56,7 +57,16 @@ def test_gradient_of_the_weight(dtype, needs_x, backend):
     tolerance.assert_close("dW", weight.grad, value, magnitude)
     assert (x.grad is not None) == needs_x
     if needs_x:
-        args = (dy, x.detach(), torch.zeros(9, case.R), weight.detach(), A.detach(), B, scaling, bias)
+        args = (
+            dy,
+            x.detach(),
+            torch.zeros(9, case.R),
+            weight.detach(),
+            A.detach(),
+            B,
+            scaling,
+            bias,
+        )
         expected = ops.lora_linear_backward(*args, 0.0, None, True, False, False, False)[0]
         tolerance.assert_same_bits("dx", x.grad, expected)
 

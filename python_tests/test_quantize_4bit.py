@@ -2,11 +2,12 @@
 
 import math
 
+import pytest
+import torch
+
 import cases
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels import reference
 from lowrank_kernels.formats import BLOCKSIZES, code_of
 from lowrank_kernels.schema import ops
@@ -58,7 +59,9 @@ def test_ties_and_their_neighbours(quant_type, absmax, backend):
     near = torch.cat([middle, middle.nextafter(middle + 1), middle.nextafter(middle - 1)])
     weight = torch.cat([near * absmax, -near * absmax])
     blocks = weight.split(31)
-    weight = torch.cat([torch.cat([b, b.new_zeros(31 - len(b)), b.new_full((1,), absmax)]) for b in blocks])
+    weight = torch.cat(
+        [torch.cat([b, b.new_zeros(31 - len(b)), b.new_full((1,), absmax)]) for b in blocks]
+    )
     _, scales = check(weight.view(-1, 32), quant_type, 32)
     assert torch.equal(scales, torch.full_like(scales, absmax))
 
@@ -91,7 +94,9 @@ def test_zero_blocks(quant_type, dtype, backend):
 def test_values_of_every_size(quant_type, dtype, backend):
     """Subnormals, the largest finite values, and blocks of very different scale side by side."""
     info = torch.finfo(dtype)
-    scales = torch.tensor([info.smallest_normal * info.eps, info.smallest_normal, 1e-3, 1.0, info.max])
+    scales = torch.tensor(
+        [info.smallest_normal * info.eps, info.smallest_normal, 1e-3, 1.0, info.max]
+    )
     weight = (torch.rand(5, 320) * 2 - 1) * scales.repeat(64)[None]
     weight = torch.cat([weight, scales.repeat_interleave(64)[None] * (torch.rand(1, 320) * 2 - 1)])
     check(weight.to(dtype), quant_type, 64)
@@ -105,7 +110,7 @@ def test_strided_weight(dtype, backend):
     tolerance.assert_same_bits("", ops.quantize_4bit(weight.T, code_of("nf4"), 64), expected)
 
 
-# -- NaN and infinity --------------------------------------------------------------------------------------
+# -- NaN and infinity ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
@@ -120,7 +125,9 @@ def test_not_finite_is_an_error_that_names_the_first(value, dtype, double_quant,
         index = (flat // K, flat % K)
         with pytest.raises(ValueError) as error:
             lk.quantize_4bit(weight, blocksize=32, double_quant=double_quant)
-        assert f"weight: expected finite values, got {value}".replace("-nan", "nan") in str(error.value)
+        assert f"weight: expected finite values, got {value}".replace("-nan", "nan") in str(
+            error.value
+        )
         assert f"at index {index}" in str(error.value)
 
 
@@ -143,7 +150,7 @@ def test_largest_finite_values_are_no_error(backend):
         assert torch.equal(lk.quantize_4bit(weight, double_quant=False).dequantize(), weight)
 
 
-# -- the function ------------------------------------------------------------------------------------------
+# -- the function ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -173,7 +180,9 @@ def test_quant_storage_is_the_same_bytes(storage, shape, backend):
 
 BAD_ARGUMENTS = {
     "weight: expected a torch.Tensor, got list": ([1.0],),
-    "weight: expected float32, bfloat16 or float16, got torch.float64": (torch.zeros(2, 2).double(),),
+    "weight: expected float32, bfloat16 or float16, got torch.float64": (
+        torch.zeros(2, 2).double(),
+    ),
     "weight: expected float32, bfloat16 or float16, got torch.int8": (torch.zeros(2, 2).char(),),
     "weight: expected a matrix [N, K], got shape (4,)": (torch.zeros(4),),
     "weight: expected a matrix [N, K], got shape (1, 2, 3)": (torch.zeros(1, 2, 3),),
@@ -192,7 +201,11 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.parametrize("message", BAD_ARGUMENTS)
 def test_bad_arguments(message):
-    kind = TypeError if message.startswith("weight: expected ") and "matrix" not in message else ValueError
+    kind = (
+        TypeError
+        if message.startswith("weight: expected ") and "matrix" not in message
+        else ValueError
+    )
     with pytest.raises(kind) as error:
         lk.quantize_4bit(*BAD_ARGUMENTS[message])
     assert str(error.value).startswith(message)
@@ -215,7 +228,7 @@ def test_more_than_2_31_elements():
     assert packed[:-K].eq(0x77).all()
 
 
-# -- bitsandbytes ------------------------------------------------------------------------------------------
+# -- bitsandbytes ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)

@@ -7,12 +7,13 @@ of threads, and in any batch.
 import inspect
 import pathlib
 
+import pytest
+import torch
+
 import cases
 import conftest
 import lowrank_kernels as lk
-import pytest
 import tolerance
-import torch
 from lowrank_kernels import reference
 from lowrank_kernels.schema import NAMESPACE, OPS, ops
 
@@ -29,7 +30,7 @@ def run(op, args):
     return outputs if isinstance(outputs, tuple | list) else (outputs,)
 
 
-# -- every operator has all its parts ----------------------------------------------------------------------
+# -- every operator has all its parts --------------------------------------------------------------
 
 
 @each_op
@@ -65,7 +66,7 @@ def test_runs_on_every_backend(op, any_backend):
     run(op, cases.make(op, cases.Case()))
 
 
-# -- fakes and opcheck -------------------------------------------------------------------------------------
+# -- fakes and opcheck -----------------------------------------------------------------------------
 
 
 @each_op
@@ -97,7 +98,7 @@ def test_opcheck_of_the_reference(op):
         torch.library.opcheck(getattr(ops, op).default, cases.make(op, cases.FEW[2]))
 
 
-# -- layouts -----------------------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------
 
 
 def _padded(t, rows=1, columns=7):
@@ -179,7 +180,7 @@ def _first_weight_argument(op):
     return set(range(start, start + 9))
 
 
-# -- the same bits -----------------------------------------------------------------------------------------
+# -- the same bits ---------------------------------------------------------------------------------
 
 BITS = [*cases.FEW, cases.Case(64, 130, 300, R=16, bias=cases.F32, dropout_p=0.1)]
 
@@ -229,8 +230,7 @@ def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
     for height in (*HEIGHTS[::-1], case.M):
         rows = slice(0, height) if place == "first" else slice(case.M - height, case.M)
         part = [
-            a[rows] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a
-            for a in args
+            a[rows] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
         ]
         outputs = run(op, part)[:per_row]
         family = cases.family(op, case._replace(M=height))

@@ -18,6 +18,7 @@ less than float32, so u_acc is the same for all terms.
 from __future__ import annotations
 
 import torch
+
 from lowrank_kernels import reference
 
 U_ACC = 2.0**-24  # unit roundoff of float32, the dtype of every sum and intermediate
