@@ -6,4 +6,4 @@ from .harness import LIMITS
 def bench_limit(benchmark, limit):
     call = LIMITS[limit]()
     benchmark.extra_info["limit"] = limit
-    benchmark.pedantic(call, rounds=15, warmup_rounds=2)
+    benchmark.pedantic(call, rounds=8, warmup_rounds=2)

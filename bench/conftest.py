@@ -10,6 +10,8 @@ from .cases import SHAPES
 from .harness import LIMITS, Harness
 from .providers import Unavailable
 
+LIMIT_TURNS = 4
+
 
 def harness_of(config: pytest.Config) -> Harness:
     """The harness of this run: the one ``python -m bench`` registered, or a default one."""
@@ -20,9 +22,10 @@ def harness_of(config: pytest.Config) -> Harness:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "limit" in metafunc.fixturenames:
-        # pytest_collection_modifyitems moves the "last" ones to the end of the run
-        turns = [(limit, when) for when in ("first", "last") for limit in LIMITS]
-        metafunc.parametrize("limit", [t[0] for t in turns], ids=[f"{w}-{n}" for n, w in turns])
+        turns = [(limit, turn) for turn in range(LIMIT_TURNS) for limit in LIMITS]
+        metafunc.parametrize(
+            "limit", [t[0] for t in turns], ids=[f"limit-{n}-{i}" for n, i in turns]
+        )
     if "timed" in metafunc.fixturenames:
         settings = harness_of(metafunc.config).settings
         cases = [
@@ -41,7 +44,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "[last-" in item.name)
+    """Spreads the turns of the limits evenly over the run, from its start to its end."""
+    limits = [item for item in items if "[limit-" in item.name]
+    others = [item for item in items if "[limit-" not in item.name]
+    items.clear()
+    for turn in range(LIMIT_TURNS):
+        items += [item for item in limits if item.name.endswith(f"-{turn}]")]
+        if turn < LIMIT_TURNS - 1:
+            part = -(-len(others) // (LIMIT_TURNS - 1))
+            items += others[turn * part : (turn + 1) * part]
 
 
 @pytest.fixture

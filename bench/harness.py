@@ -9,8 +9,8 @@ Rules, each against a way of fooling oneself:
 - Providers alternate within a case, several times over, so that a slow minute of the machine hits
   all of them.
 - Medians and quartiles, never means or minima; only the two machine limits take the best round.
-- The limits (read bandwidth, float32 matrix product) are measured in the same run, at its start
-  and its end.
+- The limits (read bandwidth, float32 matrix product) are measured in the same run, at
+  moments spread over it.
 """
 
 from __future__ import annotations

@@ -96,6 +96,6 @@ int lk_isa_supported(int index) {
   return index >= 0 && index < lk::kCount && lk::kIsas[index].supported();
 }
 
-const char* lk_build_info(void) { return "liblowrank_cpu, compiled by " __VERSION__; }
+const char* lk_build_info(void) { return "liblowrank_cpu, g++ " __VERSION__; }
 
 const lk::KernelTable* lk_kernels(void) { return lk::active().load(std::memory_order_relaxed); }

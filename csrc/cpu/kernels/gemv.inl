@@ -33,17 +33,22 @@ inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* s
                      const float* x, int64_t x_stride, vf (&total)[Rows][M]) {
   const int64_t K = chunks.w.K;
   for (int64_t k = 0; k < K; k += kChunk) {
+    vi packed[Rows];
     vf part[Rows][M];
     for (int r = 0; r < Rows; ++r) {
-      for (int m = 0; m < M; ++m) part[r][m] = zero();
-      const float* xk = x + k;
-      const vi packed = chunks.packed(n + r, k);
+      packed[r] = chunks.packed(n + r, k);
       chunks.prefetch(n + r + Rows, k);
-      for_shifts([&](int s, auto shift) {
-        const vf weight = lut16(lut, shr<decltype(shift)::value>(packed));
-        for (int m = 0; m < M; ++m)
-          part[r][m] = fma(weight, load(xk + m * x_stride + s * W), part[r][m]);
-      });
+      for (int m = 0; m < M; ++m) part[r][m] = zero();
+    }
+    for_shifts([&](int s, auto shift) {
+      vf activation[M];  // loaded once for all rows: M rows of x may not fit the first-level cache
+      for (int m = 0; m < M; ++m) activation[m] = load(x + k + m * x_stride + s * W);
+      for (int r = 0; r < Rows; ++r) {
+        const vf weight = lut16(lut, shr<decltype(shift)::value>(packed[r]));
+        for (int m = 0; m < M; ++m) part[r][m] = fma(weight, activation[m], part[r][m]);
+      }
+    });
+    for (int r = 0; r < Rows; ++r) {
       const vf scale = chunks.scale(scales[r], 0, k);
       for (int m = 0; m < M; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
     }
@@ -85,7 +90,7 @@ void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* 
 
 template <int M>
 void few_forward(const FewArgs& f, const Parallel& pool) {
-  constexpr int kRowsAtOnce = M == 1 ? 4 : 2;
+  constexpr int kRowsAtOnce = 4;
   const Weight4& w = *f.a.base.quantized;
   parallel(pool, ceil_div(w.N, kRowsAtOnce), [&](int64_t begin, int64_t end) {
     const Chunks chunks(w);
