@@ -52,9 +52,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where the adapter, the plots and the numbers go (default: ./demo_output)",
     )
-    demo.add_argument("--steps", type=_steps, default=32, help="training steps (default: 32)")
+    demo.add_argument("--steps", type=_steps, default=24, help="training steps (default: 24)")
     demo.add_argument("--rank", type=_positive, default=16, help="adapter rank r (default: 16)")
-    demo.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
+    demo.add_argument(
+        "--lr", type=float, default=1.5e-3, help="peak learning rate (default: 0.0015)"
+    )
     demo.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
     demo.add_argument("--no-speed", action="store_true", help="leave out the speed comparison")
 

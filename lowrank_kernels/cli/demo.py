@@ -23,7 +23,7 @@ from . import UserError, corpus, models, pictures, speed
 
 BATCH = 4
 WARM_UP = 4  # steps over which the learning rate rises
-LOOK_EVERY = 8  # steps between looks at the held-out loss
+LOOK_EVERY = 6  # steps between looks at the held-out loss
 SPEED_SECONDS = 45.0
 PROMPTS = ("What should I do on a rainy day?", "How do I boil an egg?")
 
