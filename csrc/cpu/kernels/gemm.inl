@@ -180,15 +180,21 @@ void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
 }
 
 // Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output, c a zeroed scratch tile.
-// Rows are cut finer when there would be fewer tiles than threads; a row's result does not depend
-// on the cut.
+// Rows are cut into as few chunks as keep all threads busy (each chunk fills its panels anew); a
+// row's result does not depend on the cut.
 template <class Body>
 void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   if (I == 0 || J == 0) return;
   const int64_t panels = ceil_div(J, kWidth);
-  int64_t height = kRows;
-  while (height > MR && panels * ceil_div(I, height) < 2 * pool.threads) height /= 2;
-  const int64_t chunks = ceil_div(I, height);
+  const auto idle =
+      [&](int64_t tasks) {  // more than an eighth of the threads' time, the last round
+        const int64_t slots = ceil_div(tasks, pool.threads) * pool.threads;
+        return 8 * (slots - tasks) > slots;
+      };
+  int64_t chunks = ceil_div(I, kRows);
+  while (ceil_div(I, chunks) > 2 * MR && idle(panels * chunks)) ++chunks;
+  const int64_t height = ceil_div(I, chunks);
+  chunks = ceil_div(I, height);
   parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
     float* c = static_cast<float*>(scratch(Slot::accumulator, kRows * kWidth * sizeof(float)));
     for (int64_t t = begin; t < end; ++t) {
