@@ -35,10 +35,10 @@ struct Vector {
 
 // Weight W[N, K] in 4 bits: 16-entry table, one scale per block of consecutive elements.
 //
-//   element i = n*K + k      byte i/2: | element 2j : high nibble | element 2j+1 : low nibble |
-//   W[n, k] = code[nibble(i)] * scale(i >> block_shift)
-//   scale(j) = absmax[j]                                                          (float32), or,
-//   double-quantized,
+//   element  i = n*K + k
+//   byte j:  | element 2j: high nibble | element 2j+1: low nibble |
+//   W[n, k]  = code[nibble(i)] * scale(i >> block_shift)
+//   scale(j) = absmax[j], or, double-quantized,
 //            = round(round(nested_code[absmax_u8[j]] * nested_absmax[j >> 8]) + nested_offset)
 struct Weight4 {
   const uint8_t* packed = nullptr;
@@ -57,11 +57,12 @@ static inline bool blocks_fit_rows(const Weight4& w) {
   return (w.K & ((int64_t{1} << w.block_shift) - 1)) == 0;
 }
 
-constexpr int kNestedShift = 8;  // log2 of the nested block size, 256
+constexpr int kNestedShift = 8;
+constexpr int64_t kNestedBlock = 1 << kNestedShift;  // scales that share one nested absmax
 
 // Inverted dropout on x[M, K]: element (m, k) is kept, times scale = 1/(1-p), when word k%4 of
-// Philox4x32-10 with counter (k/4, m low, m high, 0) and this key is >= threshold = floor(p *
-// 2^32). threshold 0: no dropout.
+// Philox4x32-10 with counter (k/4, m low, m high, 0) and this key is >= threshold.
+// threshold = floor(p * 2^32); 0: no dropout.
 struct Dropout {
   uint32_t threshold = 0;
   float scale = 1.0f;
@@ -126,8 +127,8 @@ struct DequantizeArgs {
   void* out = nullptr;  // [N, K]
 };
 
-// How a kernel runs its tasks: run() calls body(context, begin, end) over disjoint ranges of [0,
-// tasks).
+// How a kernel runs its tasks: run() calls body(context, begin, end) over disjoint ranges that make
+// up [0, tasks).
 struct Parallel {
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end),
               void* context);

@@ -106,7 +106,7 @@ Weight4 weight4(const Tensor& packed, const Tensor& absmax, const Tensor& code,
                     "nested_code, nested_offset: expected tensors, got None");
     w.absmax_u8 = data<uint8_t>("absmax", absmax, ScalarType::Byte, blocks);
     w.nested_absmax = data<float>("nested_absmax", *nested_absmax, ScalarType::Float,
-                                  ceil_div(blocks, int64_t{1} << kNestedShift));
+                                  ceil_div(blocks, kNestedBlock));
     w.nested_code = data<float>("nested_code", *nested_code, ScalarType::Float, 256);
     w.nested_offset = *data<float>("nested_offset", *nested_offset, ScalarType::Float, 1);
   } else {
@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor code, int64_t blo
 std::tuple<Tensor, Tensor, Tensor> double_quantize(Tensor absmax, Tensor nested_code) {
   const int64_t blocks = absmax.numel();
   Tensor quantized = empty(absmax, {blocks}, ScalarType::Byte);
-  Tensor nested_absmax = empty(absmax, {ceil_div(blocks, int64_t{1} << kNestedShift)});
+  Tensor nested_absmax = empty(absmax, {ceil_div(blocks, kNestedBlock)});
   Tensor offset = empty(absmax, {});
   lk_kernels()->double_quantize({data<float>("absmax", absmax, ScalarType::Float, blocks), blocks,
                                  data<float>("nested_code", nested_code, ScalarType::Float, 256),
@@ -258,10 +258,9 @@ Gradients backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& s_in, 
   const Tensor dy = rows_of("dy", dy_in), x = rows_of("x", x_in),
                s = torch::stable::contiguous(s_in);
   const int64_t M = dy.size(0), R = adapter.lora.A.rows;
-  const Tensor none = empty(dy, {0});
-  const Tensor dx = need_dx ? empty(dy, {M, K}) : none;
-  const Tensor dA = empty(adapter.A, {need_dA ? R : 0, K}),
-               dB = empty(adapter.B, {need_dB ? N : 0, R});
+  const Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
+  const Tensor dA = need_dA ? empty(adapter.A, {R, K}) : empty(adapter.A, {0});
+  const Tensor dB = need_dB ? empty(adapter.B, {N, R}) : empty(adapter.B, {0});
   const Tensor dbias = empty(bias ? *bias : dy, {need_dbias ? N : 0});
   const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
   BackwardArgs a;
@@ -276,7 +275,7 @@ Gradients backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& s_in, 
   if (need_dB) a.dB = output(dB, N, R);
   if (need_dbias) a.dbias = output(dbias, 1, N);
   lk_kernels()->linear_backward(a, pool());
-  return {dx, need_dA ? dA : empty(adapter.A, {0}), need_dB ? dB : empty(adapter.B, {0}), dbias};
+  return {dx, dA, dB, dbias};
 }
 
 Gradients lora_linear_4bit_backward(Tensor dy, Tensor x, Tensor s, LK_WEIGHT_PARAMS, Tensor A,

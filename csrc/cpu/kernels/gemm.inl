@@ -1,12 +1,13 @@
 // C[i, j] += Σ_p a(i, p) · P[p, j] over panels: the one product behind every operator with more
 // than a few rows.
 //
-//   panel   P[p, j] for kDepth values of p and kWidth columns j, float32, made from a row source
-//   when it is needed:
-//           sub-panel s holds columns [s*kTile, (s+1)*kTile):  | p = 0: kTile floats | p = 1: kTile
-//           floats | ...
-//   operand a(i, p) for MR rows and kDepth values of p, float32, row by row
-//   C       float32 tile [rows, kWidth] in scratch; one rounding into the output at the end
+//   panel    P[p, j] for kDepth values of p and kWidth columns j, float32, filled from a source;
+//            sub-panel s holds columns [s*kTile, (s+1)*kTile):
+//
+//              | p = 0: kTile floats | p = 1: kTile floats | ...
+//
+//   operand  a(i, p) for MR rows and kDepth values of p, float32, row by row
+//   C        float32 tile [rows, kWidth] in scratch; one rounding into the output at the end
 //
 // The order of the sum over p is the same for every row and every partition of the work: rows are
 // batch-invariant.
@@ -186,11 +187,11 @@ template <class Body>
 void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   if (I == 0 || J == 0) return;
   const int64_t panels = ceil_div(J, kWidth);
-  const auto idle =
-      [&](int64_t tasks) {  // more than an eighth of the threads' time, the last round
-        const int64_t slots = ceil_div(tasks, pool.threads) * pool.threads;
-        return 8 * (slots - tasks) > slots;
-      };
+  // Whether threads would wait for more than an eighth of the time, in the last round.
+  const auto idle = [&](int64_t tasks) {
+    const int64_t slots = ceil_div(tasks, pool.threads) * pool.threads;
+    return 8 * (slots - tasks) > slots;
+  };
   int64_t chunks = ceil_div(I, kRows);
   while (ceil_div(I, chunks) > 2 * MR && idle(panels * chunks)) ++chunks;
   const int64_t height = ceil_div(I, chunks);

@@ -69,11 +69,11 @@ void double_quantize(const DoubleQuantizeArgs& a, const Parallel& pool) {
   for (int64_t i = 0; i < a.blocks; ++i) sum += static_cast<double>(a.absmax[i]);
   const float offset = a.blocks ? static_cast<float>(sum / static_cast<double>(a.blocks)) : 0.0f;
   *a.offset = offset;
-  parallel(pool, ceil_div(a.blocks, 256), [&](int64_t begin, int64_t end) {
-    float midpoint[255], values[256 + W];
+  parallel(pool, ceil_div(a.blocks, kNestedBlock), [&](int64_t begin, int64_t end) {
+    float midpoint[255], values[kNestedBlock + W];
     for (int i = 0; i < 255; ++i) midpoint[i] = (a.nested_code[i] + a.nested_code[i + 1]) / 2;
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * 256, n = min64(256, a.blocks - first);
+      const int64_t first = b * kNestedBlock, n = min64(kNestedBlock, a.blocks - first);
       for (int64_t i = 0; i < n + W; ++i) values[i] = i < n ? a.absmax[first + i] - offset : 0.0f;
       const float absmax = absmax_of(values, n), inverse = inverse_absmax(absmax);
       a.nested_absmax[b] = absmax;

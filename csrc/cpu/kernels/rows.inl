@@ -93,9 +93,6 @@ struct Quantized {
   Lut lut;
 
   explicit Quantized(const Weight4& weight) : w(weight), lut(make_lut(weight.code)) {}
-  int64_t rows() const { return w.N; }
-  int64_t cols() const { return w.K; }
-
   void row(int64_t r, int64_t begin, int64_t n, float* dst) const {
     int64_t i = r * w.K + begin;
     const int64_t end = i + n;
@@ -124,8 +121,6 @@ struct Quantized {
 struct Dense {
   Matrix m;
 
-  int64_t rows() const { return m.rows; }
-  int64_t cols() const { return m.cols; }
   void row(int64_t r, int64_t begin, int64_t n, float* dst) const {
     load_row(dst, m.data, m.dtype, r * m.stride + begin, n);
   }
@@ -136,8 +131,6 @@ struct Dropped {
   Matrix m;
   const Dropout& dropout;
 
-  int64_t rows() const { return m.rows; }
-  int64_t cols() const { return m.cols; }
   void row(int64_t r, int64_t begin, int64_t n, float* dst) const {
     load_row(dst, m.data, m.dtype, r * m.stride + begin, n);
     apply_dropout(dropout, r, begin, n, dst);
