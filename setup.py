@@ -3,13 +3,24 @@
     liblowrank_cpu.so    csrc/cpu, csrc/cpu/isa   the kernels; no torch, no Python
     _ops.so              csrc/ops                 torch ops on the LibTorch stable ABI; no Python
     _host.<suffix>.so    csrc/host                pybind11 module: ISA and build introspection
+    liblowrank_cuda.so   csrc/cuda/launch         CUDA kernels, by nvcc; no torch, no Python
 
-Environment: CXX chooses the compiler, MAX_JOBS the number of parallel compilations.
+Environment:
+
+    CXX                   the C++ compiler, of nvcc's host code too
+    MAX_JOBS              number of parallel compilations
+    LOWRANK_BUILD_CUDA    1: with CUDA, or fail; 0: without; auto (default): with CUDA if there is an
+                          nvcc, and torch is a CUDA build or TORCH_CUDA_ARCH_LIST is set
+    TORCH_CUDA_ARCH_LIST  GPU architectures as torch writes them: "8.0 9.0a 12.0+PTX"
+    CUDA_HOME             the CUDA toolkit (then CUDA_PATH, nvcc on PATH, /usr/local/cuda)
 """
 
+import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +30,7 @@ from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "lowrank_kernels"
@@ -32,6 +43,20 @@ CXXFLAGS = shlex.split(
     " -Wall -Wextra -Icsrc"
 )
 LDFLAGS = ["-shared", "-Wl,-rpath,$ORIGIN", "-Wl,--as-needed"]
+
+CUDA_LIBRARY = "liblowrank_cuda.so"
+CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
+# -Xptxas -v: registers, shared memory and spills of each kernel, kept in <object>.log.
+# --expt-relaxed-constexpr: kernels call the constexpr functions of csrc/common, as they stand.
+NVCCFLAGS = shlex.split(
+    "-std=c++17 -O3 --expt-relaxed-constexpr -Icsrc -Xptxas -v"
+    " -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-fno-math-errno,-Wall,-Wextra"
+)
+# Nothing to link on the device (-nodlink), and none of cudart's symbols among ours.
+NVCC_LDFLAGS = shlex.split(
+    "-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL,--no-undefined,--as-needed"
+    f" -Xlinker -soname,{CUDA_LIBRARY}"
+)
 
 
 def fail(message):
@@ -53,11 +78,11 @@ def host_name():
 
 
 def product_names():
-    return ["liblowrank_cpu.so", "_ops.so", host_name()]
+    return ["liblowrank_cpu.so", "_ops.so", host_name(), *([CUDA_LIBRARY] if cuda()[0] else [])]
 
 
 def products():
-    """What is built. (The CUDA launchers will be one more, with an nvcc rule of its own.)"""
+    """What the C++ compiler builds."""
     kernels = {*glob("csrc/cpu/*.cpp"), *glob("csrc/cpu/isa/*.cpp")} - {"csrc/cpu/selftest.cpp"}
     torch = torch_dir()
     return [
@@ -78,7 +103,8 @@ def products():
             # libstdc++ first: torch's libraries export copies of some of its symbols, which we
             # must not come to depend on.
             ldflags=["-Wl,--no-undefined", "-lstdc++", f"-L{torch / 'lib'}"]
-            + ["-ltorch", "-ltorch_cpu", "-lc10"],
+            # -ldl: dlopen of the CUDA library; part of libc since glibc 2.34.
+            + ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"],
             needs=["liblowrank_cpu.so"],
         ),
         Product(
@@ -145,65 +171,206 @@ def python_include():
     return include
 
 
+# ---- CUDA: whether, with which nvcc, for which architectures ----
+
+
+class Cuda(NamedTuple):
+    """How the CUDA library is built."""
+
+    nvcc: str
+    architectures: list[str]
+
+
+@functools.cache
+def cuda():
+    """A pair: how the CUDA library is built, or None if it is not; and why not."""
+    wanted = os.environ.get("LOWRANK_BUILD_CUDA") or "auto"
+    if wanted not in ("0", "1", "auto"):
+        fail(f"LOWRANK_BUILD_CUDA: expected 0, 1 or auto, got {wanted!r}")
+    if wanted == "0":
+        return None, "LOWRANK_BUILD_CUDA=0"
+    nvcc, tried = find_nvcc()
+    if nvcc is None:
+        if wanted == "1":
+            fail(f"LOWRANK_BUILD_CUDA=1 but no nvcc ({tried}): set CUDA_HOME to a CUDA toolkit")
+        return None, f"no nvcc ({tried}; CUDA_HOME names a CUDA toolkit)"
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if wanted == "auto" and not listed and not torch_has_cuda():
+        return None, "torch is a CPU build (LOWRANK_BUILD_CUDA=1 builds them all the same)"
+    return Cuda(nvcc, choose_architectures(nvcc, listed)), None
+
+
+def find_nvcc():
+    """nvcc, or None; and where it was looked for."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):  # what is said explicitly counts alone
+        if home := os.environ.get(variable):
+            return shutil.which("nvcc", path=f"{home}/bin"), f"{variable} is {home}"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return nvcc, "neither on PATH nor in /usr/local/cuda"
+
+
+def torch_has_cuda():
+    version = torch_dir() / "version.py"  # read, not imported: that takes seconds
+    return bool(re.search(r"^cuda\b.*= *['\"]", version.read_text(), re.MULTILINE))
+
+
+def choose_architectures(nvcc, listed):
+    """Those of TORCH_CUDA_ARCH_LIST; else the default ones, as far as this nvcc knows them."""
+    entries = parse_architectures(listed or CUDA_ARCHITECTURES)
+    known = [entry for entry in entries if can_compile(nvcc, entry)]
+    if listed and known != entries:
+        bad = next(entry for entry in entries if entry not in known)
+        fail(f"TORCH_CUDA_ARCH_LIST: {nvcc} cannot compile for {bad!r}")
+    if not known:
+        fail(f"{nvcc} is too old: it knows none of {CUDA_ARCHITECTURES}")
+    if not listed and known != entries:  # so that GPUs newer than this nvcc work
+        plain = max(i for i, entry in enumerate(known) if entry[-1].isdigit())
+        known[plain] += "+PTX"
+    return known
+
+
+def parse_architectures(text):
+    """The entries of a list in torch's syntax, sorted and each once: "9.0a;8.6" is 8.6, 9.0a."""
+    found = {}
+    for entry in re.split(r"[\s;]+", text.strip(" ;")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            fail(
+                f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.6, 9.0a, 12.0+PTX, got {entry!r}"
+            )
+        major, minor, suffix, ptx = match.groups()
+        if int(major) < 8:
+            fail(f"TORCH_CUDA_ARCH_LIST: the kernels need 8.0 or later, got {entry!r}")
+        key = (int(major), int(minor), suffix)
+        found[key] = found.get(key) or ptx or ""
+    return [
+        f"{major}.{minor}{suffix}{found[major, minor, suffix]}"
+        for major, minor, suffix in sorted(found)
+    ]
+
+
+def gencode(entry):
+    number = entry.removesuffix("+PTX").replace(".", "")
+    codes = f"[sm_{number},compute_{number}]" if entry.endswith("+PTX") else f"sm_{number}"
+    return ["-gencode", f"arch=compute_{number},code={codes}"]
+
+
+def can_compile(nvcc, entry):
+    # A dry run knows the variants a and f as well, which --list-gpu-arch leaves out.
+    probe = [nvcc, "--dryrun", *gencode(entry), "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(probe, capture_output=True).returncode == 0
+
+
 # ---- The build ----
 
 
-def write_ninja_file(path, cxx):
+def words(flags):
+    """Flags for a command in a ninja file."""
+    from ninja import ninja_syntax
+
+    return ninja_syntax.escape(shlex.join(flags))
+
+
+def write_ninja_file(path, cxx, products, cuda):
     """One edge per source file and per product. Headers are tracked by the compiler's depfiles."""
     from ninja import ninja_syntax
 
-    def words(flags):
-        return ninja_syntax.escape(shlex.join(flags))
-
-    out = path.parent
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         n = ninja_syntax.Writer(file, width=100)
-        n.variable("builddir", str(out))  # where ninja keeps its log
-        n.rule(
-            "compile",
-            f"{words([*cxx, *CXXFLAGS])} $cflags -MD -MF $out.d -c $in -o $out",
-            description="compile $in",
-            depfile="$out.d",
-            deps="gcc",
+        n.variable("builddir", str(path.parent))  # where ninja keeps its log
+        if products:
+            write_cxx_edges(n, path.parent, cxx, products)
+        if cuda:
+            write_cuda_edges(n, path.parent, cxx, cuda)
+
+
+def write_cxx_edges(n, out, cxx, products):
+    n.rule(
+        "compile",
+        f"{words([*cxx, *CXXFLAGS])} $cflags -MD -MF $out.d -c $in -o $out",
+        description="compile $in",
+        depfile="$out.d",
+        deps="gcc",
+    )
+    n.rule("link", f"{words(cxx)} -o $out $in {words(LDFLAGS)} $ldflags", description="link $out")
+    for product in products:
+        objects = [str(out / Path(source).with_suffix(".o")) for source in product.sources]
+        for source, target in zip(product.sources, objects):
+            n.build(target, "compile", source, variables={"cflags": words(product.cflags)})
+        n.build(
+            str(out / product.name),
+            "link",
+            objects + [str(out / name) for name in product.needs],
+            variables={"ldflags": words(product.ldflags)},
         )
-        n.rule(
-            "link", f"{words(cxx)} -o $out $in {words(LDFLAGS)} $ldflags", description="link $out"
-        )
-        for product in products():
-            objects = [str(out / Path(source).with_suffix(".o")) for source in product.sources]
-            for source, target in zip(product.sources, objects):
-                n.build(target, "compile", source, variables={"cflags": words(product.cflags)})
-            n.build(
-                str(out / product.name),
-                "link",
-                objects + [str(out / name) for name in product.needs],
-                variables={"ldflags": words(product.ldflags)},
-            )
+
+
+def write_cuda_edges(n, out, cxx, cuda):
+    # nvcc takes one program: of "ccache g++ -m64" that is g++; flags go through.
+    program = list(itertools.takewhile(lambda word: not word.startswith("-"), cxx))
+    host = ["-ccbin", program[-1], *(f"-Xcompiler={flag}" for flag in cxx[len(program) :])]
+    flags = [*NVCCFLAGS, f'-DLOWRANK_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"']
+    for entry in cuda.architectures:
+        flags += gencode(entry)
+    usage = subprocess.run([cuda.nvcc, "--help"], capture_output=True, text=True).stdout
+    if "--compress-mode" in usage:  # nvcc 12.8
+        flags.append("--compress-mode=size")
+    n.rule(
+        "nvcc",
+        f"{words([cuda.nvcc, *host, *flags])} -MD -MF $out.d -c $in -o $out >$out.log 2>&1"
+        " || { cat $out.log; exit 1; }; sed -n '/warning/,+4p' $out.log",
+        description="nvcc $in",
+        depfile="$out.d",
+        deps="gcc",
+    )
+    n.rule(
+        "nvcc_link",
+        f"{words([cuda.nvcc, *host])} -o $out $in {words(NVCC_LDFLAGS)}",
+        description="link $out",
+    )
+    sources = sorted(glob("csrc/cuda/launch/*.cu"))
+    objects = [str(out / Path(source).with_suffix(".o")) for source in sources]
+    for source, target in zip(sources, objects):
+        n.build(target, "nvcc", source, implicit_outputs=[f"{target}.log"])
+    n.build(str(out / CUDA_LIBRARY), "nvcc_link", objects)
+
+
+def run_ninja(program, folder):
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    if subprocess.run([program, "-f", str(folder / "build.ninja"), *jobs]).returncode:
+        fail("the build failed, the message is above")
+
+
+def enter_sources():
+    if not sys.platform.startswith("linux"):
+        fail(f"only Linux is supported so far, this is {sys.platform}")
+    os.chdir(Path(__file__).resolve().parent)  # ninja's paths are relative to this folder
 
 
 class NinjaBuild(build_ext):
     """setuptools' build_ext with the compilation left to ninja."""
 
     def run(self):
-        if not sys.platform.startswith("linux"):
-            fail(f"only Linux is supported so far, this is {sys.platform}")
-        os.chdir(Path(__file__).resolve().parent)  # ninja's paths are relative to this folder
+        enter_sources()
         cxx, program = compiler(), ninja()
         folder = Path(self.build_temp)
         if self.editable_mode:  # setuptools' is thrown away: use our own, to rebuild quickly
             tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
             folder = Path("build", f"temp.{tag}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_ninja_file(folder / "build.ninja", cxx)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        if subprocess.run([program, "-f", str(folder / "build.ninja"), *jobs]).returncode:
-            fail("the C++ build failed, the message is above")
+        chosen, reason = cuda()
+        what = f"CUDA kernels for {' '.join(chosen.architectures)}" if chosen else "no CUDA kernels"
+        print(f"{PACKAGE}: {what}{'' if chosen else f': {reason}'}", flush=True)
+        write_ninja_file(folder / "build.ninja", cxx, products(), chosen)
+        run_ninja(program, folder)
         package = Path("." if self.inplace else self.build_lib, PACKAGE)
         package.mkdir(parents=True, exist_ok=True)
         for name in product_names():
             # Replaced, never overwritten: a running process may have the old file mapped.
             shutil.copy2(folder / name, package / f"{name}.new")
             os.replace(package / f"{name}.new", package / name)
+        if not chosen:  # one of an earlier build would not match the others
+            (package / CUDA_LIBRARY).unlink(missing_ok=True)
 
     def get_outputs(self):
         return [os.path.join(self.build_lib, PACKAGE, name) for name in product_names()]
@@ -213,8 +380,31 @@ class NinjaBuild(build_ext):
         return {built: os.path.join(PACKAGE, name) for built, name in pairs} if self.inplace else {}
 
 
-setup(
-    # For setuptools to know that the wheel is for one platform and Python; NinjaBuild builds it.
-    ext_modules=[Extension(f"{PACKAGE}._host", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+class CudaBuild(Command):
+    """The CUDA library alone: needs nvcc and ninja, no torch. Installs nothing."""
+
+    user_options = [("build-temp=", "t", "folder of the objects, their logs and the library")]
+
+    def initialize_options(self):
+        self.build_temp = "build/cuda"
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        enter_sources()
+        os.environ.setdefault("LOWRANK_BUILD_CUDA", "1")
+        chosen, reason = cuda()
+        if chosen is None:
+            fail(f"no CUDA kernels: {reason}")
+        folder = Path(self.build_temp)
+        write_ninja_file(folder / "build.ninja", compiler(), [], chosen)
+        run_ninja(ninja(), folder)
+
+
+if __name__ == "__main__":
+    setup(
+        # For setuptools to know that the wheel is for one platform and Python.
+        ext_modules=[Extension(f"{PACKAGE}._host", sources=[])],
+        cmdclass={"build_ext": NinjaBuild, "build_cuda": CudaBuild},
+    )
