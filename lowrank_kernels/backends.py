@@ -4,7 +4,9 @@
 backend    device        implementation
 ========== ============= ==============================================================================
 cpu        CPU           C++ kernels in ``liblowrank_cpu.so``, one set per instruction set, bound by ``_ops.so``
+cuda       CUDA          CUDA kernels in ``liblowrank_cuda.so``, opened by ``_ops.so`` at the first call
 reference  CPU, CUDA     float64 PyTorch (``reference.py``): slow, for checking
+emulator   CPU           the CUDA kernels, run thread by thread on the CPU: for tests (``LOWRANK_EMULATOR``)
 ========== ============= ==============================================================================
 
 ``LOWRANK_BACKEND`` and ``LOWRANK_ISA`` force a choice at import. Nothing ever falls back in silence: a
@@ -14,10 +16,11 @@ device without kernels raises an error that names the build command.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -27,7 +30,14 @@ from .schema import NAMESPACE, OPS
 _PACKAGE = pathlib.Path(__file__).parent
 _BUILD_COMMAND = "pip install -e . --no-build-isolation"
 # backend -> the dispatch keys it serves
-_KEYS = {"cpu": ("CPU",), "cuda": ("CUDA",), "triton": ("CUDA",), "reference": ("CPU", "CUDA")}
+_KEYS = {
+    "cpu": ("CPU",),
+    "cuda": ("CUDA",),
+    "triton": ("CUDA",),
+    "reference": ("CPU", "CUDA"),
+    "emulator": ("CPU",),
+}
+EMULATED = f"{NAMESPACE}_emulated"  # the namespace of the emulator's operators
 
 _native_error: str | None = None
 _held: list[torch.library.Library] = []  # a registration lives as long as its Library object
@@ -74,7 +84,14 @@ def _reference_kernel(name: str):
 
 
 def _available() -> tuple[str, ...]:
-    return ("cpu", "reference") if _native_error is None else ("reference",)
+    names = ["reference"]
+    if _native_error is None:
+        names.append("cpu")
+        if (_PACKAGE / "liblowrank_cuda.so").exists():
+            names.append("cuda")
+        if os.environ.get("LOWRANK_EMULATOR"):
+            names.append("emulator")
+    return tuple(sorted(names))
 
 
 _active = "cpu"
@@ -87,13 +104,18 @@ def _activate(backend: str) -> None:
         _override._destroy()
         _override = None
     if backend == "reference":
-        _override = _register_reference()
+        _override = _register_over(backend, _reference_kernel)
+    elif backend == "emulator":
+        _define_emulated()
+        _override = _register_over(
+            backend, lambda name: getattr(getattr(torch.ops, EMULATED), name)
+        )
     _active = backend
 
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Within the block every operator runs on ``backend``: "cpu" (native kernels) or "reference".
+    """Within the block, operators on the devices that ``backend`` serves run on it (see the table above).
 
     Process-wide, not per thread. Raises ValueError for an unknown name and RuntimeError for a
     backend that was not built, naming the build command.
@@ -117,18 +139,27 @@ def _check_backend(backend: object) -> None:
         )
 
 
-def _register_reference() -> torch.library.Library:
+def _register_over(backend: str, kernel_of: Callable[[str], Callable]) -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
         for name in OPS:
-            for key in _KEYS["reference"]:
-                library.impl(name, _reference_kernel(name), key, allow_override=True)
+            for key in _KEYS[backend]:
+                library.impl(name, kernel_of(name), key, allow_override=True)
     return library
 
 
+@functools.cache
+def _define_emulated() -> None:
+    """The schemas of the emulator's operators; ``_ops.so`` has implemented them already."""
+    library = torch.library.Library(EMULATED, "DEF")
+    for name, op in OPS.items():
+        library.define(name + op.schema)
+    _held.append(library)
+
+
 def active() -> str:
-    """The backend that runs CPU tensors now."""
+    """The backend chosen last; "cpu" stands for the native kernels of each device."""
     return _active
 
 
@@ -181,8 +212,8 @@ def report() -> dict[str, object]:
 
 _load_native()
 if _native_error is not None:
-    _register_missing("CPU", f"{_native_error}; build: {_BUILD_COMMAND}")
-_register_missing("CUDA", "this installation was built without CUDA")
+    for _key in ("CPU", "CUDA"):
+        _register_missing(_key, f"{_native_error}; build: {_BUILD_COMMAND}")
 
 if os.environ.get("LOWRANK_ISA"):
     _require_host().isa_set(os.environ["LOWRANK_ISA"])

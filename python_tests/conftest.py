@@ -22,13 +22,14 @@ import torch
 
 import cases
 import lowrank_kernels as lk
+import tolerance
 from lowrank_kernels.formats import code_of
 
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
 SHARDS = 4
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
 # A backend of another device is one more name here, and a torch.device() context in `entered`.
-KERNELS = ("reference",) if ONLY_REFERENCE else ("cpu-scalar", "cpu-avx2", "cpu-avx512")
+KERNELS = ("reference",) if ONLY_REFERENCE else ("cpu-scalar", "cpu-avx2", "cpu-avx512", "emulator")
 
 
 @contextlib.contextmanager
@@ -45,6 +46,8 @@ def entered(name: str) -> Iterator[str]:
                 pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
             stack.enter_context(lk.backends.use_isa(isa))
             assert lk.backends.isa() == isa
+        if kind == "emulator":
+            stack.enter_context(tolerance.operands_rounded())
         assert lk.backends.active() == kind
         yield name
 
@@ -66,7 +69,7 @@ def any_backend(request) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def seeded(request) -> None:
     """The same data in every run, and for every backend of a test."""
-    name = re.sub(r"cpu-\w+|reference", "", request.node.nodeid.rpartition("/")[2])
+    name = re.sub(r"cpu-\w+|reference|emulator", "", request.node.nodeid.rpartition("/")[2])
     torch.manual_seed(zlib.crc32(name.encode()))
     random.seed(name)
 

@@ -6,15 +6,21 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define LK_ANYWHERE __host__ __device__
+#else
+#define LK_ANYWHERE
+#endif
+
 namespace lk {
 
 enum class DType : int { f32, bf16, f16 };
 
 // Static: a weak inline symbol compiled in one instruction set's unit could be linked into
 // another's.
-static constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
-static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+LK_ANYWHERE static constexpr int64_t element_size(DType t) { return t == DType::f32 ? 4 : 2; }
+LK_ANYWHERE static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+LK_ANYWHERE static constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct Matrix {
   const void* data = nullptr;
@@ -39,21 +45,21 @@ struct Vector {
 //   byte j:  | element 2j: high nibble | element 2j+1: low nibble |
 //   W[n, k]  = code[nibble(i)] * scale(i >> block_shift)
 //   scale(j) = absmax[j], or, double-quantized,
-//            = round(round(nested_code[absmax_u8[j]] * nested_absmax[j >> 8]) + nested_offset)
+//            = round(round(nested_code[absmax_u8[j]] * nested_absmax[j >> 8]) + *nested_offset)
 struct Weight4 {
   const uint8_t* packed = nullptr;
   const float* absmax = nullptr;  // exactly one of absmax, absmax_u8
   const uint8_t* absmax_u8 = nullptr;
   const float* nested_absmax = nullptr;
   const float* nested_code = nullptr;
-  float nested_offset = 0.0f;
+  const float* nested_offset = nullptr;
   const float* code = nullptr;
   int64_t N = 0, K = 0;
   int block_shift = 6;  // log2(blocksize), 5..12
 };
 
 // Blocks do not cross rows; then every row also starts on a byte, and a row holds whole blocks.
-static inline bool blocks_fit_rows(const Weight4& w) {
+LK_ANYWHERE static inline bool blocks_fit_rows(const Weight4& w) {
   return (w.K & ((int64_t{1} << w.block_shift) - 1)) == 0;
 }
 
@@ -61,12 +67,12 @@ constexpr int kNestedShift = 8;
 constexpr int64_t kNestedBlock = 1 << kNestedShift;  // scales that share one nested absmax
 
 // Inverted dropout on x[M, K]: element (m, k) is kept, times scale = 1/(1-p), when word k%4 of
-// Philox4x32-10 with counter (k/4, m low, m high, 0) and this key is >= threshold.
-// threshold = floor(p * 2^32); 0: no dropout.
+// Philox4x32-10 with counter (k/4, m low, m high, 0) and key (*seed low, *seed high) is
+// >= threshold. threshold = floor(p * 2^32); 0: no dropout.
 struct Dropout {
   uint32_t threshold = 0;
   float scale = 1.0f;
-  uint32_t key[2] = {0, 0};
+  const uint64_t* seed = nullptr;
 };
 
 struct Lora {

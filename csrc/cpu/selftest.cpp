@@ -136,7 +136,7 @@ struct Problem {
       w.absmax_u8 = absmax_u8.data();
       w.nested_absmax = nested_absmax.data();
       w.nested_code = nested_code.data();
-      w.nested_offset = offset;
+      w.nested_offset = &offset;
     }
     dense.resize(static_cast<size_t>(numel));
     lk_kernels()->dequantize({w, DType::f32, dense.data()}, kPool);
@@ -164,6 +164,8 @@ struct Problem {
   }
 };
 
+const uint64_t kSeed = uint64_t{2} << 32 | 1;
+
 std::string name_of(const Case& c, const char* output) {
   char text[160];
   std::snprintf(text, sizeof text, "%s %s M=%lld N=%lld K=%lld R=%lld blocksize=%d dq=%d x=%d p=%g",
@@ -185,8 +187,7 @@ void check_linear(const Case& c, bool dense_base) {
   Lora lora{{A.data(), c.adapter, R, K, K}, {B.data(), c.adapter, N, R, R}, 0.5f, {}};
   if (c.dropout > 0)
     lora.dropout = {static_cast<uint32_t>(static_cast<double>(c.dropout) * 4294967296.0),
-                    1.0f / (1.0f - c.dropout),
-                    {1, 2}};
+                    1.0f / (1.0f - c.dropout), &kSeed};
   LinearArgs forward;
   forward.x = {x.data(), c.x, M, K, K};
   forward.base = base;

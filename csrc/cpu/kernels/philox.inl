@@ -12,7 +12,7 @@ inline void philox(const Dropout& d, int64_t row, uint32_t first, uint32_t (*wor
     c2[i] = static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
     c3[i] = 0;
   }
-  uint32_t k0 = d.key[0], k1 = d.key[1];
+  uint32_t k0 = static_cast<uint32_t>(*d.seed), k1 = static_cast<uint32_t>(*d.seed >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < kPhiloxLanes; ++i) {
       const uint64_t p0 = uint64_t{c0[i]} * 0xD2511F53u, p1 = uint64_t{c2[i]} * 0xCD9E8D57u;

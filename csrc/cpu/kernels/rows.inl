@@ -63,7 +63,7 @@ inline void store_row(void* dst, DType t, int64_t offset, const float* src, int6
 inline float block_scale(const Weight4& w, int64_t block) {
   if (w.absmax) return w.absmax[block];
   return w.nested_code[w.absmax_u8[block]] * w.nested_absmax[block >> kNestedShift] +
-         w.nested_offset;
+         *w.nested_offset;
 }
 
 // dst[0, n) = the scales of blocks [first, first + n). Product and sum are rounded separately, as
@@ -75,7 +75,7 @@ inline void load_scales(float* dst, const Weight4& w, int64_t first, int64_t n) 
     // A run shares one nested absmax.
     const int64_t run_end = min64(n, ((((first + i) >> kNestedShift) + 1) << kNestedShift) - first);
     const vf nested = set1(w.nested_absmax[(first + i) >> kNestedShift]),
-             offset = set1(w.nested_offset);
+             offset = set1(*w.nested_offset);
     for (; i + W <= run_end; i += W)
       store(dst + i,
             add(mul(gather(w.nested_code, load_u8(w.absmax_u8 + first + i)), nested), offset));

@@ -1,0 +1,120 @@
+// The general product in float32 arithmetic: any dtype, any shape, any block size. Every output
+// element is one sum in the order of the depth, so its bits depend on nothing but its operands.
+//
+//   out[i, j] = mask(i, j) scale Σ_p a1(i, p) b1(p, j) + Σ_p a2(i, p) b2(p, j) + bias[j]
+//
+// A block of 256 threads makes a tile of 64 x 64, each thread 4 x 4 of it; operands pass through
+// shared memory as float32, 16 deep.
+#pragma once
+
+#include "cuda/elements.cuh"
+
+namespace lk::cuda {
+
+// An operand of a product, indexed (r, c): a matrix (or its transpose), under dropout or not, or a
+// 4-bit weight (or its transpose).
+struct Operand {
+  Matrix m;
+  Weight4 w;  // when m.data is null
+  bool transposed = false;
+  Dropout dropout;  // on m, at its own (row, column), including its scale
+
+  __device__ float at(int64_t r, int64_t c) const {
+    const int64_t row = transposed ? c : r, column = transposed ? r : c;
+    if (!m.data) return weight_one(w, row * w.K + column);
+    if (!is_kept(dropout, row, column)) return 0.0f;
+    const float v = load_one(m.data, m.dtype, row * m.stride + column);
+    return dropout.threshold ? v * dropout.scale : v;
+  }
+};
+
+struct Product {
+  Operand a, b;       // [rows, depth], [depth, cols]
+  int64_t depth = 0;  // 0: none
+};
+
+struct SimtArgs {
+  Product first, second;
+  float scale = 1.0f;  // of the first product
+  Dropout mask;        // on the first product, including its scale
+  Vector bias;
+  MutMatrix out;
+};
+
+constexpr int kSimtTile = 64, kSimtDepth = 16, kSimtThreads = 256;
+constexpr int kSimtPitch = kSimtTile + 4;  // keeps rows 16-byte aligned and off each other's banks
+constexpr size_t kSimtShared = 2 * kSimtDepth * kSimtPitch * sizeof(float);
+
+// sum[4][4] += this thread's part of the product for the tile at (i0, j0).
+__device__ inline void accumulate(const Product& p, int64_t i0, int64_t j0, int64_t rows,
+                                  int64_t cols, float (&sum)[4][4]) {
+  float* a_tile = reinterpret_cast<float*>(ptx::shared_memory());  // [depth][row]
+  float* b_tile = a_tile + kSimtDepth * kSimtPitch;                // [depth][column]
+  const int thread = static_cast<int>(threadIdx.x), tx = thread % 16, ty = thread / 16;
+  for (int64_t p0 = 0; p0 < p.depth; p0 += kSimtDepth) {
+    // Neighbouring threads take what lies side by side in memory.
+#pragma unroll
+    for (int e = thread; e < kSimtTile * kSimtDepth; e += kSimtThreads) {
+      const int ai = p.a.transposed ? e % kSimtTile : e / kSimtDepth;
+      const int ap = p.a.transposed ? e / kSimtTile : e % kSimtDepth;
+      const bool a_in = i0 + ai < rows && p0 + ap < p.depth;
+      a_tile[ap * kSimtPitch + ai] = a_in ? p.a.at(i0 + ai, p0 + ap) : 0.0f;
+      const int bj = p.b.transposed ? e / kSimtDepth : e % kSimtTile;
+      const int bp = p.b.transposed ? e % kSimtDepth : e / kSimtTile;
+      const bool b_in = j0 + bj < cols && p0 + bp < p.depth;
+      b_tile[bp * kSimtPitch + bj] = b_in ? p.b.at(p0 + bp, j0 + bj) : 0.0f;
+    }
+    __syncthreads();
+    // Not past the depth: zeros there would turn infinities into NaNs.
+    const int depth = static_cast<int>(min64(kSimtDepth, p.depth - p0));
+    for (int q = 0; q < depth; ++q) {
+      const float4 a = ptx::load<float4>(a_tile + q * kSimtPitch + 4 * ty);
+      const float4 b = ptx::load<float4>(b_tile + q * kSimtPitch + 4 * tx);
+      const float av[4] = {a.x, a.y, a.z, a.w}, bv[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i][j] = __fmaf_rn(av[i], bv[j], sum[i][j]);
+    }
+    __syncthreads();
+  }
+}
+
+__global__ void __launch_bounds__(kSimtThreads) simt_product(SimtArgs args) {
+  const int64_t tiles_j = ceil_div(args.out.cols, kSimtTile);
+  const int64_t i0 = blockIdx.x / tiles_j * kSimtTile, j0 = blockIdx.x % tiles_j * kSimtTile;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t ti = i0 + thread / 16 * 4, tj = j0 + thread % 16 * 4;
+  float sum[4][4] = {};
+  if (args.first.depth) {
+    accumulate(args.first, i0, j0, args.out.rows, args.out.cols, sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum[i][j] *= args.scale;
+        if (args.mask.threshold)
+          sum[i][j] = is_kept(args.mask, ti + i, tj + j) ? sum[i][j] * args.mask.scale : 0.0f;
+      }
+  }
+  accumulate(args.second, i0, j0, args.out.rows, args.out.cols, sum);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (ti + i >= args.out.rows || tj + j >= args.out.cols) continue;
+      if (args.bias.data) sum[i][j] += load_one(args.bias.data, args.bias.dtype, tj + j);
+      store_one(args.out.data, args.out.dtype, (ti + i) * args.out.stride + tj + j, sum[i][j]);
+    }
+}
+
+// out[j] = Σ_i m[i, j] in the order of the rows; one thread per column.
+__global__ void __launch_bounds__(128) column_sums(Matrix m, MutMatrix out) {
+  const int64_t j = int64_t{blockIdx.x} * 128 + threadIdx.x;
+  if (j >= m.cols) return;
+  float sum = 0.0f;
+  for (int64_t i = 0; i < m.rows; ++i) sum += load_one(m.data, m.dtype, i * m.stride + j);
+  store_one(out.data, out.dtype, j, sum);
+}
+
+}  // namespace lk::cuda

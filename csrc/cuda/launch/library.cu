@@ -1,0 +1,64 @@
+// What is not a kernel: errors, the device, how the library was built.
+#include <cstdio>
+
+#include "cuda/launch.h"
+
+namespace lk::cuda {
+namespace {
+
+thread_local char failure[512];
+
+}  // namespace
+
+cudaError_t failed(cudaError_t error, const char* kernel, const Shape& shape, int device,
+                   const char* detail) {
+  const DeviceInfo info = device_info(device);
+  std::snprintf(failure, sizeof failure,
+                "%s in %s, grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory, "
+                "device %d of capability %d.%d%s%s",
+                cudaGetErrorName(error), kernel, shape.blocks.x, shape.blocks.y, shape.blocks.z,
+                shape.threads.x, shape.threads.y, shape.threads.z, shape.shared_bytes, device,
+                info.major, info.minor, *detail ? ": " : "", detail);
+  return error;
+}
+
+DeviceInfo device_info([[maybe_unused]] int device) {
+#if defined(LOWRANK_EMULATOR)
+  return {132, 9, 0, 50 << 20};
+#else
+  const auto get = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+  };
+  return {get(cudaDevAttrMultiProcessorCount), get(cudaDevAttrComputeCapabilityMajor),
+          get(cudaDevAttrComputeCapabilityMinor), get(cudaDevAttrL2CacheSize)};
+#endif
+}
+
+}  // namespace lk::cuda
+
+const char* lk_cuda_failure(void) { return lk::cuda::failure; }
+
+const char* lk_cuda_error_name(int error) {
+  return cudaGetErrorName(static_cast<cudaError_t>(error));
+}
+
+const char* lk_cuda_architectures(void) {
+#if defined(LOWRANK_EMULATOR)
+  return "emulator";
+#else
+  return LOWRANK_CUDA_ARCHITECTURES;
+#endif
+}
+
+#define LK_TEXT(x) #x
+#define LK_VALUE(x) LK_TEXT(x)
+
+const char* lk_cuda_build_info(void) {
+#if defined(LOWRANK_EMULATOR)
+  return "liblowrank_cuda on the emulator, g++ " __VERSION__;
+#else
+  return "liblowrank_cuda, nvcc " LK_VALUE(__CUDACC_VER_MAJOR__) "." LK_VALUE(
+      __CUDACC_VER_MINOR__) " for " LOWRANK_CUDA_ARCHITECTURES;
+#endif
+}

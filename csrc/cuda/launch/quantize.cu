@@ -1,0 +1,71 @@
+#include "cuda/kernels/quantize.cuh"
+
+#include "cuda/launchers.h"
+
+namespace lk::cuda {
+namespace {
+
+Shape warps(int64_t count, size_t shared_bytes) {
+  return {dim3(static_cast<unsigned>(ceil_div(count, kQuantizeWarps))), dim3(kQuantizeThreads),
+          shared_bytes};
+}
+Shape threads(int64_t count, size_t shared_bytes = 0) {
+  return {dim3(static_cast<unsigned>(ceil_div(count, kQuantizeThreads))), dim3(kQuantizeThreads),
+          shared_bytes};
+}
+
+cudaError_t double_quantize(const DoubleQuantizeArgs& a, const Launch& on) {
+  const int64_t spans = ceil_div(a.blocks, kMeanSpan);
+  double* partial = static_cast<double*>(on.workspace);
+  if (spans)
+    LK_TRY(launch("partial_sums", on,
+                  {dim3(static_cast<unsigned>(spans)), dim3(kQuantizeThreads),
+                   kQuantizeThreads * sizeof(double)},
+                  partial_sums, a.absmax, a.blocks, partial));
+  LK_TRY(launch("mean_of", on, {dim3(1), dim3(32)}, mean_of, partial, spans, a.blocks, a.offset));
+  if (a.blocks == 0) return cudaSuccess;
+  return launch("double_quantize_blocks", on,
+                warps(ceil_div(a.blocks, kNestedBlock), kNestedBlock * sizeof(float)),
+                double_quantize_blocks, a);
+}
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+cudaError_t dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
+                       const Launch& on) {
+  if (out.rows * out.cols == 0) return cudaSuccess;
+  const bool in_runs = out.dtype != DType::f32 && w.K % kRunLength == 0 &&
+                       column % kRunLength == 0 && out.cols % kRunLength == 0 &&
+                       out.stride % 8 == 0 && is_aligned(out.data) && is_aligned(w.packed);
+  if (!in_runs)
+    return launch("dequantize_elements", on, threads(out.rows * out.cols), dequantize_elements, w,
+                  row, column, out);
+  return launch(
+      "dequantize_runs", on, threads(out.rows * out.cols / kRunLength, 16 * sizeof(float)),
+      out.dtype == DType::bf16 ? dequantize_runs<Bf16> : dequantize_runs<F16>, w, row, column, out);
+}
+
+}  // namespace
+}  // namespace lk::cuda
+
+using namespace lk;
+
+int lk_cuda_quantize(const QuantizeArgs* args, const Launch* on) {
+  const int64_t blocks = ceil_div(args->numel, args->blocksize);
+  if (blocks == 0) return cudaSuccess;
+  return cuda::launch("quantize_blocks", *on, cuda::warps(blocks, sizeof(cuda::NearestCode)),
+                      cuda::quantize_blocks, *args);
+}
+
+int64_t lk_cuda_double_quantize_workspace(int64_t blocks) {
+  return ceil_div(blocks, cuda::kMeanSpan) * static_cast<int64_t>(sizeof(double));
+}
+
+int lk_cuda_double_quantize(const DoubleQuantizeArgs* args, const Launch* on) {
+  return cuda::double_quantize(*args, *on);
+}
+
+int lk_cuda_dequantize(const Weight4* weight, int64_t row, int64_t column, const MutMatrix* out,
+                       const Launch* on) {
+  return cuda::dequantize(*weight, row, column, *out, *on);
+}

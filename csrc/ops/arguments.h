@@ -1,0 +1,164 @@
+// Torch tensors to the plain argument structs of the kernels, on the LibTorch stable ABI.
+// User-facing checks are in Python (schema.py); here only what memory safety needs is checked
+// again: every tensor on one device, sizes and dtypes that the struct promises.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/params.h"
+
+namespace lk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size), type);
+}
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
+  return empty(like, size, like.scalar_type());
+}
+
+inline int shift_of(int64_t blocksize) {
+  STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
+                  "blocksize: expected a power of two in 32..4096, got ", blocksize);
+  return __builtin_ctzll(static_cast<unsigned long long>(blocksize));
+}
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline MutMatrix output(const Tensor& t, int64_t rows, int64_t cols) {
+  return {t.mutable_data_ptr(), dtype_of("output", t), rows, cols, cols};
+}
+
+// Unpacks the tensors of one call, all of which must be where the first one is.
+class Unpack {
+ public:
+  explicit Unpack(const Tensor& first)
+      : is_cpu_(first.is_cpu()), index_(first.get_device_index()) {}
+
+  void check_device(const char* name, const Tensor& t) const {
+    if (is_cpu_) {
+      STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+    } else {
+      STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == index_, name,
+                      ": expected a tensor on cuda:", index_, ", got one on ",
+                      t.is_cpu() ? "the CPU" : "another device");
+    }
+  }
+
+  // `t` itself, or a copy with rows that lie element by element.
+  Tensor rows_of(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
+    check_device(name, t);
+    const bool ok =
+        (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1));
+    return ok ? t : torch::stable::contiguous(t);
+  }
+
+  Matrix matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) const {
+    STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name,
+                    ": expected shape [", rows, ", ", cols, "], got ", t.dim(), " dimensions of ",
+                    t.numel(), " elements");
+    return {t.const_data_ptr(), dtype_of(name, t), rows, cols, rows > 1 ? t.stride(0) : cols};
+  }
+
+  Vector vector(const char* name, const Tensor& t, int64_t size) const {
+    STD_TORCH_CHECK(t.dim() == 1 && t.numel() == size, name, ": expected ", size, " elements, got ",
+                    t.numel());
+    check_device(name, t);
+    return {t.const_data_ptr(), dtype_of(name, t)};
+  }
+
+  template <class T>
+  const T* data(const char* name, const Tensor& t, ScalarType type, int64_t numel) const {
+    STD_TORCH_CHECK(t.scalar_type() == type && t.numel() == numel && t.is_contiguous(), name,
+                    ": expected ", numel, " contiguous elements of the schema's dtype, got ",
+                    t.numel());
+    check_device(name, t);
+    return static_cast<const T*>(t.const_data_ptr());
+  }
+
+  Weight4 weight4(const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                  const MaybeTensor& nested_absmax, const MaybeTensor& nested_code,
+                  const MaybeTensor& nested_offset, int64_t N, int64_t K, int64_t blocksize) const {
+    Weight4 w;
+    w.block_shift = shift_of(blocksize);
+    int64_t numel = 0;
+    STD_TORCH_CHECK(N >= 0 && K >= 0 && !__builtin_mul_overflow(N, K, &numel),
+                    "N, K: expected sizes, got ", N, ", ", K);
+    w.N = N;
+    w.K = K;
+    // Exactly: a packed weight that somebody cast to a wider dtype has too many bytes.
+    const int64_t item = static_cast<int64_t>(packed.element_size());
+    const int64_t bytes = packed.numel() * item;
+    const int64_t expected = ceil_div(ceil_div(numel, 2), item) * item;
+    STD_TORCH_CHECK(packed.is_contiguous() && bytes == expected, "packed: expected ", expected,
+                    " contiguous bytes, got ", bytes);
+    check_device("packed", packed);
+    w.packed = static_cast<const uint8_t*>(packed.const_data_ptr());
+    w.code = data<float>("code", code, ScalarType::Float, 16);
+    const int64_t blocks = ceil_div(numel, blocksize);
+    if (nested_absmax) {
+      STD_TORCH_CHECK(nested_code && nested_offset,
+                      "nested_code, nested_offset: expected tensors, got None");
+      w.absmax_u8 = data<uint8_t>("absmax", absmax, ScalarType::Byte, blocks);
+      w.nested_absmax = data<float>("nested_absmax", *nested_absmax, ScalarType::Float,
+                                    ceil_div(blocks, kNestedBlock));
+      w.nested_code = data<float>("nested_code", *nested_code, ScalarType::Float, 256);
+      w.nested_offset = data<float>("nested_offset", *nested_offset, ScalarType::Float, 1);
+    } else {
+      w.absmax = data<float>("absmax", absmax, ScalarType::Float, blocks);
+    }
+    return w;
+  }
+
+  Dropout dropout(double p, const MaybeTensor& seed) const {
+    Dropout d;
+    if (p == 0.0) return d;
+    STD_TORCH_CHECK(p > 0.0 && p < 1.0 && seed, "dropout_p: expected 0 <= p < 1 and a seed, got ",
+                    p);
+    d.threshold = static_cast<uint32_t>(p * 4294967296.0);
+    d.scale = static_cast<float>(1.0 / (1.0 - p));
+    d.seed = data<uint64_t>("seed", *seed, ScalarType::Long, 1);
+    return d;
+  }
+
+ private:
+  bool is_cpu_;
+  int index_;
+};
+
+// The adapter's matrices and what keeps copies of them alive.
+struct Adapter {
+  Tensor A, B;
+  Lora lora;
+
+  Adapter(const Unpack& in, const Tensor& a, const Tensor& b, double scaling, double dropout_p,
+          const MaybeTensor& seed, int64_t N, int64_t K)
+      : A(in.rows_of("A", a)), B(in.rows_of("B", b)) {
+    const int64_t R = A.size(0);
+    lora = {in.matrix("A", A, R, K), in.matrix("B", B, N, R), static_cast<float>(scaling),
+            in.dropout(dropout_p, seed)};
+  }
+};
+
+}  // namespace lk

@@ -1,0 +1,238 @@
+// The operators on CUDA tensors: launchers of liblowrank_cuda.so, opened at the first call. The
+// same code drives the emulator's library on CPU tensors (namespace lowrank_kernels_emulated;
+// tests).
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cuda/api.h"
+#include "ops/operators.h"
+
+namespace lk {
+namespace {
+
+// -- the libraries --------------------------------------------------------------------------------
+
+struct Library {
+  std::string error;  // why it could not be opened; empty: it could
+  decltype(&lk_cuda_quantize) quantize = nullptr;
+  decltype(&lk_cuda_double_quantize_workspace) double_quantize_workspace = nullptr;
+  decltype(&lk_cuda_double_quantize) double_quantize = nullptr;
+  decltype(&lk_cuda_dequantize) dequantize = nullptr;
+  decltype(&lk_cuda_plan_linear) plan_linear = nullptr;
+  decltype(&lk_cuda_linear) linear = nullptr;
+  decltype(&lk_cuda_plan_linear_backward) plan_linear_backward = nullptr;
+  decltype(&lk_cuda_linear_backward) linear_backward = nullptr;
+  decltype(&lk_cuda_failure) failure = nullptr;
+  decltype(&lk_cuda_error_name) error_name = nullptr;
+  decltype(&lk_cuda_architectures) architectures = nullptr;
+
+  explicit Library(const std::string& path) {
+    void* handle = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!handle) {
+      const char* reason = path.empty() ? "no library" : dlerror();
+      error = reason ? reason : "unknown";
+      return;
+    }
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
+      if (!function) error = path + " has no " + name;
+    };
+    find(quantize, "lk_cuda_quantize");
+    find(double_quantize_workspace, "lk_cuda_double_quantize_workspace");
+    find(double_quantize, "lk_cuda_double_quantize");
+    find(dequantize, "lk_cuda_dequantize");
+    find(plan_linear, "lk_cuda_plan_linear");
+    find(linear, "lk_cuda_linear");
+    find(plan_linear_backward, "lk_cuda_plan_linear_backward");
+    find(linear_backward, "lk_cuda_linear_backward");
+    find(failure, "lk_cuda_failure");
+    find(error_name, "lk_cuda_error_name");
+    find(architectures, "lk_cuda_architectures");
+  }
+};
+
+// liblowrank_cuda.so in the folder of this library.
+std::string beside_this_library() {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<void*>(&beside_this_library), &info)) return {};
+  const std::string path = info.dli_fname;
+  return path.substr(0, path.find_last_of('/') + 1) + "liblowrank_cuda.so";
+}
+
+const Library& gpu_library() {
+  static const Library library(beside_this_library());
+  STD_TORCH_CHECK(library.error.empty(), "lowrank_kernels has no CUDA kernels: ", library.error,
+                  "; build: LOWRANK_BUILD_CUDA=1 pip install -e . --no-build-isolation");
+  return library;
+}
+
+const Library& emulator_library() {
+  const char* path = std::getenv("LOWRANK_EMULATOR");
+  static const Library library(path ? path : "");
+  STD_TORCH_CHECK(library.error.empty(), "the CUDA emulator cannot be opened: ", library.error,
+                  "; build: make emulator, and set LOWRANK_EMULATOR to the library");
+  return library;
+}
+
+// -- what torch has no stable C++ for -------------------------------------------------------------
+
+// A function of a library that torch has already loaded.
+template <class Function>
+Function torch_function(const char* library, const char* name) {
+  void* handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+  void* function = handle ? dlsym(handle, name) : nullptr;
+  STD_TORCH_CHECK(function, name, ": this version of torch does not have it in ", library);
+  return reinterpret_cast<Function>(function);
+}
+
+void* current_stream(int device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get =
+      torch_function<Get>("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
+// out = beta out + a b, one rounding; beta 0 ignores what out holds.
+void add_product(Tensor& out, const Tensor& a, const Tensor& b, float beta) {
+  using Addmm = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
+                                   AtenTensorHandle, float, float);
+  static const Addmm addmm = torch_function<Addmm>("libtorch_cpu.so", "aoti_torch_addmm_out");
+  STABLE_TORCH_ERROR_CODE_CHECK(addmm(out.get(), out.get(), a.get(), b.get(), beta, 1.0f));
+}
+
+// -- the backend ----------------------------------------------------------------------------------
+
+// A dequantized piece of the weight, which the dense product then finds in the second-level cache.
+constexpr int64_t kPieceBytes = 32 << 20;
+
+template <bool emulated>
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& first)
+      : library_(emulated ? emulator_library() : gpu_library()), like_(first) {
+    if constexpr (emulated) {
+      STD_TORCH_CHECK(first.is_cpu(), "the emulator: expected CPU tensors");
+    } else {
+      STD_TORCH_CHECK(first.is_cuda(), "expected CUDA tensors, got one on another device");
+      launch_.device = first.get_device_index();
+      guard_.emplace(launch_.device);
+      launch_.stream = current_stream(launch_.device);
+    }
+  }
+
+  void quantize(const QuantizeArgs& a) const {
+    check(library_.quantize(&a, &launch_), "quantize_4bit", a.numel, a.blocksize, 0);
+  }
+
+  void double_quantize(const DoubleQuantizeArgs& a) const {
+    Tensor workspace;
+    const Launch on = with_workspace(library_.double_quantize_workspace(a.blocks), workspace);
+    check(library_.double_quantize(&a, &on), "double_quantize", a.blocks, 0, 0);
+  }
+
+  void dequantize(const DequantizeArgs& a) const {
+    const Weight4& w = a.weight;
+    dequantize(w, 0, 0, {a.out, a.dtype, w.N, w.K, w.K});
+  }
+
+  void linear(LinearArgs a, const Tensor& x, const Tensor* weight, Tensor& y) const {
+    const int64_t M = a.x.rows, N = a.y.cols, K = a.x.cols;
+    const Plan plan = library_.plan_linear(&a, launch_.device);
+    const Weight4* w = a.base.quantized;
+    if (plan.family == Family::matmul) a.base = {};
+    const bool has_rest = a.lora.A.data || a.bias.data;
+    if (plan.family != Family::matmul || has_rest) {
+      Tensor workspace;
+      const Launch on = with_workspace(plan.workspace, workspace);
+      check(library_.linear(&a, &on), "linear", M, N, K);
+    }
+    if (plan.family != Family::matmul) return;
+    const float beta = has_rest ? 1.0f : 0.0f;
+    if (weight) return add_product(y, x, torch::stable::transpose(*weight, 0, 1), beta);
+    // y[:, piece] += x W[piece]ᵀ
+    const int64_t rows = piece(N, K * element_size(a.x.dtype));
+    Tensor dense = empty(x, {rows, K});
+    for (int64_t n = 0; n < N; n += rows) {
+      const int64_t count = min64(rows, N - n);
+      Tensor part = torch::stable::narrow(dense, 0, 0, count);
+      Tensor out = torch::stable::narrow(y, 1, n, count);
+      dequantize(*w, n, 0, {dense.mutable_data_ptr(), a.x.dtype, count, K, K});
+      add_product(out, x, torch::stable::transpose(part, 0, 1), beta);
+    }
+  }
+
+  void linear_backward(BackwardArgs a, const Tensor& dy, const Tensor* weight, Tensor& dx) const {
+    const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
+    const Plan plan = library_.plan_linear_backward(&a, launch_.device);
+    const Weight4* w = a.base.quantized;
+    const bool adapter = a.lora.A.data != nullptr;
+    if (plan.family == Family::matmul) a.base = {};
+    if (plan.family != Family::matmul || adapter) {
+      Tensor workspace;
+      const Launch on = with_workspace(plan.workspace, workspace);
+      check(library_.linear_backward(&a, &on), "linear_backward", M, N, K);
+    }
+    if (plan.family != Family::matmul) return;
+    const float beta = adapter ? 1.0f : 0.0f;
+    if (weight) return add_product(dx, dy, *weight, beta);
+    // dx[:, piece] += dy W[:, piece]: by columns, so that every element is rounded once.
+    const int64_t columns = piece(K, N * element_size(a.dy.dtype));
+    Tensor dense = empty(dy, {N, columns});
+    for (int64_t k = 0; k < K; k += columns) {
+      const int64_t count = min64(columns, K - k);
+      Tensor part = torch::stable::narrow(dense, 1, 0, count);
+      Tensor out = torch::stable::narrow(dx, 1, k, count);
+      dequantize(*w, 0, k, {dense.mutable_data_ptr(), a.dy.dtype, N, count, columns});
+      add_product(out, dy, part, beta);
+    }
+  }
+
+ private:
+  // How many of `total` rows (or columns) of so many bytes make a piece, a multiple of 128.
+  static int64_t piece(int64_t total, int64_t bytes) {
+    const int64_t fitting = kPieceBytes / (bytes > 0 ? bytes : 1) / 128 * 128;
+    return min64(total, fitting > 128 ? fitting : 128);
+  }
+
+  void dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out) const {
+    check(library_.dequantize(&w, row, column, &out, &launch_), "dequantize_4bit", 0, out.rows,
+          out.cols);
+  }
+
+  // Torch's allocator keeps memory apart by stream, so `workspace` may be dropped after the launch.
+  Launch with_workspace(int64_t bytes, Tensor& workspace) const {
+    Launch on = launch_;
+    if (bytes > 0) {
+      workspace = empty(like_, {bytes}, ScalarType::Byte);
+      on.workspace = workspace.mutable_data_ptr();
+    }
+    return on;
+  }
+
+  void check(int error, const char* op, int64_t a, int64_t b, int64_t c) const {
+    if (error == 0) return;
+    constexpr int kNoKernelImage = 209;
+    const std::string hint =
+        error == kNoKernelImage
+            ? std::string("; this library has code for ") + library_.architectures() +
+                  ": rebuild with TORCH_CUDA_ARCH_LIST set to the device's capability"
+            : "";
+    STD_TORCH_CHECK(false, op, " (", a, ", ", b, ", ", c, "): ", library_.failure(), hint);
+  }
+
+  const Library& library_;
+  const Tensor like_;
+  Launch launch_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+}  // namespace
+}  // namespace lk
+
+STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, m) { lk::implement<lk::Cuda<false>>(m); }
+STABLE_TORCH_LIBRARY_IMPL(lowrank_kernels_emulated, CPU, m) { lk::implement<lk::Cuda<true>>(m); }

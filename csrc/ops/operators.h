@@ -1,0 +1,204 @@
+// The operators, once for every backend; the order of arguments is that of schema.py.
+//
+// A Backend is made for each call from its first tensor, checks where that is, and runs the plain
+// structs: quantize, double_quantize, dequantize, linear, linear_backward. The linear ones get the
+// tensors behind the struct too (the dense weight may be null), for a backend that hands part of
+// the work back to torch.
+#pragma once
+
+#include "ops/arguments.h"
+
+namespace lk {
+
+#define LK_WEIGHT_PARAMS                                                                         \
+  Tensor packed, Tensor absmax, Tensor code, MaybeTensor nested_absmax, MaybeTensor nested_code, \
+      MaybeTensor nested_offset, int64_t N, int64_t K, int64_t blocksize
+#define LK_WEIGHT \
+  in.weight4(packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize)
+
+template <class Backend>
+struct Operators {
+  static std::tuple<Tensor, Tensor> quantize_4bit(Tensor weight, Tensor code, int64_t blocksize) {
+    const Backend backend(weight);
+    const Unpack in(weight);
+    weight = torch::stable::contiguous(weight);
+    shift_of(blocksize);
+    const int64_t numel = weight.numel();
+    Tensor packed = empty(weight, {ceil_div(numel, 2), 1}, ScalarType::Byte);
+    Tensor absmax = empty(weight, {ceil_div(numel, blocksize)}, ScalarType::Float);
+    backend.quantize({weight.const_data_ptr(), dtype_of("weight", weight), numel, blocksize,
+                      in.data<float>("code", code, ScalarType::Float, 16),
+                      static_cast<uint8_t*>(packed.mutable_data_ptr()),
+                      static_cast<float*>(absmax.mutable_data_ptr())});
+    return {packed, absmax};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> double_quantize(Tensor absmax, Tensor nested_code) {
+    const Backend backend(absmax);
+    const Unpack in(absmax);
+    const int64_t blocks = absmax.numel();
+    Tensor quantized = empty(absmax, {blocks}, ScalarType::Byte);
+    Tensor nested_absmax = empty(absmax, {ceil_div(blocks, kNestedBlock)});
+    Tensor offset = empty(absmax, {});
+    backend.double_quantize({in.data<float>("absmax", absmax, ScalarType::Float, blocks), blocks,
+                             in.data<float>("nested_code", nested_code, ScalarType::Float, 256),
+                             static_cast<uint8_t*>(quantized.mutable_data_ptr()),
+                             static_cast<float*>(nested_absmax.mutable_data_ptr()),
+                             static_cast<float*>(offset.mutable_data_ptr())});
+    return {quantized, nested_absmax, offset};
+  }
+
+  static Tensor dequantize_4bit(LK_WEIGHT_PARAMS, ScalarType dtype) {
+    const Backend backend(packed);
+    const Unpack in(packed);
+    const Weight4 w = LK_WEIGHT;
+    Tensor out = empty(code, {N, K}, dtype);
+    backend.dequantize({w, dtype_of("dtype", out), out.mutable_data_ptr()});
+    return out;
+  }
+
+  static Tensor linear_4bit(Tensor x, LK_WEIGHT_PARAMS, MaybeTensor bias) {
+    const Backend backend(x);
+    const Unpack in(x);
+    const Weight4 w = LK_WEIGHT;
+    return std::get<0>(forward(backend, in, x, {&w, nullptr}, nullptr, nullptr, N, K, bias));
+  }
+
+  static Tensor linear_4bit_dx(Tensor dy_in, LK_WEIGHT_PARAMS) {
+    const Backend backend(dy_in);
+    const Unpack in(dy_in);
+    const Weight4 w = LK_WEIGHT;
+    const Tensor dy = in.rows_of("dy", dy_in);
+    const int64_t M = dy.size(0);
+    Tensor dx = empty(dy, {M, K});
+    BackwardArgs a;
+    a.dy = in.matrix("dy", dy, M, N);
+    a.base.quantized = &w;
+    a.dx = output(dx, M, K);
+    backend.linear_backward(a, dy, nullptr, dx);
+    return dx;
+  }
+
+  static std::tuple<Tensor, Tensor> lora_linear_4bit(Tensor x, LK_WEIGHT_PARAMS, Tensor A, Tensor B,
+                                                     double scaling, MaybeTensor bias,
+                                                     double dropout_p, MaybeTensor seed) {
+    const Backend backend(x);
+    const Unpack in(x);
+    const Weight4 w = LK_WEIGHT;
+    const Adapter adapter(in, A, B, scaling, dropout_p, seed, N, K);
+    return forward(backend, in, x, {&w, nullptr}, nullptr, &adapter, N, K, bias);
+  }
+
+  static std::tuple<Tensor, Tensor> lora_linear(Tensor x, Tensor weight_in, Tensor A, Tensor B,
+                                                double scaling, MaybeTensor bias, double dropout_p,
+                                                MaybeTensor seed) {
+    const Backend backend(x);
+    const Unpack in(x);
+    const Tensor weight = in.rows_of("weight", weight_in);
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const Matrix dense = in.matrix("weight", weight, N, K);
+    const Adapter adapter(in, A, B, scaling, dropout_p, seed, N, K);
+    return forward(backend, in, x, {nullptr, &dense}, &weight, &adapter, N, K, bias);
+  }
+
+  using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+  static Gradients lora_linear_4bit_backward(Tensor dy, Tensor x, Tensor s, LK_WEIGHT_PARAMS,
+                                             Tensor A, Tensor B, double scaling, MaybeTensor bias,
+                                             double dropout_p, MaybeTensor seed, bool need_dx,
+                                             bool need_dA, bool need_dB, bool need_dbias) {
+    const Backend backend(dy);
+    const Unpack in(dy);
+    const Weight4 w = LK_WEIGHT;
+    const Adapter adapter(in, A, B, scaling, dropout_p, seed, N, K);
+    return backward(backend, in, dy, x, s, {&w, nullptr}, nullptr, adapter, bias, N, K, need_dx,
+                    need_dA, need_dB, need_dbias);
+  }
+
+  static Gradients lora_linear_backward(Tensor dy, Tensor x, Tensor s, Tensor weight_in, Tensor A,
+                                        Tensor B, double scaling, MaybeTensor bias,
+                                        double dropout_p, MaybeTensor seed, bool need_dx,
+                                        bool need_dA, bool need_dB, bool need_dbias) {
+    const Backend backend(dy);
+    const Unpack in(dy);
+    const Tensor weight = in.rows_of("weight", weight_in);
+    const int64_t N = weight.size(0), K = weight.size(1);
+    const Matrix dense = in.matrix("weight", weight, N, K);
+    const Adapter adapter(in, A, B, scaling, dropout_p, seed, N, K);
+    return backward(backend, in, dy, x, s, {nullptr, &dense}, &weight, adapter, bias, N, K, need_dx,
+                    need_dA, need_dB, need_dbias);
+  }
+
+ private:
+  // y and S of either base; without an adapter S is empty.
+  static std::tuple<Tensor, Tensor> forward(const Backend& backend, const Unpack& in,
+                                            const Tensor& x_in, const Base& base,
+                                            const Tensor* dense, const Adapter* adapter, int64_t N,
+                                            int64_t K, const MaybeTensor& bias_in) {
+    const Tensor x = in.rows_of("x", x_in);
+    const int64_t M = x.size(0), R = adapter ? adapter->lora.A.rows : 0;
+    Tensor y = empty(x, {M, N}), s = empty(x, {M, R}, ScalarType::Float);
+    LinearArgs a;
+    a.x = in.matrix("x", x, M, K);
+    a.base = base;
+    if (adapter) a.lora = adapter->lora;
+    MaybeTensor bias;
+    if (bias_in) {
+      bias = torch::stable::contiguous(*bias_in);
+      a.bias = in.vector("bias", *bias, N);
+    }
+    a.y = output(y, M, N);
+    a.s = static_cast<float*>(s.mutable_data_ptr());
+    backend.linear(a, x, dense, y);
+    return {y, s};
+  }
+
+  // dx, dA, dB, dbias; one that is not needed is empty.
+  static Gradients backward(const Backend& backend, const Unpack& in, const Tensor& dy_in,
+                            const Tensor& x_in, const Tensor& s_in, const Base& base,
+                            const Tensor* dense, const Adapter& adapter, const MaybeTensor& bias,
+                            int64_t N, int64_t K, bool need_dx, bool need_dA, bool need_dB,
+                            bool need_dbias) {
+    const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
+                 s = torch::stable::contiguous(s_in);
+    const int64_t M = dy.size(0), R = adapter.lora.A.rows;
+    Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
+    const Tensor dA = need_dA ? empty(adapter.A, {R, K}) : empty(adapter.A, {0});
+    const Tensor dB = need_dB ? empty(adapter.B, {N, R}) : empty(adapter.B, {0});
+    const Tensor dbias = empty(bias ? *bias : dy, {need_dbias ? N : 0});
+    const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
+    BackwardArgs a;
+    a.dy = in.matrix("dy", dy, M, N);
+    a.x = in.matrix("x", x, M, K);
+    a.base = base;
+    a.lora = adapter.lora;
+    a.s = in.data<float>("s", s, ScalarType::Float, M * R);
+    a.ds = static_cast<float*>(ds.mutable_data_ptr());
+    if (need_dx) a.dx = output(dx, M, K);
+    if (need_dA) a.dA = output(dA, R, K);
+    if (need_dB) a.dB = output(dB, N, R);
+    if (need_dbias) a.dbias = output(dbias, 1, N);
+    backend.linear_backward(a, dy, dense, dx);
+    return {dx, dA, dB, dbias};
+  }
+};
+
+#undef LK_WEIGHT
+#undef LK_WEIGHT_PARAMS
+
+// Registers all of them; `library` is the argument of STABLE_TORCH_LIBRARY_IMPL.
+template <class Backend, class Library>
+void implement(Library& library) {
+  using Ops = Operators<Backend>;
+  library.impl("quantize_4bit", TORCH_BOX(&Ops::quantize_4bit));
+  library.impl("double_quantize", TORCH_BOX(&Ops::double_quantize));
+  library.impl("dequantize_4bit", TORCH_BOX(&Ops::dequantize_4bit));
+  library.impl("linear_4bit", TORCH_BOX(&Ops::linear_4bit));
+  library.impl("linear_4bit_dx", TORCH_BOX(&Ops::linear_4bit_dx));
+  library.impl("lora_linear_4bit", TORCH_BOX(&Ops::lora_linear_4bit));
+  library.impl("lora_linear_4bit_backward", TORCH_BOX(&Ops::lora_linear_4bit_backward));
+  library.impl("lora_linear", TORCH_BOX(&Ops::lora_linear));
+  library.impl("lora_linear_backward", TORCH_BOX(&Ops::lora_linear_backward));
+}
+
+}  // namespace lk
