@@ -63,6 +63,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
     parser.add_argument("--quick", action="store_true", help="one shape, fewer rounds, < 4 minutes")
     parser.add_argument("--op", choices=OPS, action="append", help="only this one (repeatable)")
     parser.add_argument(
@@ -72,7 +73,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--shape", type=_shape, action="append", metavar="NxK", help="other shapes (repeatable)"
     )
     parser.add_argument("--tokens", type=_positive, action="append", metavar="M", help="other M")
-    parser.add_argument("--seconds", type=float, help="timed per case and provider (default: 0.5)")
+    parser.add_argument(
+        "--seconds", type=float, help="timed per case and provider (default: 0.5; on a GPU 0.08)"
+    )
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="begin no measurement after so long"
+    )
+    parser.add_argument("--note", help="a remark on this run, kept with its results")
     parser.add_argument(
         "--threads", type=_positive, help="threads for every provider (default: torch's)"
     )
@@ -85,22 +92,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_pytest(args: argparse.Namespace, settings: harness.Settings) -> dict:
-    """Runs the suite in this process: the result document. Exits with 1 if a test failed."""
-    run, progress = harness.Harness(settings), Progress()
+def run_pytest(args: argparse.Namespace, run: harness.Harness) -> tuple[dict, list[str]]:
+    """Runs the suite in this process: the result document, and what failed."""
+    progress = Progress()
     files = [BENCH / f"bench_{op}.py" for op in args.op or OPS]
     with tempfile.TemporaryDirectory() as folder:
         raw = pathlib.Path(folder, "raw.json")
         options = ["-c", "/dev/null", f"--rootdir={BENCH.parent}", "-o", "python_files=bench_*.py"]
-        options += [
-            "-o",
-            "python_functions=bench_*",
-            "-p",
-            "no:cacheprovider",
-            "-qq",
-            "--no-header",
-        ]
-        options += ["--no-summary", "--benchmark-quiet", "--benchmark-disable-gc"]
+        options += ["-o", "python_functions=bench_*", "-p", "no:cacheprovider", "-qq"]
+        options += ["--no-header", "--no-summary", "--benchmark-quiet", "--benchmark-disable-gc"]
         options += [f"--benchmark-json={raw}", "-W", "ignore"]
         if args.k:
             options += ["-k", f"bench_limit or ({args.k})"]
@@ -108,11 +108,12 @@ def run_pytest(args: argparse.Namespace, settings: harness.Settings) -> dict:
         # The harness is a plugin so that conftest.py finds it.
         config_plugins = [progress, _Named(run)]
         code = pytest.main([*options, *paths], plugins=config_plugins)
-        if progress.failures or code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if code not in (0, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
             sys.exit(
                 "\n".join([*progress.failures, f"bench: failed (pytest exit code {int(code)})"])
             )
-        return harness.collect(json.loads(raw.read_text()), run.unavailable, settings.quick)
+        text = raw.read_text() if raw.exists() else ""  # not written by a run on a GPU
+    return harness.collect(json.loads(text or '{"benchmarks": []}'), run), progress.failures
 
 
 class _Named:
@@ -125,32 +126,62 @@ class _Named:
         config.pluginmanager.register(self.run, "lowrank_bench")
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def _check_device(device: str) -> None:
+    """Ends the program where there is nothing to measure."""
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("bench: torch finds no CUDA device")
     if lk.backends.active() not in lk.backends.report()["available"]:
         sys.exit(f"bench: the native kernels are missing ({lk.backends.report()['build']})")
+
+
+def _settings(args: argparse.Namespace) -> harness.Settings:
+    settings = harness.Settings(quick=args.quick)
+    if args.device == "cuda":
+        settings.seconds = 0.08
+    if args.quick:
+        settings.passes, settings.seconds = 3, 0.4 * settings.seconds
+    settings.seconds = args.seconds or settings.seconds
+    if args.budget:
+        settings.deadline = time.monotonic() + args.budget
+    return settings
+
+
+def _output(args: argparse.Namespace, document: dict) -> pathlib.Path:
+    """Only a full run replaces the results that the documents are made of."""
+    chosen = (args.quick, args.op, args.k, args.shape, args.tokens, args.seconds)
+    folder = BENCH.parent / "build" / "bench" if any(chosen) else BENCH / "results"
+    return args.output or folder / f"{report.machine_name(document)}.json"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    _check_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     # The modules of the suite read these when pytest imports them, which is later.
-    cases.SHAPES = tuple(args.shape or cases.SHAPES)
-    cases.TOKENS = tuple(args.tokens or cases.TOKENS)
-    settings = harness.Settings(quick=args.quick)
-    if args.quick:
-        settings.passes, settings.seconds = 3, 0.2
-    settings.seconds = args.seconds or settings.seconds
+    cases.choose(args.device, args.shape, args.tokens)
     start = time.perf_counter()
     load = harness.load_average()
-    if load is not None and load > BUSY:
+    if load is not None and load > BUSY and args.device == "cpu":
         print(f"bench: load average {load:.1f}: other programs disturb the result", file=sys.stderr)
-    document = run_pytest(args, settings) | {"load_average_before": load}
-    chosen = (args.quick, args.op, args.k, args.shape, args.tokens, args.seconds)
-    folder = BENCH.parent / "build" / "bench" if any(chosen) else BENCH / "results"
-    output = args.output or folder / f"{harness.machine_name(document)}.json"
+    more = {"load_average_before": load} | ({"note": args.note} if args.note else {})
+    run = harness.Harness(_settings(args))
+    output = _output(args, harness.header(run))
+
+    def save_part() -> None:
+        document = harness.collect({"benchmarks": []}, run) | more | {"complete": False}
+        harness.write_json(document, output)
+
+    run.on_case = save_part
+    document, failures = run_pytest(args, run)
+    document |= more
     harness.write_json(document, output)
     print(report.text(document))
     print(f"{time.perf_counter() - start:.0f} s; wrote {output}")
     if output.parent == BENCH / "results":
         print("next: python -m bench.report writes docs/performance.md and the table of README.md")
+    if failures:
+        sys.exit("\n\n".join([*failures[:3], f"bench: {len(failures)} failures"]))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,30 @@ import itertools
 
 import torch
 
+# What `choose` sets, before the modules of the suite are imported; until then, the CPU's.
+DEVICE = "cpu"
 SHAPES = ((4096, 4096), (11008, 4096))  # [N, K]: attention and MLP of a 7B model
 TOKENS = (1, 4, 16, 64, 512)
+TRAINING_TOKENS = TOKENS
 DTYPES = ("float32", "bfloat16")
 RANK = 16
 BLOCKSIZE = 64
+
+
+def choose(
+    device: str, shapes: list[tuple[int, int]] | None = None, tokens: list[int] | None = None
+) -> None:
+    """Makes :func:`cases` list the cases of ``device``; other shapes and M where they are given."""
+    global DEVICE, SHAPES, TOKENS, TRAINING_TOKENS, DTYPES
+    if device == "cuda":
+        DEVICE = device
+        SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))  # MLPs of an 8B and a 70B model
+        TOKENS = (1, 4, 16, 64, 256, 4096)
+        TRAINING_TOKENS = (512, 4096)
+        DTYPES = ("bfloat16",)
+    SHAPES = tuple(shapes or SHAPES)
+    TRAINING_TOKENS = tuple(tokens or TRAINING_TOKENS)
+    TOKENS = tuple(tokens or TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +47,7 @@ class Case:
     dtype: str = "float32"
     cache: str = "cold"
     R: int = 0
+    device: str = "cpu"
 
     @property
     def id(self) -> str:
@@ -66,23 +86,23 @@ class Case:
             return 2 * self.weight_bytes + 3 * adapter + 2 * rows + self.M * self.K * size
         return self.weight_bytes + adapter + rows
 
-    def limit_seconds(self, read_gbs: float, sgemm_gflops: float) -> float:
+    def limit_seconds(self, gbs: float, gflops: float) -> float:
         """The time that memory bandwidth or arithmetic alone would take, whichever is longer."""
-        return max(self.bytes / (read_gbs * 1e9), self.flops / (sgemm_gflops * 1e9))
+        return max(self.bytes / (gbs * 1e9), self.flops / (gflops * 1e9))
 
 
 def cases(
     op: str, tokens: tuple[int, ...] | None = None, hot: tuple[int, ...] = (), R: int = 0
 ) -> list[Case]:
-    """``op`` at SHAPES x tokens x dtypes, cold, and at the first shape in float32, hot.
+    """``op`` at SHAPES x tokens x dtypes, cold, and on a CPU at the first shape in float32, hot.
 
     Shapes vary slowest: the harness holds the weights of one shape at a time.
     """
     cold = [
-        Case(op, N, K, M, dtype, "cold", R)
+        Case(op, N, K, M, dtype, "cold", R, DEVICE)
         for (N, K), dtype, M in itertools.product(
             SHAPES, DTYPES, TOKENS if tokens is None else tokens
         )
     ]
-    warm = [Case(op, *SHAPES[0], M, "float32", "hot", R) for M in hot]
+    warm = [Case(op, *SHAPES[0], M, "float32", "hot", R) for M in hot if DEVICE == "cpu"]
     return sorted(cold + warm, key=lambda case: SHAPES.index((case.N, case.K)))

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from .cases import SHAPES
+from . import cases, cuda
 from .harness import LIMITS, Harness
 from .providers import Unavailable
 
@@ -21,20 +21,23 @@ def harness_of(config: pytest.Config) -> Harness:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "limit" in metafunc.fixturenames:
-        turns = [(limit, turn) for turn in range(LIMIT_TURNS) for limit in LIMITS]
-        metafunc.parametrize(
-            "limit", [t[0] for t in turns], ids=[f"limit-{n}-{i}" for n, i in turns]
-        )
+    if "timed_limit" in metafunc.fixturenames:
+        limits = cuda.LIMITS if cases.DEVICE == "cuda" else LIMITS
+        turns = [
+            pytest.param(limit, id=f"limit-{limit}-{turn}")
+            for turn in range(LIMIT_TURNS)
+            for limit in limits
+        ]
+        metafunc.parametrize("timed_limit", turns, indirect=True)
     if "timed" in metafunc.fixturenames:
         settings = harness_of(metafunc.config).settings
-        cases = [
+        of_module = [
             case
             for case in metafunc.module.CASES
-            if not settings.quick or SHAPES[0] == (case.N, case.K)
+            if not settings.quick or cases.SHAPES[0] == (case.N, case.K)
         ]
         turns = []
-        for case, turn in itertools.product(cases, range(settings.passes)):
+        for case, turn in itertools.product(of_module, range(settings.passes)):
             of_op = metafunc.module.PROVIDERS.get(case.op, metafunc.module.PROVIDERS)
             turns += [
                 pytest.param((case, name, provider), id=f"{case.id}-{name}-{turn}")
@@ -44,15 +47,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Spreads the turns of the limits evenly over the run, from its start to its end."""
+    """Spreads the turns of the limits evenly over the run, from its start to its end.
+
+    All cases of one shape come together, since making the weights of a large one takes seconds.
+    """
     limits = [item for item in items if "[limit-" in item.name]
     others = [item for item in items if "[limit-" not in item.name]
+    others.sort(key=lambda item: cases.SHAPES.index(_shape(item)))
     items.clear()
     for turn in range(LIMIT_TURNS):
         items += [item for item in limits if item.name.endswith(f"-{turn}]")]
         if turn < LIMIT_TURNS - 1:
             part = -(-len(others) // (LIMIT_TURNS - 1))
             items += others[turn * part : (turn + 1) * part]
+
+
+def _shape(item: pytest.Item) -> tuple[int, int]:
+    case = item.callspec.params["timed"][0]
+    return case.N, case.K
+
+
+@pytest.fixture
+def timed_limit(request, benchmark):
+    return lambda: harness_of(request.config).time_limit(benchmark, request.param)
 
 
 @pytest.fixture

@@ -8,19 +8,23 @@ Rules, each against a way of fooling oneself:
   page.
 - Providers alternate within a case, several times over, so that a slow minute of the machine hits
   all of them.
-- Medians and quartiles, never means or minima; only the two machine limits take the best round.
-- The limits (read bandwidth, float32 matrix product) are measured in the same run, at
-  moments spread over it.
+- Medians and quartiles, never means or minima; only the limits of the machine take the best round.
+- The limits (bandwidth, matrix product) are measured in the same run, at moments spread over it.
+
+On a GPU `cuda.py` takes the times instead of pytest-benchmark; all else is the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -30,12 +34,13 @@ import torch
 import lowrank_kernels as lk
 from lowrank_kernels.cli import machine
 
-from . import providers
+from . import cases, check, cuda, providers
 from .cases import Case
 
 SCHEMA = 1
 READ_BYTES = 512 << 20
 SGEMM_SIZE = 2048
+LIMIT_ROUNDS = 8
 MAX_ROUNDS = 40  # per pass
 SLOW_SECONDS = 0.2
 SHORT_SECONDS = 0.05  # calls shorter than this are preceded by an untimed one in every pass
@@ -43,35 +48,55 @@ SHORT_SECONDS = 0.05  # calls shorter than this are preceded by an untimed one i
 
 @dataclasses.dataclass
 class Settings:
-    """``passes``: turns each provider of a case gets; ``seconds``: timed per case and provider."""
+    """``passes``: turns each provider of a case gets; ``seconds``: timed per case and provider.
+
+    ``deadline``: the time.monotonic() after which no turn begins.
+    """
 
     passes: int = 4
     seconds: float = 0.5
     quick: bool = False
+    deadline: float = float("inf")
 
 
 class Harness:
-    """One run: the calls of the present case, how many rounds each gets, and who is missing."""
+    """One run: the calls of the present case, how many rounds each gets, and who is missing.
+
+    ``on_case`` is called when a case of a GPU is finished: for results that outlive a crash.
+    """
 
     def __init__(self, settings: Settings | None = None):
         self.settings = settings or Settings()
         self.unavailable: dict[tuple[Case, str], str] = {}
+        self.errors: dict[tuple[Case, str], str] = {}
+        self.on_case: Callable[[], None] = lambda: None
+        # Of a GPU; what a CPU took is in pytest-benchmark's JSON.
+        self.seconds: dict[tuple[Case, str], list[float]] = {}
+        self.graphs: dict[tuple[Case, str], bool] = {}
+        self.limits: dict[str, float] = {}
+        self.states: list[dict] = []
         self._case: Case | None = None
-        self._calls: dict[str, itertools.cycle] = {}
+        self._calls: dict[str, itertools.cycle | cuda.Timed] = {}
         self._rounds: dict[tuple[Case, str], int] = {}
         self._short: dict[tuple[Case, str], bool] = {}
 
     def time(self, benchmark, case: Case, name: str, provider: Callable) -> None:
-        """One pass of one provider, through pytest-benchmark's ``benchmark`` fixture.
+        """One pass of one provider, on a CPU through pytest-benchmark's ``benchmark`` fixture.
 
-        Raises providers.Unavailable where the provider cannot run the case, and remembers why.
+        Raises providers.Unavailable where the provider cannot run the case, and remembers why. Any
+        other exception is an error of the provider, remembered as well: it has no further turn.
         """
         key = (case, name)
-        if key in self.unavailable:
-            raise providers.Unavailable(self.unavailable[key])
+        self._may_run(key)
         if case != self._case:  # drop the tensors of the last case before making new ones
+            finished = self._case is not None and case.device == "cuda"
             self._case, self._calls = case, {}
+            if finished:
+                self.on_case()
         try:
+            if case.device == "cuda":
+                self._pass_on_gpu(key, provider)
+                return
             if name not in self._calls:
                 self._calls[name] = itertools.cycle(provider(case))
             calls = self._calls[name]
@@ -79,10 +104,49 @@ class Harness:
         except providers.Unavailable as reason:
             self.unavailable[key] = str(reason)
             raise
+        except Exception as error:
+            self._calls.pop(name, None)
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            self.errors[key] = words[0]
+            raise
         benchmark.extra_info |= {"case": dataclasses.asdict(case), "provider": name}
         benchmark.pedantic(
             lambda call: call(), setup=lambda: ((next(calls),), {}), rounds=self._rounds[key]
         )
+
+    def _may_run(self, key: tuple[Case, str]) -> None:
+        """Raises providers.Unavailable if there is no use or no time for another turn."""
+        if key in self.unavailable:
+            raise providers.Unavailable(self.unavailable[key])
+        if key in self.errors:
+            raise providers.Unavailable(f"failed before: {self.errors[key]}")
+        if time.monotonic() > self.settings.deadline:
+            if not self.seconds.get(key):
+                self.unavailable[key] = "no time was left"
+            raise providers.Unavailable("no time was left")
+
+    def _pass_on_gpu(self, key: tuple[Case, str], provider: Callable) -> None:
+        case, name = key
+        if name not in self._calls:
+            verify = functools.partial(check.verify, case)
+            self._calls[name] = cuda.Timed(provider(case), verify)
+        timed = self._calls[name]
+        seconds = timed.measure(self.settings.seconds / self.settings.passes)
+        self.seconds.setdefault(key, []).extend(seconds)
+        self.graphs[key] = timed.graph
+
+    def time_limit(self, benchmark, name: str) -> None:
+        """One turn of a limit of the machine."""
+        if cases.DEVICE == "cuda":
+            call, device = cuda.LIMITS[name](), cuda.Device()
+            device.times(call, 2)
+            best = min(device.times(call, LIMIT_ROUNDS))
+            self.limits[name] = min(best, self.limits.get(name, float("inf")))
+            if name == list(cuda.LIMITS)[-1] and (state := cuda.state()):
+                self.states.append(state)
+            return
+        benchmark.extra_info["limit"] = name
+        benchmark.pedantic(LIMITS[name](), rounds=LIMIT_ROUNDS, warmup_rounds=2)
 
     def _warm_up(self, key: tuple[Case, str], calls: itertools.cycle) -> None:
         """Untimed calls; the first time also how many timed rounds fit into a pass."""
@@ -131,7 +195,14 @@ def limits_of(best_seconds: dict[str, float]) -> dict[str, float]:
     }
 
 
-# -- from pytest-benchmark's JSON to ours ----------------------------------------------------------
+def rates(limits: dict[str, float]) -> tuple[float, float]:
+    """(GB/s, GFLOP/s) that a case is held against."""
+    if "copy_gbs" in limits:
+        return limits["copy_gbs"], limits["matmul_tflops"] * 1e3
+    return limits["read_gbs"], limits["sgemm_gflops"]
+
+
+# -- the result document ---------------------------------------------------------------------------
 
 
 def _summary(seconds: list[float]) -> dict[str, float | int]:
@@ -146,66 +217,79 @@ def _summary(seconds: list[float]) -> dict[str, float | int]:
     }
 
 
-def collect(raw: dict, unavailable: dict[tuple[Case, str], str], quick: bool) -> dict:
+def collect(raw: dict, run: Harness) -> dict:
     """The result document: machine, limits, and per case the median and quartiles of each provider.
 
     ``raw`` is pytest-benchmark's JSON; the rounds of all passes of a provider are put together.
     """
-    rounds: dict[Case, dict[str, list[float]]] = {}
-    best: dict[str, float] = {}
+    rounds = {key: list(seconds) for key, seconds in run.seconds.items()}
+    best = dict(run.limits)
     for entry in raw["benchmarks"]:
         info, data = entry["extra_info"], entry["stats"]["data"]
         if "limit" in info:
             best[info["limit"]] = min([*data, best.get(info["limit"], float("inf"))])
         else:
-            of_case = rounds.setdefault(Case(**info["case"]), {})
-            of_case.setdefault(info["provider"], []).extend(data)
-    for case, _ in unavailable:
-        rounds.setdefault(case, {})
-    limits = limits_of(best)
-    documents = []
-    for case, of_case in rounds.items():
-        measured = {name: _summary(seconds) for name, seconds in of_case.items()}
-        missing = {n: {"unavailable": why} for (c, n), why in unavailable.items() if c == case}
-        documents.append(
-            dataclasses.asdict(case)
-            | {
-                "flops": case.flops,
-                "bytes": case.bytes,
-                "limit_ms": case.limit_seconds(**limits) * 1e3,
-                "providers": measured | missing,
-            }
-        )
-    return {**header(quick), "limits": limits, "cases": documents}
+            rounds.setdefault((Case(**info["case"]), info["provider"]), []).extend(data)
+    limits = cuda.limits_of(best) if "copy" in best else limits_of(best)
+    results: dict[Case, dict[str, dict]] = {}
+    for key, seconds in rounds.items():
+        graph = {"graph": run.graphs[key]} if key in run.graphs else {}
+        results.setdefault(key[0], {})[key[1]] = _summary(seconds) | graph
+    for word, reasons in (("unavailable", run.unavailable), ("error", run.errors)):
+        for (case, name), why in reasons.items():
+            results.setdefault(case, {})[name] = {word: why}
+    documents = [
+        dataclasses.asdict(case)
+        | {
+            "flops": case.flops,
+            "bytes": case.bytes,
+            "limit_ms": case.limit_seconds(*rates(limits)) * 1e3,
+            "providers": of_case,
+        }
+        for case, of_case in results.items()
+    ]
+    return {**header(run), "limits": limits, "cases": documents}
 
 
-def header(quick: bool) -> dict:
+def header(run: Harness) -> dict:
     """Where and when: everything a reader needs to judge the numbers, nothing that names a host."""
     report = lk.backends.report()
-    return {
+    document = {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "quick": quick,
+        "quick": run.settings.quick,
+        "commit": _commit(),
         "cpu": machine.cpu(),
         "isa": report["isa"],
         "backend": report["active"],
         "threads": torch.get_num_threads(),
         "versions": machine.versions(),
     }
+    if cases.DEVICE == "cuda":
+        document["backend"] = "cuda"
+        document["gpu"] = cuda.facts() | {"states": run.states}
+        try:
+            document["versions"]["triton"] = importlib.metadata.version("triton")
+        except importlib.metadata.PackageNotFoundError:
+            document["versions"]["triton"] = None
+    return document
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, "+" if files differ from it; None outside a repository."""
+    words = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always"]
+    try:
+        done = subprocess.run(
+            [*words, "--dirty=+", "--exclude=*"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def load_average() -> float | None:
     """How many programs wanted to run in the last minute; None where the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def machine_name(document: dict) -> str:
-    """A file name for the machine: CPU model, instruction set, threads."""
-    model = str(document["cpu"]["model"]).lower()
-    for noise in ("(r)", "(tm)", "processor", "cpu"):
-        model = model.replace(noise, " ")
-    words = "".join(c if c.isalnum() or c == "." else " " for c in model).split()
-    return "-".join([*words, str(document["isa"] or "reference"), f"{document['threads']}threads"])
 
 
 def write_json(document: dict, path: pathlib.Path) -> None:

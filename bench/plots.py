@@ -16,11 +16,13 @@ COLORS = {
     "dequantize + matmul": "#a3a3a3",
     "bitsandbytes": "#e0a030",
     "bitsandbytes + PEFT": "#e0a030",
+    "Unsloth's scheme": "#6f9f5f",
+    "Unsloth's scheme, bitsandbytes": "#b5c99a",
 }
 
 
 def write(document: dict, path: pathlib.Path) -> None:
-    """One panel per operator: first shape, float32, cold caches; bars are quartiles."""
+    """One panel per operator: first shape, first dtype, cold caches; bars are quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,21 +34,28 @@ def write(document: dict, path: pathlib.Path) -> None:
         group = [
             case
             for case in document["cases"]
-            if (case["op"], case["dtype"], case["cache"]) == (op, "float32", "cold")
+            if (case["op"], case["dtype"], case["cache"]) == (op, first["dtype"], "cold")
             and (case["N"], case["K"]) == (first["N"], first["K"])
         ]
         _panel(axis, sorted(group, key=lambda case: case["M"]), title)
-    limits = document["limits"]
+    machine = f"{document['cpu']['model']}, {document['threads']} threads"
+    if "gpu" in document:
+        machine = document["gpu"]["name"]
     figure.suptitle(
-        f"W {first['N']} x {first['K']}, NF4 + double quantization, float32, cold caches; "
-        f"{document['cpu']['model']}, {document['threads']} threads\n"
-        f"limit: {limits['read_gbs']:.1f} GB/s read, {limits['sgemm_gflops']:.0f} GFLOP/s",
+        f"W {first['N']} x {first['K']}, NF4 + double quantization, {first['dtype']}, cold caches; "
+        f"{machine}\nlimit: {_limits(document['limits'])}",
         fontsize=10,
     )
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def _limits(limits: dict) -> str:
+    if "copy_gbs" in limits:
+        return f"{limits['copy_gbs']:.0f} GB/s copy, {limits['matmul_tflops']:.0f} TFLOP/s"
+    return f"{limits['read_gbs']:.1f} GB/s read, {limits['sgemm_gflops']:.0f} GFLOP/s"
 
 
 def _panel(axis, group: list[dict], title: str) -> None:

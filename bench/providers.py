@@ -1,7 +1,8 @@
 """The implementations compared. A provider makes, of a Case, one call per copy of the weight.
 
-All 4-bit providers read the same bytes: NF4, blocks of 64, double quantization. A provider that
-cannot run here raises :class:`Unavailable` with the reason, which the results keep.
+All 4-bit providers read the same bytes: NF4, blocks of 64, double quantization; dense weights hold
+the values of these bytes. A provider that cannot run here raises :class:`Unavailable` with the
+reason, which the results keep.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
+from lowrank_kernels import reference
 from lowrank_kernels.cli import machine
+from lowrank_kernels.formats import code_of, dynamic_code
 from lowrank_kernels.schema import ops
 
+from . import cuda
 from .cases import BLOCKSIZE, Case
 
 Calls = list[Callable[[], object]]
@@ -32,37 +36,53 @@ class Unavailable(Exception):
 
 
 def copies(case: Case, nbytes: int) -> int:
-    """How many weights of ``nbytes`` take turns: twice the largest cache and one more; hot: 1.
+    """How many weights of ``nbytes`` take turns; hot: 1.
 
-    No more than MAX_COPIES, so a matrix of a few kB is never cold; no case of the suite is so small.
+    On a CPU twice the largest cache and one more, on a GPU three times its L2 and at least two. No
+    more than MAX_COPIES, so a matrix of a few kB is never cold; no case of the suite is so small.
     """
     if case.cache == "hot":
         return 1
-    wanted = 1 + -(-2 * machine.last_level_cache_bytes() // max(1, nbytes))
+    if case.device == "cuda":
+        wanted = -(-3 * cuda.l2_bytes() // max(1, nbytes))
+    else:
+        wanted = 1 + -(-2 * machine.last_level_cache_bytes() // max(1, nbytes))
     return min(MAX_COPIES, max(2, wanted))
 
 
-def _random(*shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+def _random(
+    *shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0, device: str = "cpu"
+) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
 
 
 @functools.lru_cache(maxsize=1)
-def _weight(N: int, K: int) -> tuple[torch.Tensor, lk.Weight4bit]:
-    """The matrix of every case of this shape, dense and in 4 bits; one shape is held at a time."""
-    dense = _random(N, K, scale=K**-0.5)
-    return dense, lk.quantize_4bit(dense, "nf4", BLOCKSIZE, double_quant=True)
+def _weight(N: int, K: int, device: str) -> lk.Weight4bit:
+    """The matrix of every case of this shape; one shape is held at a time.
+
+    Quantized on the CPU for every device: what is compared must not hang on what is measured.
+    """
+    dense = _random(N, K, scale=K**-0.5, device=device).cpu()
+    return lk.quantize_4bit(dense, "nf4", BLOCKSIZE, double_quant=True).to(device)
 
 
 @functools.lru_cache(maxsize=1)
-def _dense_copies(N: int, K: int, dtype: torch.dtype, count: int) -> list[torch.Tensor]:
-    weight = _weight(N, K)[0].to(dtype)
-    return [weight.clone() for _ in range(count)]
+def dense_weight(N: int, K: int, device: str) -> torch.Tensor:
+    """The same matrix in float32, by the reference."""
+    return reference.dequantize_4bit(*_weight(N, K, device).op_args())
 
 
 @functools.lru_cache(maxsize=1)
-def _copies_4bit(N: int, K: int, count: int) -> list[lk.Weight4bit]:
-    w = _weight(N, K)[1]
+def _dense_copies(
+    N: int, K: int, device: str, dtype: torch.dtype, count: int
+) -> list[torch.Tensor]:
+    return [dense_weight(N, K, device).to(dtype, copy=True) for _ in range(count)]
+
+
+@functools.lru_cache(maxsize=1)
+def _copies_4bit(N: int, K: int, device: str, count: int) -> list[lk.Weight4bit]:
+    w = _weight(N, K, device)
     return [
         dataclasses.replace(w, **{name: t.clone() for name, t in w.tensors().items()})
         for _ in range(count)
@@ -72,56 +92,70 @@ def _copies_4bit(N: int, K: int, count: int) -> list[lk.Weight4bit]:
 def dense_weights(case: Case) -> list[torch.Tensor]:
     """Copies of the dense weight in the case's dtype, each in memory of its own."""
     count = copies(case, case.N * case.K * case.torch_dtype.itemsize)
-    return _dense_copies(case.N, case.K, case.torch_dtype, count)
+    return _dense_copies(case.N, case.K, case.device, case.torch_dtype, count)
 
 
 def weights_4bit(case: Case) -> list[lk.Weight4bit]:
     """Copies of the 4-bit weight, each in memory of its own, as if quantized from case.dtype."""
-    count = copies(case, case.weight_bytes)
-    return [
-        dataclasses.replace(w, dtype=case.torch_dtype) for w in _copies_4bit(case.N, case.K, count)
-    ]
+    copied = _copies_4bit(case.N, case.K, case.device, copies(case, case.weight_bytes))
+    return [dataclasses.replace(w, dtype=case.torch_dtype) for w in copied]
 
 
 def x_of(case: Case) -> torch.Tensor:
-    return _random(case.M, case.K, dtype=case.torch_dtype, seed=1)
+    return _random(case.M, case.K, dtype=case.torch_dtype, seed=1, device=case.device)
 
 
 def dy_of(case: Case) -> torch.Tensor:
-    return _random(case.M, case.N, dtype=case.torch_dtype, seed=2)
+    return _random(case.M, case.N, dtype=case.torch_dtype, seed=2, device=case.device)
 
 
 def adapter_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """A [R, K] and B [N, R] in float32, as PEFT keeps them for every base."""
     return (
-        _random(case.R, case.K, seed=3, scale=case.K**-0.5).requires_grad_(),
-        _random(case.N, case.R, seed=4, scale=0.01).requires_grad_(),
+        _random(case.R, case.K, seed=3, scale=case.K**-0.5, device=case.device).requires_grad_(),
+        _random(case.N, case.R, seed=4, scale=0.01, device=case.device).requires_grad_(),
     )
 
 
-def _bitsandbytes():
+def each(case: Case, activations: torch.Tensor, weights: list) -> list[tuple]:
+    """(activations, weight) for every weight; on a GPU the activations are copies as well."""
+    if case.device == "cuda":
+        return [(activations.clone(), weight) for weight in weights]
+    return [(activations, weight) for weight in weights]
+
+
+def _bitsandbytes(device: str):
     try:
         import bitsandbytes
+        from bitsandbytes.cextension import lib
     except Exception as error:  # its import also fails on broken installations
         raise Unavailable(f"bitsandbytes: {error}") from None
+    if tuple(int(part) for part in bitsandbytes.__version__.split(".")[:2]) < (0, 50):
+        raise Unavailable(f"bitsandbytes {bitsandbytes.__version__} is older than 0.50")
+    if device == "cuda" and not lib.compiled_with_cuda:
+        raise Unavailable("bitsandbytes: its CUDA library could not be loaded")
     return bitsandbytes
 
 
 def _bnb_weights(case: Case) -> list[tuple[torch.Tensor, object]]:
     """(packed, QuantState) over the same bytes as :func:`weights_4bit`."""
-    QuantState = _bitsandbytes().functional.QuantState
+    QuantState = _bitsandbytes(case.device).functional.QuantState
     pairs = []
     for w in weights_4bit(case):
         entries = w.to_bitsandbytes("weight")
         packed = entries.pop("weight")
         state = {key.removeprefix("weight."): value for key, value in entries.items()}
-        pairs.append((packed, QuantState.from_dict(state, torch.device("cpu"))))
+        pairs.append((packed, QuantState.from_dict(state, torch.device(case.device))))
     return pairs
+
+
+def bnb_dequantize(packed: torch.Tensor, state: object) -> torch.Tensor:
+    return _bitsandbytes(packed.device.type).functional.dequantize_4bit(packed, state)
 
 
 def _bnb_modules(case: Case) -> list[torch.nn.Module]:
     """bitsandbytes' Linear4bit over each of :func:`_bnb_weights`."""
-    nn, modules = _bitsandbytes().nn, []
+    nn, modules = _bitsandbytes(case.device).nn, []
     for packed, state in _bnb_weights(case):
         module = nn.Linear4bit(
             case.K, case.N, bias=False, compute_dtype=case.torch_dtype, device="meta"
@@ -138,54 +172,57 @@ def _bnb_modules(case: Case) -> list[torch.nn.Module]:
 
 
 def linear_lowrank(case: Case) -> Calls:
-    x = x_of(case)
-    return [functools.partial(lk.linear_4bit, x, w) for w in weights_4bit(case)]
+    pairs = each(case, x_of(case), weights_4bit(case))
+    return [functools.partial(lk.linear_4bit, x, w) for x, w in pairs]
 
 
 def linear_torch(case: Case) -> Calls:
-    x = x_of(case)
-    return [functools.partial(F.linear, x, w) for w in dense_weights(case)]
+    pairs = each(case, x_of(case), dense_weights(case))
+    return [functools.partial(F.linear, x, w) for x, w in pairs]
 
 
 def linear_dequantize(case: Case) -> Calls:
-    x = x_of(case)
-    return [lambda w=w: F.linear(x, w.dequantize(x.dtype)) for w in weights_4bit(case)]
+    pairs = each(case, x_of(case), weights_4bit(case))
+    return [lambda x=x, w=w: F.linear(x, w.dequantize(x.dtype)) for x, w in pairs]
 
 
 def linear_bitsandbytes(case: Case) -> Calls:
-    """Its Linear4bit in evaluation mode; with bfloat16 units its first call repacks the weight."""
-    x = x_of(case)
-    modules = [module.eval() for module in _bnb_modules(case)]
-    for module in modules:
+    """Its Linear4bit in evaluation mode; on a GPU the function that this consists of.
+
+    On a CPU with bfloat16 units the first call repacks the weight.
+    """
+    if case.device == "cuda":
+        matmul = _bitsandbytes(case.device).matmul_4bit
+        pairs = each(case, x_of(case), _bnb_weights(case))
+        return [functools.partial(matmul, x, packed, state) for x, (packed, state) in pairs]
+    pairs = each(case, x_of(case), [module.eval() for module in _bnb_modules(case)])
+    for x, module in pairs:
         module(x)
-    return [functools.partial(module, x) for module in modules]
+    return [functools.partial(module, x) for x, module in pairs]
 
 
 # -- linear_4bit_dx: dx = dy W ---------------------------------------------------------------------
 
 
 def dx_lowrank(case: Case) -> Calls:
-    dy = dy_of(case)
-    return [lambda w=w: ops.linear_4bit_dx(dy, *w.op_args()) for w in weights_4bit(case)]
+    pairs = each(case, dy_of(case), weights_4bit(case))
+    return [lambda dy=dy, w=w: ops.linear_4bit_dx(dy, *w.op_args()) for dy, w in pairs]
 
 
 def dx_torch(case: Case) -> Calls:
-    dy = dy_of(case)
-    return [functools.partial(torch.matmul, dy, w) for w in dense_weights(case)]
+    pairs = each(case, dy_of(case), dense_weights(case))
+    return [functools.partial(torch.matmul, dy, w) for dy, w in pairs]
 
 
 def dx_dequantize(case: Case) -> Calls:
-    dy = dy_of(case)
-    return [lambda w=w: dy @ w.dequantize(dy.dtype) for w in weights_4bit(case)]
+    pairs = each(case, dy_of(case), weights_4bit(case))
+    return [lambda dy=dy, w=w: dy @ w.dequantize(dy.dtype) for dy, w in pairs]
 
 
 def dx_bitsandbytes(case: Case) -> Calls:
     """The line that bitsandbytes' MatMul4Bit.backward consists of."""
-    dequantize, dy = _bitsandbytes().functional.dequantize_4bit, dy_of(case)
-    return [
-        lambda p=packed, s=state: torch.matmul(dy, dequantize(p, s).to(dy.dtype))
-        for packed, state in _bnb_weights(case)
-    ]
+    pairs = each(case, dy_of(case), _bnb_weights(case))
+    return [lambda dy=dy, w=w: dy @ bnb_dequantize(*w).to(dy.dtype) for dy, w in pairs]
 
 
 # -- lora_linear_4bit: forward, or forward and all gradients ---------------------------------------
@@ -193,15 +230,18 @@ def dx_bitsandbytes(case: Case) -> Calls:
 
 def _lora_calls(case: Case, layers: list[tuple[Callable, list[torch.Tensor]]]) -> Calls:
     """Per (layer, parameters): ``layer(x)``, with the gradients of x and parameters if asked."""
-    x, dy = x_of(case), dy_of(case)
     if case.op == "lora_linear_4bit":
-        return [torch.no_grad()(functools.partial(layer, x)) for layer, _ in layers]
-    x.requires_grad_()
+        pairs = each(case, x_of(case), layers)
+        return [torch.no_grad()(functools.partial(layer, x)) for x, (layer, _) in pairs]
 
-    def gradients(layer, parameters):
+    def gradients(layer, parameters, x, dy):
         return torch.autograd.grad(layer(x), [x, *parameters], dy)
 
-    return [functools.partial(gradients, *layer) for layer in layers]
+    triples = each(case, dy_of(case), each(case, x_of(case), layers))
+    return [
+        functools.partial(gradients, *layer, x.detach().requires_grad_(), dy)
+        for dy, (x, layer) in triples
+    ]
 
 
 def lora_lowrank(case: Case) -> Calls:
@@ -236,6 +276,8 @@ def _peft_calls(case: Case, bases: list[torch.nn.Module], in_4bit: bool) -> Call
         # float32 and the same values as ours: get_peft_model keeps adapters in float32 as well
         for parameter, value in zip(adapter, adapter_of(case)):
             parameter.data = value.detach()
+        if case.device == "cuda":  # as people train: PEFT alone multiplies adapters in float32
+            layer = torch.autocast("cuda", case.torch_dtype)(layer.forward)
         layers.append((layer, adapter))
     return _lora_calls(case, layers)
 
@@ -253,6 +295,47 @@ def lora_peft_bitsandbytes(case: Case) -> Calls:
     return _peft_calls(case, _bnb_modules(case), in_4bit=True)
 
 
+def _addmm_forward(x, W, A, B):
+    """y = x Wᵀ, then y += scaling (x Aᵀ) Bᵀ in place."""
+    return F.linear(x, W()).addmm_(x @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=SCALING)
+
+
+def _addmm_both(x, dy, W, A, B):
+    """Forward, then the gradients of x, A and B: x Aᵀ is not kept, and dx is added to in place."""
+    _addmm_forward(x, W, A, B)
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    dS = dy @ B
+    dA = SCALING * (dS.T @ x)
+    dB = SCALING * (dy.T @ (x @ A.T))
+    return (dy @ W()).addmm_(dS, A, alpha=SCALING), dA, dB
+
+
+def _addmm_calls(case: Case, weights: list[Callable[[], torch.Tensor]]) -> Calls:
+    """The scheme of Unsloth: dense products around ``weights``, functions that give dense ones.
+
+    Written out as its matmul_lora and LoRA_W do it, without autograd around it.
+    """
+    A, B = (t.detach() for t in adapter_of(case))
+    pairs = each(case, x_of(case), weights)
+    if case.op == "lora_linear_4bit":
+        return [functools.partial(_addmm_forward, x, W, A, B) for x, W in pairs]
+    triples = each(case, dy_of(case), pairs)
+    return [functools.partial(_addmm_both, x, dy, W, A, B) for dy, (x, W) in triples]
+
+
+def lora_addmm_dense(case: Case) -> Calls:
+    return _addmm_calls(case, [lambda w=w: w for w in dense_weights(case)])
+
+
+def lora_addmm_dequantize(case: Case) -> Calls:
+    dtype = case.torch_dtype
+    return _addmm_calls(case, [lambda w=w: w.dequantize(dtype) for w in weights_4bit(case)])
+
+
+def lora_addmm_bitsandbytes(case: Case) -> Calls:
+    return _addmm_calls(case, [lambda w=w: bnb_dequantize(*w) for w in _bnb_weights(case)])
+
+
 # -- quantize_4bit, dequantize_4bit ----------------------------------------------------------------
 
 
@@ -260,8 +343,21 @@ def quantize_lowrank(case: Case) -> Calls:
     return [functools.partial(lk.quantize_4bit, weight) for weight in dense_weights(case)]
 
 
+def quantize_operators(case: Case) -> Calls:
+    """The two operators inside quantize_4bit, without its look for a NaN, which waits."""
+    code, nested_code = code_of("nf4", case.device), dynamic_code(case.device)
+
+    def quantize(weight: torch.Tensor) -> lk.Weight4bit:
+        packed, absmax = ops.quantize_4bit(weight, code, BLOCKSIZE)
+        absmax, nested_absmax, offset = ops.double_quantize(absmax, nested_code)
+        kind = (code, weight.shape, weight.dtype, "nf4", BLOCKSIZE)
+        return lk.Weight4bit(packed, absmax, *kind, nested_absmax, nested_code, offset)
+
+    return [functools.partial(quantize, weight) for weight in dense_weights(case)]
+
+
 def quantize_bitsandbytes(case: Case) -> Calls:
-    quantize = _bitsandbytes().functional.quantize_4bit
+    quantize = _bitsandbytes(case.device).functional.quantize_4bit
     options = {"blocksize": BLOCKSIZE, "quant_type": "nf4", "compress_statistics": True}
     return [functools.partial(quantize, weight, **options) for weight in dense_weights(case)]
 
@@ -271,5 +367,4 @@ def dequantize_lowrank(case: Case) -> Calls:
 
 
 def dequantize_bitsandbytes(case: Case) -> Calls:
-    dequantize = _bitsandbytes().functional.dequantize_4bit
-    return [functools.partial(dequantize, packed, state) for packed, state in _bnb_weights(case)]
+    return [functools.partial(bnb_dequantize, *weight) for weight in _bnb_weights(case)]

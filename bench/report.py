@@ -26,10 +26,27 @@ TITLES = {
 }
 
 
+# On a GPU: what columns are called where that is not the provider's name, and who else is a peer.
+GPU_NAMES = {"torch": "cuBLAS"}
+GPU_PEERS = ("torch", "Unsloth's scheme")
+
+
+def machine_name(document: dict) -> str:
+    """A file name for the machine: the GPU, or CPU model, instruction set and threads."""
+    gpu = document.get("gpu")
+    model = str(gpu["name"] if gpu else document["cpu"]["model"]).lower()
+    for noise in ("(r)", "(tm)", "processor", "cpu"):
+        model = model.replace(noise, " ")
+    words = "".join(c if c.isalnum() or c == "." else " " for c in model).split()
+    if not gpu:
+        words += [str(document["isa"] or "reference"), f"{document['threads']}threads"]
+    return "-".join(words)
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def _ms(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits."""
     return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
@@ -38,30 +55,36 @@ def median(case: dict, provider: str) -> float | None:
     return case["providers"].get(provider, {}).get("median_ms")
 
 
-def peer_of(case: dict) -> str:
-    return next(name for name in case["providers"] if name in PEERS)
+def peer_of(case: dict) -> str | None:
+    return next((name for name in case["providers"] if name in PEERS), None)
 
 
-def ratio(case: dict) -> float | None:
-    """How many times faster than bitsandbytes this library is; None if one of them did not run."""
-    ours, peer = median(case, OURS), median(case, peer_of(case))
-    return peer / ours if ours and peer else None
+def ratio(case: dict, peer: str | None) -> float | None:
+    """How many times faster than ``peer`` this library is; None if one of them did not run."""
+    ours, theirs = median(case, OURS), median(case, peer)
+    return theirs / ours if ours and theirs else None
 
 
-def _row(case: dict, names: list[str]) -> list[str]:
-    cells = [str(case["M"])] if case["M"] else []
-    for name in names:
-        result = case["providers"].get(name, {})
-        if "median_ms" not in result:
-            cells.append("-")
-            continue
-        spread = (result["q3_ms"] - result["q1_ms"]) / 2 / result["median_ms"]
-        cells.append(f"{_ms(result['median_ms'])} ±{spread:.0%}")
-    times, ours = ratio(case), median(case, OURS)
-    cells.append(f"{times:.1f}x" if times else "-")
-    if case["cache"] == "cold":
-        cells.append(f"{case['limit_ms'] / ours:.0%}" if ours else "-")
-    return cells
+def times_faster(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}x" if value >= 0.95 else f"{value:.2f}x"
+
+
+def of_limit(case: dict) -> str:
+    ours = median(case, OURS)
+    return f"{case['limit_ms'] / ours:.0%}" if ours else "-"
+
+
+def _cell(case: dict, name: str) -> str:
+    """Milliseconds, on a GPU microseconds, and the spread; a star where no graph was used."""
+    result = case["providers"].get(name, {})
+    if "median_ms" not in result:
+        return "failed" if "error" in result else "-"
+    unit = 1e3 if case.get("device") == "cuda" else 1.0
+    spread = (result["q3_ms"] - result["q1_ms"]) / 2 / result["median_ms"]
+    star = "" if result.get("graph", True) else "*"
+    return f"{digits(result['median_ms'] * unit)}{star} ±{spread:.0%}"
 
 
 def _groups(document: dict) -> dict[tuple, list[dict]]:
@@ -74,21 +97,44 @@ def _groups(document: dict) -> dict[tuple, list[dict]]:
 
 
 def _table(group: list[dict]) -> list[list[str]]:
-    """Header and rows: milliseconds per provider, ratio to bitsandbytes, share of the limit."""
-    names = list(group[0]["providers"])
+    """Header and rows: time per provider, ratios to its peers, share of the limit.
+
+    On a CPU the peer is bitsandbytes, on a GPU others are as well; dequantizing has a rate, too.
+    """
+    first = group[0]
+    names = list(dict.fromkeys(name for case in group for name in case["providers"]))
     names.sort(key=lambda name: (name != OURS, name not in PEERS))
-    head = (["M"] if group[0]["M"] else []) + names + [f"vs {peer_of(group[0])}"]
-    if group[0]["cache"] == "cold":
-        head.append("of limit")
-    return [head] + [_row(case, names) for case in sorted(group, key=lambda case: case["M"])]
+    on_gpu, rows = first.get("device") == "cuda", []
+    peers = [name for name in names if name in PEERS or (on_gpu and name in GPU_PEERS)]
+    called = GPU_NAMES if on_gpu else {}
+    head = ["M"] if first["M"] else []
+    head += [called.get(name, name) for name in names]
+    head += [f"vs {called.get(name, name)}" for name in peers]
+    head += ["of limit"] if first["cache"] == "cold" else []
+    with_rate = on_gpu and first["op"] == "dequantize_4bit"
+    head += ["GB/s written"] if with_rate else []
+    for case in sorted(group, key=lambda case: case["M"]):
+        row = [str(case["M"])] if case["M"] else []
+        row += [_cell(case, name) for name in names]
+        row += [times_faster(ratio(case, peer)) for peer in peers]
+        row += [of_limit(case)] if case["cache"] == "cold" else []
+        row += [written(case)] if with_rate else []
+        rows.append(row)
+    return [head, *rows]
 
 
-def _markdown(table: list[list[str]]) -> str:
+def written(case: dict) -> str:
+    """GB/s at which this library writes the dense matrix, 2 bytes an element."""
+    ours = median(case, OURS)
+    return f"{2 * case['N'] * case['K'] / ours / 1e6:.0f}" if ours else "-"
+
+
+def markdown(table: list[list[str]]) -> str:
     head, *rows = (f"| {' | '.join(row)} |" for row in table)
     return "\n".join([head, "|" + " ---: |" * len(table[0]), *rows])
 
 
-def _plain(table: list[list[str]]) -> str:
+def plain(table: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table)]
     return "\n".join(
         "  " + "  ".join(c.rjust(w) for c, w in zip(row, widths)).rstrip() for row in table
@@ -100,46 +146,99 @@ def _group_name(key: tuple) -> str:
     return f"W {N} x {K}, {dtype}, {cache} caches"
 
 
+def _rates(document: dict) -> str:
+    """The limits of the machine in words."""
+    limits = document["limits"]
+    if "gpu" in document:
+        return (
+            f"copies {limits['copy_gbs']:.0f} GB/s, writes {limits['write_gbs']:.0f} GB/s, "
+            f"bfloat16 matmul {limits['matmul_tflops']:.0f} TFLOP/s"
+        )
+    return (
+        f"reads {limits['read_gbs']:.1f} GB/s, float32 matmul {limits['sgemm_gflops']:.0f} GFLOP/s"
+    )
+
+
 def text(document: dict) -> str:
     """All tables for a terminal."""
-    limits = document["limits"]
+    machine = f"{document['cpu']['model']}, {document['threads']} threads, {document['isa']}"
+    unit = "milliseconds"
+    if gpu := document.get("gpu"):
+        machine, unit = gpu["name"], "microseconds"
     lines = [
-        f"{document['cpu']['model']}, {document['threads']} threads, {document['isa']}: "
-        f"reads {limits['read_gbs']:.1f} GB/s, float32 matmul {limits['sgemm_gflops']:.0f} GFLOP/s",
-        "milliseconds, median ± half the interquartile range",
+        f"{machine}: {_rates(document)}",
+        f"{unit}, median ± half the interquartile range",
     ]
     for key, group in _groups(document).items():
-        lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", _plain(_table(group))]
+        lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", plain(_table(group))]
     return "\n".join(lines + _missing(document))
 
 
 def _missing(document: dict) -> list[str]:
-    reasons = {
-        f"{name} did not run: {result['unavailable']}"
-        for case in document["cases"]
-        for name, result in case["providers"].items()
-        if "unavailable" in result
-    }
+    """What did not run, and why; of what failed also where, since no other case need fail."""
+    reasons = set()
+    for case in document["cases"]:
+        where = f"{case['op']} {case['N']}x{case['K']}" + (f" M={case['M']}" if case["M"] else "")
+        for name, result in case["providers"].items():
+            if "unavailable" in result:
+                reasons.add(f"{name} did not run: {result['unavailable']}")
+            if "error" in result:
+                reasons.add(f"{name} failed, {where}: {result['error']}")
     return ["", *sorted(reasons)] if reasons else []
 
 
 # -- documents -------------------------------------------------------------------------------------
 
 
-def machine_section(document: dict, plot: str | None) -> str:
-    """One machine's part of docs/performance.md."""
-    cpu, limits, versions = document["cpu"], document["limits"], document["versions"]
-    installed = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    lines = [
+def _cpu_head(document: dict) -> list[str]:
+    cpu, limits = document["cpu"], document["limits"]
+    return [
         f"## {cpu['model']}, {document['threads']} threads",
         "",
         f"{cpu['identity']}; {cpu['cores']} cores, last-level cache "
         f"{cpu['last_level_cache_bytes'] / 2**20:.0f} MiB; kernels for {document['isa']}. "
-        f"Measured {document['date']} with {installed}.",
+        f"Measured {document['date']} with {_installed(document)}.",
         "",
         f"Limits, same run: memory read **{limits['read_gbs']:.1f} GB/s**, "
         f"float32 matrix product **{limits['sgemm_gflops']:.0f} GFLOP/s**.",
     ]
+
+
+def _gpu_head(document: dict) -> list[str]:
+    gpu, limits = document["gpu"], document["limits"]
+    built = ", ".join(gpu["architectures"] or ["unknown architectures"])
+    lines = [
+        f"## {gpu['name']}",
+        "",
+        f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
+        f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA "
+        f"{gpu['cuda']}; kernels built for {built}. Measured {document['date']} at commit "
+        f"{document['commit'] or 'unknown'} with {_installed(document)}.",
+        "",
+        f"Limits, same run: copy **{limits['copy_gbs']:.0f} GB/s** (bytes read and written), write "
+        f"**{limits['write_gbs']:.0f} GB/s**, bfloat16 matrix product "
+        f"**{limits['matmul_tflops']:.0f} TFLOP/s** (random data){_clocks(gpu['states'])}.",
+    ]
+    if not document.get("complete", True):
+        lines += ["", "**The run was cut short: cases are missing.**"]
+    if document.get("note"):
+        lines += ["", f"**{document['note']}**"]
+    return lines
+
+
+def _clocks(states: list[dict]) -> str:
+    clocks = [state["sm_mhz"] for state in states if state.get("sm_mhz")]
+    return f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it" if clocks else ""
+
+
+def _installed(document: dict) -> str:
+    return ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
+
+
+def machine_section(document: dict, plot: str | None) -> str:
+    """One machine's part of docs/performance.md."""
+    on_gpu = "gpu" in document
+    lines = _gpu_head(document) if on_gpu else _cpu_head(document)
     if plot:
         lines += ["", f"![Time per call against the limit of the machine]({plot})"]
     op = None
@@ -147,7 +246,8 @@ def machine_section(document: dict, plot: str | None) -> str:
         if key[0] != op:
             op = key[0]
             lines += ["", f"### {TITLES[op]}"]
-        lines += ["", f"{_group_name(key)}:", "", _markdown(_table(group))]
+        unit = ", microseconds" if on_gpu else ""
+        lines += ["", f"{_group_name(key)}{unit}:", "", markdown(_table(group))]
     return "\n".join(lines + _missing(document))
 
 
@@ -166,12 +266,19 @@ def readme_section(document: dict) -> str:
             if ours and peer:
                 share = f"{case['limit_ms'] / ours:.0%}"
                 rows.append(
-                    [words, str(case["M"]), _ms(peer), _ms(ours), f"{peer / ours:.1f}x", share]
+                    [
+                        words,
+                        str(case["M"]),
+                        digits(peer),
+                        digits(ours),
+                        f"{peer / ours:.1f}x",
+                        share,
+                    ]
                 )
                 words = ""
     return "\n".join(
         [
-            _markdown(rows),
+            markdown(rows),
             "",
             f"W {shape[0]} x {shape[1]}, NF4 with double quantization, float32, cold caches; "
             f"{document['cpu']['model']}, {document['threads']} threads; bitsandbytes "
@@ -197,7 +304,7 @@ def replace_block(path: pathlib.Path, block: str) -> bool:
 
 
 def _primary(documents: list[dict]) -> dict:
-    """The machine that README.md shows: the newest result with bitsandbytes in it."""
+    """The CPU that README.md shows: the newest result with bitsandbytes in it."""
     with_peer = [d for d in documents if d["versions"].get("bitsandbytes")] or documents
     return max(with_peer, key=lambda document: document["date"])
 
@@ -216,10 +323,9 @@ def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
         done.append(f"wrote {picture}")
     if not documents:
         raise FileNotFoundError(f"no results in {results}: run python -m bench first")
-    blocks = {
-        root / "docs" / "performance.md": "\n\n".join(sections),
-        root / "README.md": readme_section(_primary(documents)),
-    }
+    blocks = {root / "docs" / "performance.md": "\n\n".join(sections)}
+    if of_cpus := [document for document in documents if "gpu" not in document]:
+        blocks[root / "README.md"] = readme_section(_primary(of_cpus))
     for path, block in blocks.items():
         written = replace_block(path, block)
         done.append(f"wrote {path}" if written else f"skipped {path}: no {BEGIN} ... {END} in it")
