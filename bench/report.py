@@ -171,10 +171,10 @@ def text(document: dict) -> str:
     ]
     for key, group in _groups(document).items():
         lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", plain(_table(group))]
-    return "\n".join(lines + _missing(document))
+    return "\n".join(lines + missing(document))
 
 
-def _missing(document: dict) -> list[str]:
+def missing(document: dict) -> list[str]:
     """What did not run, and why; of what failed also where, since no other case need fail."""
     reasons = set()
     for case in document["cases"]:
@@ -248,7 +248,7 @@ def machine_section(document: dict, plot: str | None) -> str:
             lines += ["", f"### {TITLES[op]}"]
         unit = ", microseconds" if on_gpu else ""
         lines += ["", f"{_group_name(key)}{unit}:", "", markdown(_table(group))]
-    return "\n".join(lines + _missing(document))
+    return "\n".join(lines + missing(document))
 
 
 def readme_section(document: dict) -> str:
