@@ -25,6 +25,10 @@ import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels.formats import code_of
 
+# `make test` builds it; another one can be named (the emulator runs the CUDA kernels, see docs/cuda.md).
+EMULATOR = pathlib.Path(__file__).parents[1] / "build/emulator/liblowrank_cuda_emulated.so"
+os.environ.setdefault("LOWRANK_EMULATOR", str(EMULATOR))
+
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
 SHARDS = 4
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"

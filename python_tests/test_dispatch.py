@@ -148,7 +148,7 @@ def test_use_nests_and_restores(reference_calls):
 def test_unknown_backend(name):
     with pytest.raises(ValueError) as error, lk.backends.use(name):
         pytest.fail("the block must not run")
-    for known in ("cpu", "cuda", "triton", "reference"):
+    for known in ("cpu", "cuda", "triton", "reference", "emulator"):
         assert repr(known) in str(error.value)
     assert repr(name) in str(error.value)
 

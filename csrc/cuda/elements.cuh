@@ -72,7 +72,10 @@ __device__ __forceinline__ Words4 philox(uint64_t seed, int64_t row, uint32_t k4
 // Whether element (row, k) is kept. A run of four k shares one philox(): see drop_four.
 __device__ __forceinline__ bool is_kept(const Dropout& d, int64_t row, int64_t k) {
   if (d.threshold == 0) return true;
-  return philox(*d.seed, row, static_cast<uint32_t>(k >> 2)).word[k & 3] >= d.threshold;
+  const Words4 w = philox(*d.seed, row, static_cast<uint32_t>(k >> 2));
+  // Chosen by comparison: an array indexed at run time would live in local memory.
+  const uint32_t low = k & 1 ? w.word[1] : w.word[0], high = k & 1 ? w.word[3] : w.word[2];
+  return (k & 2 ? high : low) >= d.threshold;
 }
 
 // v[0..4) are columns k.. of a row, k % 4 == 0: dropped ones become zero; kept ones stay, their

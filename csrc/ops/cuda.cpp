@@ -3,6 +3,7 @@
 // tests).
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <string>
@@ -30,9 +31,13 @@ struct Library {
   decltype(&lk_cuda_architectures) architectures = nullptr;
 
   explicit Library(const std::string& path) {
-    void* handle = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (access(path.c_str(), R_OK) != 0) {
+      error = "this installation was built without CUDA (no " + path + ")";
+      return;
+    }
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!handle) {
-      const char* reason = path.empty() ? "no library" : dlerror();
+      const char* reason = dlerror();
       error = reason ? reason : "unknown";
       return;
     }

@@ -39,27 +39,30 @@ __device__ __forceinline__ int rank_of(const float* midpoints, float v) {
 // -- quantize -------------------------------------------------------------------------------------
 
 struct NearestCode {
-  float midpoints[16];   // between the 16 codes in ascending order
+  float sorted[16];
   uint32_t nibbles[16];  // of each rank
+  float midpoints[16];   // between neighbours in `sorted`; 15 of them
 };
 
+// By the first 16 threads: a code's rank is how many come before it, equal ones in their order.
 __device__ inline void sort_codes(const float* code, NearestCode& nearest) {
-  int order[16];
-  for (int i = 0; i < 16; ++i) {  // stable insertion sort
-    int j = i;
-    for (; j > 0 && code[order[j - 1]] > code[i]; --j) order[j] = order[j - 1];
-    order[j] = i;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < 16) {
+    int rank = 0;
+    for (int j = 0; j < 16; ++j) rank += code[j] < code[i] || (code[j] == code[i] && j < i);
+    nearest.sorted[rank] = code[i];
+    nearest.nibbles[rank] = static_cast<uint32_t>(i);
   }
-  for (int i = 0; i < 15; ++i)
-    nearest.midpoints[i] = __fmul_rn(__fadd_rn(code[order[i]], code[order[i + 1]]), 0.5f);
-  for (int i = 0; i < 16; ++i) nearest.nibbles[i] = static_cast<uint32_t>(order[i]);
+  __syncthreads();
+  if (i < 15)
+    nearest.midpoints[i] = __fmul_rn(__fadd_rn(nearest.sorted[i], nearest.sorted[i + 1]), 0.5f);
+  __syncthreads();
 }
 
 // One warp per block of the format.
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_blocks(QuantizeArgs a) {
   auto& nearest = *reinterpret_cast<NearestCode*>(ptx::shared_memory());
-  if (threadIdx.x == 0) sort_codes(a.code, nearest);
-  __syncthreads();
+  sort_codes(a.code, nearest);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t block = int64_t{blockIdx.x} * kQuantizeWarps + threadIdx.x / 32;
   const int64_t begin = block * a.blocksize, end = min64(begin + a.blocksize, a.numel);

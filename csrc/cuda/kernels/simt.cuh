@@ -52,8 +52,8 @@ __device__ inline void accumulate(const Product& p, int64_t i0, int64_t j0, int6
   float* b_tile = a_tile + kSimtDepth * kSimtPitch;                // [depth][column]
   const int thread = static_cast<int>(threadIdx.x), tx = thread % 16, ty = thread / 16;
   for (int64_t p0 = 0; p0 < p.depth; p0 += kSimtDepth) {
-    // Neighbouring threads take what lies side by side in memory.
-#pragma unroll
+    // Neighbouring threads take what lies side by side in memory. (Unrolled further, it spills.)
+#pragma unroll 2
     for (int e = thread; e < kSimtTile * kSimtDepth; e += kSimtThreads) {
       const int ai = p.a.transposed ? e % kSimtTile : e / kSimtDepth;
       const int ap = p.a.transposed ? e / kSimtTile : e % kSimtDepth;
