@@ -1,11 +1,13 @@
-# Everything runs in a virtual environment of its own, .venv; nothing else on the machine is touched.
+# Everything but `gpu` runs in a virtual environment of its own, .venv; nothing else is touched.
 #   PYTHON=python3.12   the Python that .venv is made from (3.10 or newer)
 #   CXX=g++-13          the C++ compiler
-#   ARGS='...'          more arguments for the program that demo, test or bench runs
+#   ARGS='...'          more arguments for the program that demo, test, bench or gpu runs
+#   ARCHS='8.0 9.0a'    GPU architectures, for wheel
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+ARCHS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 JOBS := $(shell nproc 2>/dev/null || echo 2)
@@ -15,21 +17,24 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench asan wheel clean
+.PHONY: help demo test lint format bench gpu asan cuda emulator emulator-asan wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
 	@echo 'usage: make TARGET [PYTHON=python3] [CXX=g++] [ARGS=...]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: build/.installed ## build everything in .venv and run the demo on a small real model
 	@$(PY) -m lowrank_kernels demo $(ARGS)
 
-test: build/.installed ## run all tests (ARGS='-k nf4 -x' for some of them)
-	@$(PY) -m pytest $(ARGS)
+test: build/.installed emulator ## run all tests (ARGS='-k nf4 -x' for some of them)
+	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) $(PY) -m pytest $(ARGS)
 
 bench: build/.installed ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
+
+gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names
+	@$(PYTHON) -m bench.gpu $(ARGS)
 
 lint: $(VENV)/.lint ## check style: ruff, clang-format
 	@echo '[lint] ruff check'
@@ -49,9 +54,25 @@ asan: ## run the kernels' self-test under AddressSanitizer and UBSan (needs no P
 	@echo '[asan] run'
 	@UBSAN_OPTIONS=print_stacktrace=1 build/asan/selftest
 
-wheel: $(VENV)/.requirements ## build a wheel for this Python into dist/
+cuda: $(VENV)/.requirements ## compile the CUDA library for all architectures; none may spill
+	@echo '[cuda] compile'
+	@$(PY) setup.py --quiet build_cuda --build-temp build/cuda
+	@echo '[cuda] check'
+	@$(PY) csrc/cuda/check_usage.py $(patsubst %.cu,build/cuda/%.o.log,$(wildcard csrc/cuda/launch/*.cu))
+
+emulator: ## build the CUDA kernels for the CPU, as the tests run them (needs neither Python nor CUDA)
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMULATOR)
+
+emulator-asan: build/.installed ## run the CUDA kernels' tests on the emulator under both sanitizers
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMULATOR_ASAN)
+	@echo '[emulator-asan] run'
+	@LOWRANK_EMULATOR=$(abspath $(EMULATOR_ASAN)) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+		$(PY) -m pytest $(EMULATOR_ASAN_TESTS) $(ARGS)
+
+wheel: $(VENV)/.requirements ## build a wheel for this Python into dist/ (ARCHS='9.0a': with CUDA for these)
 	@echo '[wheel] build'
-	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	@$(if $(ARCHS),LOWRANK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist/*.whl
 
 clean: ## remove what was built (rm -r .venv removes the environment as well)
@@ -101,4 +122,38 @@ build/asan/selftest: $(ASAN_OBJECTS)
 	@echo '[asan] link'
 	@$(CXX) $(ASAN_FLAGS) $^ -o $@
 
--include $(ASAN_OBJECTS:.o=.d)
+# ---- The emulator: the CUDA sources compiled by the C++ compiler, twice ----
+
+EMULATOR := build/emulator/liblowrank_cuda_emulated.so
+EMULATOR_ASAN := build/emulator-asan/liblowrank_cuda_emulated.so
+# The tests under sanitizers: those that run the kernels, at sizes that fit.
+EMULATOR_ASAN_TESTS ?= -k emulator
+
+EMULATOR_COMMON := -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall \
+	-Wextra -Wno-unknown-pragmas -DLOWRANK_EMULATOR -Icsrc/cuda/emulator/include -Icsrc
+EMULATOR_FLAGS := -O2 $(EMULATOR_COMMON)
+EMULATOR_ASAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+	-fno-omit-frame-pointer -Wno-maybe-uninitialized $(EMULATOR_COMMON)
+EMULATOR_SOURCES := $(wildcard csrc/cuda/launch/*.cu csrc/cuda/emulator/*.cpp)
+EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%=build/emulator/%.o)
+EMULATOR_ASAN_OBJECTS := $(EMULATOR_SOURCES:%=build/emulator-asan/%.o)
+
+build/emulator/%.o: % Makefile
+	@echo '[emulator] compile $<'
+	@mkdir -p $(@D)
+	@$(CXX) $(EMULATOR_FLAGS) -MMD -MP -x c++ -c $< -o $@
+
+build/emulator-asan/%.o: % Makefile
+	@echo '[emulator-asan] compile $<'
+	@mkdir -p $(@D)
+	@$(CXX) $(EMULATOR_ASAN_FLAGS) -MMD -MP -x c++ -c $< -o $@
+
+$(EMULATOR): $(EMULATOR_OBJECTS)
+	@echo '[emulator] link'
+	@$(CXX) -shared $(EMULATOR_FLAGS) $^ -o $@
+
+$(EMULATOR_ASAN): $(EMULATOR_ASAN_OBJECTS)
+	@echo '[emulator-asan] link'
+	@$(CXX) -shared $(EMULATOR_ASAN_FLAGS) $^ -o $@
+
+-include $(ASAN_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)
