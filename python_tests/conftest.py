@@ -4,6 +4,7 @@
 its name falls into one quarter (the same quarter every time). A test marked ``large_memory(gigabytes)``
 runs when twice that much memory is available.
 ``LOWRANK_BACKEND=reference`` tests the reference alone, for work on the tests without a build.
+``LOWRANK_TEST_DEVICE=cuda`` tests the CUDA kernels alone, on the GPU: every tensor is made there.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ os.environ.setdefault("LOWRANK_EMULATOR", str(EMULATOR))
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
 SHARDS = 4
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
-# A backend of another device is one more name here, and a torch.device() context in `entered`.
-KERNELS = ("reference",) if ONLY_REFERENCE else ("cpu-scalar", "cpu-avx2", "cpu-avx512", "emulator")
+ON_GPU = os.environ.get("LOWRANK_TEST_DEVICE") == "cuda"
+if ONLY_REFERENCE:
+    KERNELS = ("reference",)
+elif ON_GPU:
+    KERNELS = ("cuda",)
+else:
+    KERNELS = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "emulator")
 
 
 @contextlib.contextmanager
@@ -50,8 +56,10 @@ def entered(name: str) -> Iterator[str]:
                 pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
             stack.enter_context(lk.backends.use_isa(isa))
             assert lk.backends.isa() == isa
-        if kind == "emulator":
+        if kind in ("emulator", "cuda"):
             stack.enter_context(tolerance.operands_rounded())
+        if kind == "cuda":
+            stack.enter_context(torch.device("cuda"))
         assert lk.backends.active() == kind
         yield name
 
@@ -73,7 +81,7 @@ def any_backend(request) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def seeded(request) -> None:
     """The same data in every run, and for every backend of a test."""
-    name = re.sub(r"cpu-\w+|reference|emulator", "", request.node.nodeid.rpartition("/")[2])
+    name = re.sub(r"cpu-\w+|reference|emulator|cuda", "", request.node.nodeid.rpartition("/")[2])
     torch.manual_seed(zlib.crc32(name.encode()))
     random.seed(name)
 

@@ -206,3 +206,15 @@ def test_a_read_past_the_end_is_found(build, mutant):
     assert "heap-buffer-overflow" in result.stderr and "simt" in result.stderr, result.stderr[
         -3000:
     ]
+
+
+# -- what only large problems do -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx"])
+def test_weight_that_is_dequantized_in_several_pieces(op):
+    """Many rows go to the dense product, and a weight of this width does not fit into one piece (32 MiB)."""
+    case = cases.Case(65, 260, 2**17, "nf4", 4096, bias=cases.F32)
+    args = cases.make(op, case)
+    with conftest.entered("emulator"):
+        tolerance.check(op, args, getattr(ops, op)(*args))

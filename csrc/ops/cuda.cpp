@@ -32,7 +32,7 @@ struct Library {
 
   explicit Library(const std::string& path) {
     if (access(path.c_str(), R_OK) != 0) {
-      error = "this installation was built without CUDA (no " + path + ")";
+      error = "it was built without CUDA, there is no file '" + path + "'";
       return;
     }
     void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
