@@ -11,6 +11,7 @@ comes last. Exit code 1 if a step failed; later steps run all the same where the
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib.util
@@ -271,10 +272,10 @@ def summary_line(output: str) -> str | None:
 
 
 def problems(results: dict[str, Result], limit: int = 12) -> list[str]:
-    """The lines that name what went wrong, the first ones of each step."""
+    """The lines that name what went wrong, the first ones of each step; tests without parameters."""
     patterns = {
         "build": r"(?:error|fatal|FAILED).*",
-        "test": r"^(?:FAILED|ERROR) .*",
+        "test": r"^(?:FAILED|ERROR) [^\[\s]*",
         "sanitize": r"ERROR SUMMARY.*|Invalid .*|.*[Hh]azard.*",
         "bench": r"^bench.*: .*|^\w*(?:Error|Wrong|Exception)\b.*",
     }
@@ -282,7 +283,8 @@ def problems(results: dict[str, Result], limit: int = 12) -> list[str]:
     for name, pattern in patterns.items():
         if name in results and results[name].status not in ("ok", "skipped"):
             lines = re.findall(pattern, results[name].output, re.MULTILINE)
-            found += [f"{name}: {line[:150]}" for line in dict.fromkeys(lines)][:limit]
+            counted = collections.Counter(line[:150] for line in lines).items()
+            found += [f"{name}: {line}{f' (x{n})' * (n > 1)}" for line, n in counted][:limit]
     return found
 
 

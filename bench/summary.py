@@ -104,6 +104,6 @@ def text(document: dict) -> str:
         "error" in result for case in document["cases"] for result in case["providers"].values()
     )
     if failed:
-        lines.append(f"\n{failed} cases of a provider FAILED; the first ones:")
+        lines.append(f"\n{failed} results FAILED, among them:")
     missing = [line[:160] for line in report.missing(document) if line]
     return "\n".join(lines + missing[:8])

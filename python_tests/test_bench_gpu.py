@@ -165,7 +165,8 @@ for name in [name for name in sys.modules if name.startswith("bench.bench_")]:
 real = cases.Case
 cases.Case = lambda *fields: real(*fields[:7])  # on the CPU, whatever cases.DEVICE says
 torch.cuda.is_available = lambda: True
-cuda.Device, cuda.GRAPH_SECONDS = FakeDevice, 1e-5
+cuda.Device, cuda.GRAPH_SECONDS, cuda.WARM_SECONDS = FakeDevice, 1e-5, 1e-6
+providers.MAX_COPIES = 2
 cuda.LIMITS = dict.fromkeys(cuda.LIMITS, lambda: lambda: None)
 cuda.facts = lambda: {"name": "Fake GPU 9", "architectures": None}
 cuda.state = lambda: {"sm_mhz": 1000.0}
@@ -177,7 +178,7 @@ main.main(sys.argv[1:])
 
 def fake_run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", FAKE_RUN, "--device", "cuda", *arguments]
-    command += ["--shape", "96x128", "--tokens", "5"]
+    command += ["--shape", "96x128", "--tokens", "5", "--seconds", "1e-6"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
