@@ -307,7 +307,7 @@ def write_cxx_edges(n, out, cxx, products):
 
 
 def write_cuda_edges(n, out, cxx, cuda):
-    # nvcc takes one program: of "ccache g++ -m64" that is g++; flags go through.
+    # nvcc takes one program: of "ccache g++ -pipe" that is g++; flags go through.
     program = list(itertools.takewhile(lambda word: not word.startswith("-"), cxx))
     host = ["-ccbin", program[-1], *(f"-Xcompiler={flag}" for flag in cxx[len(program) :])]
     flags = [*NVCCFLAGS, f'-DLOWRANK_CUDA_ARCHITECTURES="{" ".join(cuda.architectures)}"']

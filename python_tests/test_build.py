@@ -37,7 +37,8 @@ def needed_libraries(library):
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "[$ORIGIN]" in text, f"{library} has no $ORIGIN run path"
     names = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
-    system = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0"}
+    system = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6"}
+    system |= {"libpthread.so.0", "libdl.so.2"}  # parts of libc since glibc 2.34
     return {name for name in names if not name.startswith("ld-linux")} - system
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import lowrank_kernels.cli as cli
+from lowrank_kernels import cuda_library
 from lowrank_kernels.cli import corpus, demo, doctor, models
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -66,6 +67,157 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, capsys):
     monkeypatch.setattr(reference, "lora_linear", wrong)
     assert doctor.run() == 1
     assert "FAILED: y: relative error" in capsys.readouterr().out
+
+
+# -- doctor on machines with GPUs: played, none is needed ---------------------------------------------
+
+H200 = cuda_library.Device(0, "NVIDIA H200", (9, 0), False)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Plays a machine: machine(compiled for, toolkit, CUDA of torch, of the driver, GPUs or an error)."""
+
+    def play(compiled="9.0a", nvcc="13.0", cuda="13.0", driver=(13, 0), gpus=(H200,), error=None):
+        info = f"liblowrank_cuda, nvcc {nvcc} for {compiled}" if compiled else ""
+        monkeypatch.setattr(cuda_library, "architectures", lambda: tuple(compiled.split()))
+        monkeypatch.setattr(cuda_library, "build_info", lambda: info)
+        monkeypatch.setattr(cuda_library, "driver", lambda: driver)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+
+        def init():
+            raise RuntimeError(error)
+
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: error is None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: gpus[index].name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: gpus[i].capability)
+        return cuda_library.status()
+
+    return play
+
+
+@pytest.fixture
+def gpu_tests(monkeypatch):
+    """The self-tests asked of GPUs, as (device, dtype); CPU ones pass unseen."""
+    asked = []
+
+    def check_layer(device="cpu", dtype=torch.float32):
+        if device != "cpu":
+            asked.append((device, dtype))
+
+    monkeypatch.setattr(doctor, "check_layer", check_layer)
+    return asked
+
+
+def test_doctor_tests_each_gpu_in_both_dtypes(machine, gpu_tests, capsys):
+    status = machine(gpus=(H200, H200))
+    assert (status.problems, status.note) == ((), None)
+    assert doctor.run() == 0
+    dtypes = torch.float32, torch.bfloat16
+    assert gpu_tests == [(f"cuda:{index}", dtype) for index in (0, 1) for dtype in dtypes]
+    out = capsys.readouterr().out
+    for line in (
+        "CUDA library     liblowrank_cuda, nvcc 13.0 for 9.0a\n",
+        "CUDA of torch    13.0\n",
+        "CUDA of driver   13.0\n",
+        "cuda:1           NVIDIA H200, capability 9.0: in the library\n",
+        "self-test cuda:0 float32   quantize, forward, backward: ok\n",
+        "self-test cuda:1 bfloat16  quantize, forward, backward: ok\n",
+        "all good\n",
+    ):
+        assert line in out
+
+
+def test_doctor_reports_a_wrong_gpu_kernel(machine, monkeypatch, capsys):
+    machine()
+
+    def check_layer(device="cpu", dtype=torch.float32):
+        assert device == "cpu", f"dA: relative error on {device}"
+
+    monkeypatch.setattr(doctor, "check_layer", check_layer)
+    assert doctor.run() == 1
+    out = capsys.readouterr().out
+    assert "self-test cuda:0 bfloat16  FAILED: dA: relative error on cuda:0" in out
+    assert "2 problem(s)" in out
+
+
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU"
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 11040)."
+REBUILD = 'rebuild: TORCH_CUDA_ARCH_LIST="9.0a" LOWRANK_BUILD_CUDA=1 pip install -e .'
+
+
+@pytest.mark.parametrize(
+    ("played", "line"),
+    [
+        (dict(compiled=""), 'not built; build: TORCH_CUDA_ARCH_LIST="9.0a" LOWRANK_BUILD_CUDA=1 pip'),
+        (dict(driver=None, gpus=(), error=NO_DRIVER), f"torch finds no usable GPU: {NO_DRIVER}"),
+        (dict(driver=(11, 4), gpus=(), error=OLD_DRIVER), f"finds no usable GPU: {OLD_DRIVER}"),
+        (dict(compiled="8.0 8.6 12.0+PTX"), "compute capability 9.0, but the library was compiled"),
+        (dict(compiled="8.0 8.6 12.0+PTX"), f"for 8.0 8.6 12.0+PTX; {REBUILD}"),
+        (dict(cuda="12.6", driver=(12, 6)), "compiled by CUDA 13, but the driver supports only CUDA 12.6"),
+    ],
+)  # fmt: skip
+def test_doctor_names_what_keeps_a_gpu_from_working(machine, gpu_tests, capsys, played, line):
+    machine(**played)
+    assert doctor.run() == 1
+    found = [text for text in capsys.readouterr().out.splitlines() if "FAILED" in text]
+    assert len(found) == 1
+    assert found[0].startswith("CUDA FAILED: ")
+    assert line in found[0]
+
+
+@pytest.mark.parametrize(
+    ("played", "line"),
+    [
+        (dict(cuda=None), "torch is a CPU build; for GPUs install a CUDA build of torch"),
+        (dict(compiled="", cuda=None, driver=None), "torch is a CPU build"),
+        (
+            dict(compiled="", driver=None, gpus=(), error=NO_DRIVER),
+            f"torch finds no usable GPU: {NO_DRIVER}",
+        ),
+    ],
+)
+def test_doctor_says_why_no_gpu_is_used_where_that_is_no_mistake(
+    machine, gpu_tests, capsys, played, line
+):
+    machine(**played)
+    assert doctor.run() == 0
+    assert gpu_tests == []
+    out = capsys.readouterr().out
+    assert f"{'CUDA':16} {line}" in out
+    assert "FAILED" not in out
+
+
+def test_doctor_tests_the_gpu_that_is_covered_beside_one_that_is_not(machine, gpu_tests):
+    ada = cuda_library.Device(1, "NVIDIA L4", (8, 9), False)
+    status = machine(gpus=(H200, ada))
+    assert [device.covered for device in status.devices] == [True, False]
+    assert doctor.run() == 1
+    assert {device for device, _ in gpu_tests} == {"cuda:0"}
+
+
+def test_doctor_on_a_library_that_is_none(monkeypatch, tmp_path):
+    broken = tmp_path / "liblowrank_cuda.so"
+    broken.write_text("no ELF")
+    monkeypatch.setattr(cuda_library, "path", lambda: broken)
+    cuda_library._library.cache_clear()
+    try:
+        status = cuda_library.status()
+    finally:
+        cuda_library._library.cache_clear()
+    assert status.built == "broken"
+    assert len(status.problems) == 1
+    assert f"{broken} cannot be opened: " in status.problems[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_layer_holds_on_the_cpu_and_sees_an_error(monkeypatch, dtype):
+    doctor.check_layer(dtype=dtype)
+    monkeypatch.setitem(doctor._BOUNDS, dtype, 1e-9)
+    with pytest.raises(AssertionError, match="relative error"):
+        doctor.check_layer(dtype=dtype)
 
 
 # -- arguments ---------------------------------------------------------------------------------------
