@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -23,25 +24,34 @@ OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "quantize")
 
 
 class Progress:
-    """A pytest plugin: a progress bar in place of pytest's dots, and every failure in full."""
+    """A pytest plugin: a progress bar in place of pytest's dots, and every failure in full.
+
+    Where there is no terminal, a line as each provider of a case begins: if it hangs, the last one.
+    """
 
     def __init__(self):
+        self.stream = os.fdopen(os.dup(sys.stderr.fileno()), "w")  # pytest captures the other
         self.bar: tqdm | None = None
         self.failures: list[str] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self.bar = tqdm(total=len(session.items), unit="turn")
+        self.bar = tqdm(total=len(session.items), unit="turn", file=self.stream, disable=None)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if self.bar.disable and nodeid.endswith("-0]"):
+            print(nodeid.partition("[")[2].removesuffix("-0]"), file=self.stream, flush=True)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.failures.append(f"{report.nodeid}\n{report.longreprtext}")
         if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-            self.bar.set_postfix_str(report.nodeid.split("[")[-1].rstrip("]"), refresh=False)
+            self.bar.set_postfix_str(report.nodeid.partition("[")[2].rstrip("]"), refresh=False)
             self.bar.update()
 
     def pytest_unconfigure(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        self.stream.close()
 
     def pytest_report_teststatus(self, report: pytest.TestReport):
         return report.outcome, "", ""

@@ -92,6 +92,7 @@ class Harness:
             finished = self._case is not None and cases.DEVICE == "cuda"
             self._case, self._calls = case, {}
             if finished:
+                torch.cuda.empty_cache()  # a graph's memory is no use to the next one
                 self.on_case()
         try:
             if cases.DEVICE == "cuda":
