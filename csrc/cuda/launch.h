@@ -54,8 +54,11 @@ cudaError_t launch(const char* name, const Launch& on, const Shape& shape, void 
 template <class... P>
 cudaError_t launch(const char* name, const Launch& on, const Shape& shape, void (*kernel)(P...),
                    typename AsIs<P>::type... args) {
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 << 10)
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != on.device) error = cudaSetDevice(on.device);
+  // Above 48 KiB a kernel has to ask.
+  if (error == cudaSuccess && shape.shared_bytes > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shape.shared_bytes));
   if (error == cudaSuccess) {

@@ -6,9 +6,11 @@
 namespace lk::cuda {
 namespace {
 
-// From here on the weight is decoded once for all rows and multiplied by the dense library: fused
-// decoding saves (bytes of the dense weight) and costs a share of the arithmetic.
-constexpr int64_t kMatmulRows = 1024;
+// More rows than these go to the dense library, which finds the weight decoded. That costs 2.6
+// bytes of traffic per weight, the time of about 235 rows on an H200; decoding inside the product
+// costs a share of its arithmetic instead, some 40 % with mma.sync: the two are even at about 350
+// rows (a model; to be measured).
+constexpr int64_t kMatmulRows = 320;
 // The general kernels have no tensor cores, so the dense library pays much earlier.
 constexpr int64_t kMatmulRowsGeneral = 64;
 
