@@ -66,7 +66,7 @@ emulator: ## build the CUDA kernels for the CPU, as the tests run them (needs ne
 emulator-asan: build/.installed ## run the CUDA kernels' tests on the emulator under both sanitizers
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMULATOR_ASAN)
 	@echo '[emulator-asan] run'
-	@LOWRANK_EMULATOR=$(abspath $(EMULATOR_ASAN)) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
+	@LOWRANK_EMULATOR=$(abspath $(EMULATOR_ASAN)) LD_PRELOAD="$(ASAN_PRELOAD)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		$(PY) -m pytest $(EMULATOR_ASAN_TESTS) $(ARGS)
 
@@ -128,6 +128,9 @@ EMULATOR := build/emulator/liblowrank_cuda_emulated.so
 EMULATOR_ASAN := build/emulator-asan/liblowrank_cuda_emulated.so
 # The tests under sanitizers: those that run the kernels, at sizes that fit.
 EMULATOR_ASAN_TESTS ?= -k emulator
+
+# Python links neither: AddressSanitizer must come first, and libstdc++ before it looks for throw.
+ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 
 EMULATOR_COMMON := -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall \
 	-Wextra -Wno-unknown-pragmas -DLOWRANK_EMULATOR -Icsrc/cuda/emulator/include -Icsrc
