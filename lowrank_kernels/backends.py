@@ -89,7 +89,7 @@ def _available() -> tuple[str, ...]:
         names.append("cpu")
         if (_PACKAGE / "liblowrank_cuda.so").exists():
             names.append("cuda")
-        if os.environ.get("LOWRANK_EMULATOR"):
+        if os.path.exists(os.environ.get("LOWRANK_EMULATOR", "")):
             names.append("emulator")
     return tuple(sorted(names))
 

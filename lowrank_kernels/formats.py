@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -44,12 +45,17 @@ def dynamic_code(device: torch.device | str | None = None) -> torch.Tensor:
     Seven decades 10^-6 .. 10^0; decade i holds 2^i fractions, the midpoints of equal steps of [0.1, 1],
     with both signs; then 0 and 1.
     """
+    return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _dynamic_values() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         for sign in (1, -1):
             values += (sign * 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+    return tuple(sorted(values))
 
 
 def check_blocksize(blocksize: object) -> None:
