@@ -46,7 +46,8 @@ LDFLAGS = ["-shared", "-Wl,-rpath,$ORIGIN", "-Wl,--as-needed"]
 
 CUDA_LIBRARY = "liblowrank_cuda.so"
 CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
-# -Xptxas -v: registers, shared memory and spills of each kernel, kept in <object>.log.
+# -Xptxas -v: registers, shared memory and spills of each kernel, kept in <object>.log. No --threads:
+# ptxas processes that run at once would mix their lines there.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of csrc/common, as they stand.
 NVCCFLAGS = shlex.split(
     "-std=c++17 -O3 --expt-relaxed-constexpr -Icsrc -Xptxas -v"
