@@ -158,14 +158,33 @@ FEW = [
 ]
 
 
-def family(op: str, case: Case) -> str:
-    """The kernel family of the CPU backend; only within one are the bits of a row promised to be equal.
+def family(op: str, case: Case, backend: str = "cpu") -> str:
+    """The kernel family that runs; only within one are the bits of a row promised to be equal.
 
-    One to four rows against a 4-bit weight whose blocks do not cross rows are decoded in registers
-    ("gemv"); everything else goes through the register-tile kernel ("panel").
+    CPU: one to four rows against a 4-bit weight whose blocks do not cross rows are decoded in registers
+    ("gemv"); everything else goes through the register-tile kernel ("panel"). GPU: see _gpu_family.
     """
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
+    if backend in ("emulator", "cuda"):
+        return _gpu_family(op, case, fits)
     return "gemv" if 1 <= case.M <= 4 and fits else "panel"
+
+
+def _gpu_family(op: str, case: Case, fits: bool) -> str:
+    """As in csrc/cuda/launch/linear.cu, for tensors that begin at aligned addresses.
+
+    The dense product ("matmul") promises nothing: its family is the number of rows itself.
+    """
+    backward = "dx" in op or "backward" in op
+    columns = case.N if backward else case.K  # of the rows that meet the weight
+    on_tensor_cores = fits and case.dtype != F32 and columns % 8 == 0
+    if on_tensor_cores and not backward and case.blocksize >= 64 and case.M <= 64:
+        return "decode"
+    if "4bit" not in op or case.M > (320 if on_tensor_cores else 64):
+        return f"matmul of {case.M} rows"
+    if not on_tensor_cores:
+        return "simt"
+    return f"tile {next(rows for rows in (16, 64, 128, 256, 512) if case.M <= rows)}"
 
 
 # -- tensors ---------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
             a[rows] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
         ]
         outputs = run(op, part)[:per_row]
-        family = cases.family(op, case._replace(M=height))
+        family = cases.family(op, case._replace(M=height), backend)
         tallest = expected.setdefault(family, outputs)
         for name, out, tall in zip(("first output", "second output"), outputs, tallest):
             same = tall[:height] if place == "first" else tall[tall.shape[0] - height :]
@@ -244,16 +244,23 @@ def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
 @pytest.mark.parametrize("op", ["lora_linear_4bit", "lora_linear"])
 @pytest.mark.parametrize("case", BATCH)
 def test_the_adapters_own_product_is_of_one_family(op, case, backend):
-    """S has the same bits in every batch, gemv or panel: the backward pass relies on it."""
+    """S has the same bits in every batch, gemv or panel; on a GPU in every batch of more than 64 rows."""
     args = cases.make(op, case)
     s = run(op, args)[1]
-    for height in (1, 3, 4, 5):
+    heights = (65, 66, 100) if backend in ("emulator", "cuda") else (1, 3, 4, 5)
+    for height in heights:
         tolerance.assert_same_bits(op, run(op, (args[0][:height], *args[1:]))[1], s[:height])
 
 
-def test_the_cases_reach_both_families():
-    families = {cases.family("linear_4bit", c._replace(M=h)) for c in BATCH for h in HEIGHTS}
-    assert families == {cases.family("linear_4bit", c) for c in cases.ALL} == {"gemv", "panel"}
+def test_the_cases_reach_every_family():
+    batches = [c._replace(M=height) for c in BATCH for height in (*HEIGHTS, c.M)]
+
+    def families(backend, problems):
+        return {cases.family("linear_4bit", c, backend).partition(" ")[0] for c in problems}
+
+    for problems in (batches, cases.ALL):
+        assert families("cpu", problems) == {"gemv", "panel"}
+        assert families("emulator", problems) == {"decode", "tile", "matmul", "simt"}
 
 
 def test_errors_name_the_schema(any_backend):

@@ -52,7 +52,7 @@ __device__ inline void accumulate(const Product& p, int64_t i0, int64_t j0, int6
   float* b_tile = a_tile + kSimtDepth * kSimtPitch;                // [depth][column]
   const int thread = static_cast<int>(threadIdx.x), tx = thread % 16, ty = thread / 16;
   for (int64_t p0 = 0; p0 < p.depth; p0 += kSimtDepth) {
-    // Neighbouring threads take what lies side by side in memory. (Unrolled further, it spills.)
+    // Neighbouring threads take what lies side by side in memory.
 #pragma unroll 2
     for (int e = thread; e < kSimtTile * kSimtDepth; e += kSimtThreads) {
       const int ai = p.a.transposed ? e % kSimtTile : e / kSimtDepth;
@@ -80,7 +80,8 @@ __device__ inline void accumulate(const Product& p, int64_t i0, int64_t j0, int6
   }
 }
 
-__global__ void __launch_bounds__(kSimtThreads) simt_product(SimtArgs args) {
+// Three blocks on a multiprocessor: left to itself the compiler spills to fit five.
+__global__ void __launch_bounds__(kSimtThreads, 3) simt_product(SimtArgs args) {
   const int64_t tiles_j = ceil_div(args.out.cols, kSimtTile);
   const int64_t i0 = blockIdx.x / tiles_j * kSimtTile, j0 = blockIdx.x % tiles_j * kSimtTile;
   const int thread = static_cast<int>(threadIdx.x);
