@@ -180,11 +180,13 @@ def _gpu_family(op: str, case: Case, fits: bool) -> str:
     on_tensor_cores = fits and case.dtype != F32 and columns % 8 == 0
     if on_tensor_cores and not backward and case.blocksize >= 64 and case.M <= 64:
         return "decode"
-    if "4bit" not in op or case.M > (320 if on_tensor_cores else 64):
+    fused_rows = 320 if on_tensor_cores else 64
+    if "4bit" not in op or case.M > fused_rows:
         return f"matmul of {case.M} rows"
     if not on_tensor_cores:
         return "simt"
-    return f"tile {next(rows for rows in (16, 64, 128, 256, 512) if case.M <= rows)}"
+    bucket = min(rows for rows in (16, 64, 128, 256, 512) if rows >= case.M)
+    return f"tile of up to {bucket} rows"
 
 
 # -- tensors ---------------------------------------------------------------------------------------
