@@ -176,16 +176,16 @@ def _gpu_family(op: str, case: Case, fits: bool) -> str:
     The dense product ("matmul") promises nothing: its family is the number of rows itself.
     """
     backward = "dx" in op or "backward" in op
-    columns = case.N if backward else case.K  # of the rows that meet the weight
+    rows, columns = case.M, case.N if backward else case.K  # of what meets the weight
     on_tensor_cores = fits and case.dtype != F32 and columns % 8 == 0
-    if on_tensor_cores and not backward and case.blocksize >= 64 and case.M <= 64:
+    if on_tensor_cores and not backward and case.blocksize >= 64 and rows <= 64:
         return "decode"
     fused_rows = 320 if on_tensor_cores else 64
-    if "4bit" not in op or case.M > fused_rows:
-        return f"matmul of {case.M} rows"
+    if "4bit" not in op or rows > fused_rows:
+        return f"matmul of {rows} rows"
     if not on_tensor_cores:
         return "simt"
-    bucket = min(rows for rows in (16, 64, 128, 256, 512) if rows >= case.M)
+    bucket = min(limit for limit in (16, 64, 128, 256, 512) if limit >= rows)
     return f"tile of up to {bucket} rows"
 
 
