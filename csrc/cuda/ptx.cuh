@@ -60,6 +60,10 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
       : "l"(p));
   return v;
 }
+// Asks for the line of p in the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 // An aligned vector of shared memory, or of global memory that this kernel wrote.
 template <class Vector>
 __device__ __forceinline__ Vector load(const void* p) {

@@ -24,6 +24,7 @@ Vector load_const(const void* p) {
   return load<Vector>(p);
 }
 inline uint4 load_once(const void* p) { return load<uint4>(p); }
+inline void prefetch(const void*) {}
 template <class Vector>
 void store(void* p, Vector v) {
   check_aligned(p, sizeof(Vector));

@@ -1,0 +1,562 @@
+// The linear operator for few rows (M <= 64): weights pass from memory to registers once.
+//
+// Weights are the 16-row operand of the matrix instruction and tokens its 8 columns, so one token
+// wastes nothing but columns. A packed byte indexes a table of pairs of codes, and the pair is a
+// whole register of the operand: decoding two weights is a shift, a logical operation and one load
+// from shared memory. Sums over a block of 64 columns are of unscaled codes; its absmax multiplies
+// the sum, in float32.
+//
+// Block of 256 threads, 8 warps: 2 groups of rows x 4 slices of the columns.
+//
+//             slice 0  slice 1  slice 2  slice 3      each a contiguous range of chunks
+//   group 0   warp 0   warp 1   warp 2   warp 3       16 MT rows
+//   group 1   warp 4   warp 5   warp 6   warp 7       16 MT rows
+//
+// A warp streams its part through a ring of its own, without meeting the others. Slices are added
+// in order at the end. If there are fewer blocks than multiprocessors the columns are cut further
+// (gridDim.y parts of 4 slices), and decode_finish adds the parts. All sizes of tile add in this
+// same order, so the bits of a row do not depend on how many rows come with it.
+#pragma once
+
+#include "cuda/elements.cuh"
+
+namespace lk::cuda {
+
+constexpr int kDecodeThreads = 256, kDecodeWarps = 8, kDecodeSlices = 4, kDecodeGroups = 2;
+constexpr int kDecodeBlock = 64;   // columns summed before they are scaled
+constexpr int kDecodeChunk = 256;  // columns of one step of the ring
+constexpr int kChunkBlocks = 4;    // one per lane of a quad, for the scales
+constexpr int kChunkBytes = 128;   // of one row
+constexpr int kMaxDecodeRows = 64;
+
+// Shared memory while streaming; afterwards the sums of the slices and then the adapter take it.
+//
+//   0       pairs         [256 bytes][32 lanes] x 4   a copy per lane: any 32 bytes, no conflict
+//   32 KB   rings         [8 warps] x 8 KB
+//   96 KB   nested_code   [256] float
+constexpr int kPairsBytes = 256 * 128, kRingBytes = 8192;
+constexpr int kNestedCodeAt = kPairsBytes + kDecodeWarps * kRingBytes;
+constexpr int kDecodeShared = kNestedCodeAt + 256 * 4;
+
+// Ranks of the adapter that pass through shared memory at a time.
+constexpr int kRankStep = 32;
+constexpr int kRankPitch = kRankStep + 4;  // 16-byte loads of 8 rows fall into different banks
+
+struct DecodeArgs {
+  Matrix x;
+  Weight4 w;
+  Matrix B;  // data null: no adapter
+  const float* s = nullptr;
+  float scaling = 1.0f;
+  Vector bias;
+  MutMatrix y;
+  float* parts = nullptr;  // [gridDim.y][M][N] if the columns are cut, else null
+};
+
+template <int token_tiles, int row_tiles>
+struct DecodeTile {
+  static constexpr int rows = 16 * row_tiles * kDecodeGroups, tokens = 8 * token_tiles;
+  static constexpr int stage = row_tiles * 16 * kChunkBytes, stages = kRingBytes / stage;
+  // [slice][token][row]; four lanes of a quad then write to different banks.
+  static constexpr int sum_pitch = rows + 4;
+  static constexpr int sums = kDecodeSlices * tokens * sum_pitch;
+  static_assert((sums + rows * kRankPitch + tokens * kRankStep) * 4 <= kDecodeShared);
+  // Outputs of a thread in the end: one row, every `step`-th token.
+  static constexpr int step = kDecodeThreads / rows, outputs = tokens / step;
+  // Few tokens leave registers for two blocks on a multiprocessor.
+  static constexpr int blocks_per_multiprocessor = token_tiles <= 2 ? 2 : 1;
+};
+
+// -- weights --------------------------------------------------------------------------------------
+
+// One warp's packed bytes. A chunk of a row is 8 pieces of 16 bytes; piece p of row r lies at
+// p ^ 2 (r & 3), so that 4 rows x 4 lanes of 8 bytes, half a warp's load, touch every bank once:
+//
+//   row 0   0 1 2 3 4 5 6 7
+//   row 1   2 3 0 1 6 7 4 5
+//   row 2   4 5 6 7 0 1 2 3
+//   row 3   6 7 4 5 2 3 0 1
+template <int row_tiles>
+struct PackedRing {
+  static constexpr int stage = row_tiles * 16 * kChunkBytes;
+
+  const uint8_t* source;  // this lane's piece of chunk 0 in its first row; then every fourth row
+  int64_t row_bytes;
+  int rows;                     // how many of the source's rows exist
+  int piece;                    // which of the 8
+  unsigned char* target;        // in stage 0
+  const unsigned char* packed;  // this lane's 8 bytes of block 0 of row g, in stage 0
+  int swizzle;
+
+  __device__ PackedRing(const Weight4& w, int64_t row, unsigned char* ring, int lane) {
+    const int first = lane / 8, g = lane / 4;
+    row_bytes = w.K / 2;
+    piece = lane % 8;
+    const int64_t left = ceil_div(w.N - row - first, 4);
+    rows = static_cast<int>(left < 0 ? 0 : min64(left, 4 * row_tiles));
+    source = w.packed + (row + first) * row_bytes + 16 * piece;
+    target = ring + first * kChunkBytes + 16 * (piece ^ 2 * first);
+    packed = ring + g * kChunkBytes;
+    swizzle = 32 * (g & 3) + 8 * (lane % 4);
+  }
+
+  // Rows and columns that do not exist become zeros.
+  __device__ void fetch(int chunk, int slot) const {
+    const int64_t column = int64_t{chunk} * kChunkBytes;
+    const bool inside = column + 16 * piece < row_bytes;
+#pragma unroll
+    for (int i = 0; i < 4 * row_tiles; ++i)
+      ptx::copy_async_once(target + slot * stage + 4 * i * kChunkBytes,
+                           source + column + 4 * i * row_bytes, inside && i < rows);
+  }
+
+  // Bytes 8t.. of block `block` of row g + 8 half of row tile `tile`.
+  __device__ uint2 bytes(int slot, int block, int tile, int half) const {
+    return ptx::load<uint2>(packed + slot * stage + (swizzle ^ 32 * block) +
+                            (16 * tile + 8 * half) * kChunkBytes);
+  }
+};
+
+// The pair that byte `byte` of `word` stands for; pairs_offset = 4 lane.
+__device__ __forceinline__ uint32_t lookup(const unsigned char* pairs, uint32_t lane_offset,
+                                           uint32_t word, int byte) {
+  const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
+  return ptx::load<uint32_t>(pairs + ((shifted & 0x7f80u) | lane_offset));
+}
+
+// Thread i writes the copies of entry i: the low half is the first element, the high nibble.
+template <class T>
+__device__ __forceinline__ void fill_pairs(const float* code, unsigned char* pairs) {
+  const int i = static_cast<int>(threadIdx.x);
+  const uint32_t pair = ptx::pack<T>(code[i >> 4], code[i & 15]);
+#pragma unroll
+  for (int j = 0; j < 8; ++j)  // neighbours start at different banks
+    ptx::store(pairs + 128 * i + 16 * ((i + j) & 7), make_uint4(pair, pair, pair, pair));
+}
+
+// -- scales ---------------------------------------------------------------------------------------
+
+// Lane t of a quad holds the scale of block t of the chunk for rows g and g + 8 of each row tile;
+// the others get it by a shuffle. Loaded a chunk ahead. Rows and blocks that do not exist repeat
+// the last.
+template <int row_tiles>
+struct Scales {
+  static constexpr int count = 2 * row_tiles;
+  int64_t first[count];  // block index of column 0
+  int last;              // the last 64 columns
+  float value[count];    // absmax, or nested absmax
+  uint32_t quantized[count];
+
+  __device__ Scales(const Weight4& w, int64_t row, int lane) {
+    last = static_cast<int>(w.K / kDecodeBlock) - 1;
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      first[i] = min64(row + lane / 4 + 8 * i, w.N - 1) * (w.K >> w.block_shift);
+  }
+
+  __device__ void fetch(const Weight4& w, int chunk, int lane) {
+    const int wanted = chunk * kChunkBlocks + lane % 4;
+    const int block = (wanted < last ? wanted : last) >> (w.block_shift - 6);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = first[i] + block;
+      if (w.absmax) {
+        value[i] = ptx::load_const<float>(w.absmax + at);
+      } else {
+        quantized[i] = ptx::load_const<uint8_t>(w.absmax_u8 + at);
+        value[i] = ptx::load_const<float>(w.nested_absmax + (at >> kNestedShift));
+      }
+    }
+  }
+
+  // Product and sum rounded separately: see block_scale.
+  __device__ void take(const Weight4& w, const float* nested_code, float offset,
+                       float (&scale)[count]) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+      scale[i] =
+          w.absmax ? value[i] : __fadd_rn(__fmul_rn(nested_code[quantized[i]], value[i]), offset);
+  }
+};
+
+// -- activations ----------------------------------------------------------------------------------
+
+// Lane (g, t) reads 16 columns, from 16 t, of token g: for step s of the block's four the lane's
+// operand is columns 4 s.. of these, and the weights' bytes 2 s and 2 s + 1 are the same columns.
+// The order of columns within a block is free as long as both operands have it.
+//
+// Operands are loaded `ahead` of their use, in the order (block, token tile). Tokens that do not
+// exist repeat the last one: their sums go nowhere.
+template <int token_tiles>
+struct Activations {
+  static constexpr int ahead = 4;
+  static_assert(kChunkBlocks * token_tiles % ahead == 0);
+  const unsigned char* row[token_tiles];
+  uint4 operand[ahead][2];
+
+  __device__ Activations(const Matrix& x, int lane) {
+#pragma unroll
+    for (int i = 0; i < token_tiles; ++i)
+      row[i] = static_cast<const unsigned char*>(x.data) +
+               (min64(8 * i + lane / 4, x.rows - 1) * x.stride + 16 * (lane % 4)) * 2;
+  }
+
+  // item = block * token_tiles + token tile, counted from the chunk's start. What lies at or after
+  // block `end` is not read.
+  __device__ void fetch(int chunk, int item, int end) {
+    const int block = chunk * kChunkBlocks + item / token_tiles;
+    if (block >= end) return;
+    const unsigned char* p = row[item % token_tiles] + int64_t{chunk} * (2 * kDecodeChunk) +
+                             item / token_tiles * (2 * kDecodeBlock);
+    operand[item % ahead][0] = ptx::load_const<uint4>(p);
+    operand[item % ahead][1] = ptx::load_const<uint4>(p + 16);
+  }
+
+  __device__ void step(int item, int s, uint32_t (&b)[2]) const {
+    const uint4 v = operand[item % ahead][s / 2];
+    b[0] = s % 2 ? v.z : v.x;
+    b[1] = s % 2 ? v.w : v.y;
+  }
+};
+
+// -- the product ----------------------------------------------------------------------------------
+
+// sums[row tile][token tile] of this warp's rows over chunks [begin, end).
+template <class T, int token_tiles, int row_tiles>
+struct DecodeWarp {
+  using Tile = DecodeTile<token_tiles, row_tiles>;
+  const Weight4& w;
+  const int lane, begin, end;
+  int end_block;
+  PackedRing<row_tiles> ring;
+  Scales<row_tiles> scales;
+  Activations<token_tiles> x;
+  float sums[row_tiles][token_tiles][4] = {};
+
+  __device__ DecodeWarp(const DecodeArgs& args, int64_t row, int begin_, int end_,
+                        unsigned char* ring_, int lane_)
+      : w(args.w),
+        lane(lane_),
+        begin(begin_),
+        end(end_),
+        ring(args.w, row, ring_, lane_),
+        scales(args.w, row, lane_),
+        x(args.x, lane_) {
+    end_block = static_cast<int>(min64(end * kChunkBlocks, args.w.K / kDecodeBlock));
+  }
+
+  __device__ void start() {
+#pragma unroll
+    for (int slot = 0; slot < Tile::stages; ++slot) {
+      if (begin + slot < end) ring.fetch(begin + slot, slot);
+      ptx::copy_async_commit();
+    }
+    scales.fetch(w, begin, lane);
+#pragma unroll
+    for (int item = 0; item < x.ahead; ++item) x.fetch(begin, item, end_block);
+  }
+
+  __device__ void run(const unsigned char* pairs, const float* nested_code) {
+    const float offset = w.absmax ? 0.0f : *w.nested_offset;
+    int slot = 0;
+    for (int chunk = begin; chunk < end; ++chunk) {
+      float scale[2 * row_tiles];
+      scales.take(w, nested_code, offset, scale);
+      scales.fetch(w, chunk + 1, lane);
+      ptx::copy_async_wait<Tile::stages - 1>();
+      __syncwarp();
+#pragma unroll
+      for (int block = 0; block < kChunkBlocks; ++block)
+        add_block(pairs, scale, chunk, block, slot);
+      __syncwarp();
+      if (chunk + Tile::stages < end) ring.fetch(chunk + Tile::stages, slot);
+      ptx::copy_async_commit();
+      slot = slot + 1 < Tile::stages ? slot + 1 : 0;
+    }
+  }
+
+  __device__ __forceinline__ void add_block(const unsigned char* pairs,
+                                            const float (&scale)[2 * row_tiles], int chunk,
+                                            int block, int slot) {
+    uint32_t a[row_tiles][4][4];  // [step][register]
+    float block_scale[2 * row_tiles];
+#pragma unroll
+    for (int i = 0; i < 2 * row_tiles; ++i) {
+      const uint2 bytes = ring.bytes(slot, block, i / 2, i % 2);
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const uint32_t word = s < 2 ? bytes.x : bytes.y;
+        a[i / 2][s][i % 2] = lookup(pairs, 4 * lane, word, s % 2 * 2);
+        a[i / 2][s][i % 2 + 2] = lookup(pairs, 4 * lane, word, s % 2 * 2 + 1);
+      }
+      block_scale[i] = ptx::shuffle(scale[i], (lane & ~3) | block);
+    }
+    const bool exists = chunk * kChunkBlocks + block < end_block;
+#pragma unroll
+    for (int n = 0; n < token_tiles; ++n) {
+      const int item = block * token_tiles + n;
+      float sum[row_tiles][4] = {};
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        uint32_t b[2];
+        x.step(item, s, b);
+#pragma unroll
+        for (int i = 0; i < row_tiles; ++i) ptx::mma<T>(sum[i], a[i][s], b);
+      }
+      x.fetch(chunk, item + x.ahead, end_block);
+      if (!exists) continue;
+#pragma unroll
+      for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          sums[i][n][j] = __fmaf_rn(block_scale[2 * i + j / 2], sum[i][j], sums[i][n][j]);
+    }
+  }
+
+  // To [token][row] of the slice's sums, at the warp's first row.
+  __device__ void store(float* to) const {
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+      for (int n = 0; n < token_tiles; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          to[(8 * n + 2 * (lane % 4) + j % 2) * Tile::sum_pitch + 16 * i + lane / 4 + 8 * (j / 2)] =
+              sums[i][n][j];
+  }
+};
+
+// -- adapter, bias, result ------------------------------------------------------------------------
+
+// Brings the rows of B to the second-level cache while the weights stream.
+template <int rows>
+__device__ __forceinline__ void prefetch_adapter(const DecodeArgs& args, int64_t row0) {
+  if (!args.B.data) return;
+  constexpr int line = 128;
+  const int64_t size = element_size(args.B.dtype), lines = ceil_div(args.B.cols * size, line) + 1;
+  for (int64_t e = threadIdx.x; e < rows * lines; e += kDecodeThreads) {
+    const int64_t row = row0 + e / lines;
+    const int64_t column = min64(e % lines * line, args.B.cols * size - 1);
+    if (row < args.B.rows)
+      ptx::prefetch(static_cast<const unsigned char*>(args.B.data) + row * args.B.stride * size +
+                    column);
+  }
+}
+
+// y of the rows from row0: this thread's row of them and its tokens, whose sums of the base it
+// gives. `scratch` is free shared memory.
+template <int rows, int outputs>
+__device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
+                                       const float (&base)[outputs], float* scratch) {
+  constexpr int step = kDecodeThreads / rows;
+  const int thread = static_cast<int>(threadIdx.x), row = thread % rows, first = thread / rows;
+  const int M = static_cast<int>(args.x.rows);
+  const int64_t n = row0 + row, R = args.B.cols;
+  float adapter[outputs] = {};
+  float* const b_rows = scratch;                      // [row][rank]
+  float* const s_rows = scratch + rows * kRankPitch;  // [token][rank]
+  for (int64_t r0 = 0; args.B.data && r0 < R; r0 += kRankStep) {
+    for (int e = thread; e < rows * kRankStep; e += kDecodeThreads) {
+      const int64_t r = r0 + e % kRankStep, b_row = row0 + e / kRankStep;
+      b_rows[e / kRankStep * kRankPitch + e % kRankStep] =
+          r < R && b_row < args.B.rows
+              ? load_one(args.B.data, args.B.dtype, b_row * args.B.stride + r)
+              : 0.0f;
+    }
+    for (int e = thread; e < M * kRankStep; e += kDecodeThreads) {
+      const int64_t r = r0 + e % kRankStep;
+      s_rows[e] = r < R ? args.s[e / kRankStep * R + r] : 0.0f;
+    }
+    __syncthreads();
+    const int ranks = static_cast<int>(min64(kRankStep, R - r0));
+    for (int r = 0; r < ranks; r += 4) {
+      const float4 b = ptx::load<float4>(b_rows + row * kRankPitch + r);
+#pragma unroll
+      for (int j = 0; j < outputs; ++j) {
+        if (first + j * step >= M) break;
+        const float4 s = ptx::load<float4>(s_rows + (first + j * step) * kRankStep + r);
+        adapter[j] = __fmaf_rn(s.x, b.x, adapter[j]);
+        adapter[j] = __fmaf_rn(s.y, b.y, adapter[j]);
+        adapter[j] = __fmaf_rn(s.z, b.z, adapter[j]);
+        adapter[j] = __fmaf_rn(s.w, b.w, adapter[j]);
+      }
+    }
+    __syncthreads();
+  }
+  if (n >= args.w.N) return;
+  const float bias = args.bias.data ? load_one(args.bias.data, args.bias.dtype, n) : 0.0f;
+#pragma unroll
+  for (int j = 0; j < outputs; ++j) {
+    const int64_t m = first + j * step;
+    if (m >= M) break;
+    float v = base[j];
+    if (args.B.data) v = __fmaf_rn(args.scaling, adapter[j], v);
+    if (args.bias.data) v = __fadd_rn(v, bias);
+    store_one(args.y.data, args.y.dtype, m * args.y.stride + n, v);
+  }
+}
+
+// Chunks [first, first of the next) of slice `slice` of `slices`.
+__device__ __forceinline__ int first_chunk(const Weight4& w, int slice, int slices) {
+  return static_cast<int>(ceil_div(w.K, kDecodeChunk) * slice / slices);
+}
+
+template <class T, int token_tiles, int row_tiles>
+__global__ void __launch_bounds__(kDecodeThreads,
+                                  (DecodeTile<token_tiles, row_tiles>::blocks_per_multiprocessor))
+    decode_product(DecodeArgs args) {
+  using Tile = DecodeTile<token_tiles, row_tiles>;
+  unsigned char* const shared = ptx::shared_memory();
+  float* const nested_code = reinterpret_cast<float*>(shared + kNestedCodeAt);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  const int group = warp / kDecodeSlices, slice = warp % kDecodeSlices;
+  const int64_t row0 = int64_t{blockIdx.x} * Tile::rows;
+  const int group_row = group * 16 * row_tiles;
+
+  // Everything that comes from far is asked for before the tables are made.
+  const int part = static_cast<int>(blockIdx.y),
+            slices = static_cast<int>(gridDim.y) * kDecodeSlices;
+  const int nth = part * kDecodeSlices + slice;
+  DecodeWarp<T, token_tiles, row_tiles> work(
+      args, row0 + group_row, first_chunk(args.w, nth, slices),
+      first_chunk(args.w, nth + 1, slices), shared + kPairsBytes + warp * kRingBytes, thread % 32);
+  work.start();
+  prefetch_adapter<Tile::rows>(args, row0);
+  if (!args.w.absmax) nested_code[thread] = args.w.nested_code[thread];
+  fill_pairs<T>(args.w.code, shared);
+  __syncthreads();
+
+  work.run(shared, nested_code);
+
+  ptx::copy_async_wait<0>();
+  __syncthreads();
+  float* const sums = reinterpret_cast<float*>(shared);
+  work.store(sums + slice * Tile::tokens * Tile::sum_pitch + group_row);
+  ptx::start_next_kernel();
+  __syncthreads();
+  float base[Tile::outputs];
+  const int row = thread % Tile::rows, first = thread / Tile::rows;
+#pragma unroll
+  for (int j = 0; j < Tile::outputs; ++j) {
+    const float* from = sums + (first + j * Tile::step) * Tile::sum_pitch + row;
+    base[j] = from[0];
+#pragma unroll
+    for (int i = 1; i < kDecodeSlices; ++i)
+      base[j] = __fadd_rn(base[j], from[i * Tile::tokens * Tile::sum_pitch]);
+  }
+
+  // Even if only parts are written: who waits for this kernel counts on S as well.
+  ptx::wait_for_previous_kernel();
+  if (!args.parts) return finish<Tile::rows>(args, row0, base, sums + Tile::sums);
+  if (row0 + row >= args.w.N) return;
+#pragma unroll
+  for (int j = 0; j < Tile::outputs; ++j) {
+    const int64_t m = first + j * Tile::step;
+    if (m < args.x.rows) args.parts[(part * args.x.rows + m) * args.w.N + row0 + row] = base[j];
+  }
+}
+
+constexpr int kFinishRows = 32, kFinishOutputs = kMaxDecodeRows * kFinishRows / kDecodeThreads;
+constexpr int kFinishShared = (kFinishRows * kRankPitch + kMaxDecodeRows * kRankStep) * 4;
+
+// The parts in their order, then as without parts.
+__global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args, int parts) {
+  constexpr int step = kDecodeThreads / kFinishRows;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = thread % kFinishRows, first = thread / kFinishRows;
+  const int64_t row0 = int64_t{blockIdx.x} * kFinishRows, n = row0 + row;
+  prefetch_adapter<kFinishRows>(args, row0);
+  ptx::wait_for_previous_kernel();
+  float base[kFinishOutputs] = {};
+#pragma unroll
+  for (int j = 0; j < kFinishOutputs; ++j) {
+    const int64_t m = first + j * step;
+    if (m >= args.x.rows || n >= args.w.N) break;
+    base[j] = args.parts[m * args.w.N + n];
+    for (int part = 1; part < parts; ++part)
+      base[j] = __fadd_rn(base[j], args.parts[(part * args.x.rows + m) * args.w.N + n]);
+  }
+  finish<kFinishRows>(args, row0, base, reinterpret_cast<float*>(ptx::shared_memory()));
+}
+
+// -- S --------------------------------------------------------------------------------------------
+
+constexpr int kShrinkThreads = 512, kShrinkRanks = 4, kShrinkTokens = 4;
+constexpr int kShrinkShared = kShrinkThreads / 32 * kShrinkRanks * kShrinkTokens * 4;
+
+// Four elements from element i.
+__device__ __forceinline__ void load_four(const Matrix& m, int64_t i, bool aligned, float (&v)[4]) {
+  if (!aligned) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[j] = load_one(m.data, m.dtype, i + j);
+  } else if (m.dtype == DType::f32) {
+    const float4 f = ptx::load_const<float4>(static_cast<const float*>(m.data) + i);
+    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+  } else {
+    const uint2 u = ptx::load_const<uint2>(static_cast<const uint16_t*>(m.data) + i);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint16_t h = static_cast<uint16_t>((j < 2 ? u.x : u.y) >> (16 * (j % 2)));
+      v[j] = m.dtype == DType::bf16 ? ptx::widen<Bf16>(h) : ptx::widen<F16>(h);
+    }
+  }
+}
+
+// S = dropout(x) Aᵀ for 4 ranks x 4 tokens per block, in float32. Threads share the columns by
+// fours, two fours at a time, so that up to 4096 columns are one trip to memory.
+__global__ void __launch_bounds__(kShrinkThreads)
+    decode_shrink(Matrix x, Matrix A, Dropout dropout, bool aligned, float* s) {
+  ptx::start_next_kernel();
+  constexpr int fours = 2, span = 4 * kShrinkThreads;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t r0 = int64_t{blockIdx.x} * kShrinkRanks, m0 = int64_t{blockIdx.y} * kShrinkTokens;
+  const int tokens = static_cast<int>(min64(kShrinkTokens, x.rows - m0));
+  float sum[kShrinkTokens][kShrinkRanks] = {};
+  for (int64_t k0 = 4 * thread; k0 < x.cols; k0 += fours * span) {
+    float a[fours][kShrinkRanks][4] = {}, v[fours][kShrinkTokens][4] = {};
+#pragma unroll
+    for (int f = 0; f < fours; ++f) {
+      const int64_t k = k0 + f * span;
+      if (k >= x.cols) break;
+#pragma unroll
+      for (int r = 0; r < kShrinkRanks; ++r)  // ranks that do not exist repeat the last
+        load_four(A, min64(r0 + r, A.rows - 1) * A.stride + k, aligned, a[f][r]);
+#pragma unroll
+      for (int m = 0; m < kShrinkTokens; ++m)
+        if (m < tokens) load_four(x, (m0 + m) * x.stride + k, true, v[f][m]);
+    }
+#pragma unroll
+    for (int f = 0; f < fours; ++f)
+#pragma unroll
+      for (int m = 0; m < kShrinkTokens; ++m) {
+        if (m >= tokens || k0 + f * span >= x.cols) break;
+        drop_four(dropout, m0 + m, k0 + f * span, v[f][m]);
+#pragma unroll
+        for (int r = 0; r < kShrinkRanks; ++r)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sum[m][r] = __fmaf_rn(v[f][m][j], a[f][r][j], sum[m][r]);
+      }
+  }
+
+  float* const warps = reinterpret_cast<float*>(ptx::shared_memory());  // [warp][token][rank]
+#pragma unroll
+  for (int m = 0; m < kShrinkTokens; ++m) {
+    if (m >= tokens) break;
+#pragma unroll
+    for (int r = 0; r < kShrinkRanks; ++r) {
+#pragma unroll
+      for (int other = 16; other > 0; other /= 2)
+        sum[m][r] = __fadd_rn(sum[m][r], ptx::shuffle_xor(sum[m][r], other));
+      if (lane == 0) warps[(warp * kShrinkTokens + m) * kShrinkRanks + r] = sum[m][r];
+    }
+  }
+  __syncthreads();
+  const int m = thread / kShrinkRanks, r = thread % kShrinkRanks;
+  if (m >= tokens || r0 + r >= A.rows) return;
+  float total = 0.0f;
+  for (int i = 0; i < kShrinkThreads / 32; ++i)
+    total = __fadd_rn(total, warps[i * kShrinkTokens * kShrinkRanks + thread]);
+  s[(m0 + m) * A.rows + r0 + r] = dropout.threshold ? __fmul_rn(total, dropout.scale) : total;
+}
+
+}  // namespace lk::cuda
