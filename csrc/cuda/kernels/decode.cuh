@@ -80,34 +80,37 @@ template <int row_tiles>
 struct PackedRing {
   static constexpr int stage = row_tiles * 16 * kChunkBytes;
 
-  const uint8_t* source;  // this lane's piece of chunk 0 in its first row; then every fourth row
-  int64_t row_bytes;
-  int rows;                     // how many of the source's rows exist
-  int piece;                    // which of the 8
-  unsigned char* target;        // in stage 0
-  const unsigned char* packed;  // this lane's 8 bytes of block 0 of row g, in stage 0
-  int swizzle;
+  const uint8_t* source;        // this lane's piece of the next chunk in its first row
+  int left;                     // bytes of the row from there on, possibly negative
+  int64_t step;                 // bytes to the lane's next row, the fourth after it
+  int rows;                     // how many of its rows exist
+  unsigned char* target;        // where its piece goes, in stage 0
+  const unsigned char* packed;  // row g of stage 0
+  int swizzle;                  // where the lane's 8 bytes of block 0 are in it
 
-  __device__ PackedRing(const Weight4& w, int64_t row, unsigned char* ring, int lane) {
-    const int first = lane / 8, g = lane / 4;
-    row_bytes = w.K / 2;
-    piece = lane % 8;
-    const int64_t left = ceil_div(w.N - row - first, 4);
-    rows = static_cast<int>(left < 0 ? 0 : min64(left, 4 * row_tiles));
-    source = w.packed + (row + first) * row_bytes + 16 * piece;
+  __device__ PackedRing(const Weight4& w, int64_t row, int chunk, unsigned char* ring, int lane) {
+    const int first = lane / 8, piece = lane % 8, g = lane / 4;
+    const int64_t row_bytes = w.K / 2, column = int64_t{chunk} * kChunkBytes + 16 * piece;
+    const int64_t exist = ceil_div(w.N - row - first, 4);
+    source = w.packed + (row + first) * row_bytes + column;
+    left = static_cast<int>(row_bytes - column);
+    step = 4 * row_bytes;
+    rows = static_cast<int>(min64(exist, 4 * row_tiles));
     target = ring + first * kChunkBytes + 16 * (piece ^ 2 * first);
     packed = ring + g * kChunkBytes;
     swizzle = 32 * (g & 3) + 8 * (lane % 4);
   }
 
-  // Rows and columns that do not exist become zeros.
-  __device__ void fetch(int chunk, int slot) const {
-    const int64_t column = int64_t{chunk} * kChunkBytes;
-    const bool inside = column + 16 * piece < row_bytes;
+  // The next chunk. Rows and columns that do not exist become zeros.
+  __device__ void fetch(int slot) {
+    const uint8_t* row = source;
 #pragma unroll
-    for (int i = 0; i < 4 * row_tiles; ++i)
-      ptx::copy_async_once(target + slot * stage + 4 * i * kChunkBytes,
-                           source + column + 4 * i * row_bytes, inside && i < rows);
+    for (int i = 0; i < 4 * row_tiles; ++i) {
+      ptx::copy_async_once(target + slot * stage + 4 * i * kChunkBytes, row, left > 0 && i < rows);
+      row += step;
+    }
+    source += kChunkBytes;
+    left -= kChunkBytes;
   }
 
   // Bytes 8t.. of block `block` of row g + 8 half of row tile `tile`.
@@ -137,29 +140,29 @@ __device__ __forceinline__ void fill_pairs(const float* code, unsigned char* pai
 // -- scales ---------------------------------------------------------------------------------------
 
 // Lane t of a quad holds the scale of block t of the chunk for rows g and g + 8 of each row tile;
-// the others get it by a shuffle. Loaded a chunk ahead. Rows and blocks that do not exist repeat
-// the last.
+// the others get it by a shuffle. Loaded a chunk ahead. What does not exist is left as it was: its
+// sums go nowhere.
 template <int row_tiles>
 struct Scales {
   static constexpr int count = 2 * row_tiles;
-  int64_t first[count];  // block index of column 0
-  int last;              // the last 64 columns
-  float value[count];    // absmax, or nested absmax
-  uint32_t quantized[count];
+  int64_t first;  // block index of column 0 of row g
+  int row_blocks, rows;
+  float value[count] = {};  // absmax, or nested absmax
+  uint32_t quantized[count] = {};
 
   __device__ Scales(const Weight4& w, int64_t row, int lane) {
-    last = static_cast<int>(w.K / kDecodeBlock) - 1;
-#pragma unroll
-    for (int i = 0; i < count; ++i)
-      first[i] = min64(row + lane / 4 + 8 * i, w.N - 1) * (w.K >> w.block_shift);
+    row_blocks = static_cast<int>(w.K >> w.block_shift);
+    first = (row + lane / 4) * row_blocks;
+    rows = static_cast<int>(min64(ceil_div(w.N - row - lane / 4, 8), count));
   }
 
   __device__ void fetch(const Weight4& w, int chunk, int lane) {
-    const int wanted = chunk * kChunkBlocks + lane % 4;
-    const int block = (wanted < last ? wanted : last) >> (w.block_shift - 6);
+    const int block = (chunk * kChunkBlocks + lane % 4) >> (w.block_shift - 6);
+    if (block >= row_blocks) return;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int64_t at = first[i] + block;
+      if (i >= rows) break;
+      const int64_t at = first + block + int64_t{row_blocks} * (8 * i);
       if (w.absmax) {
         value[i] = ptx::load_const<float>(w.absmax + at);
       } else {
@@ -191,25 +194,29 @@ template <int token_tiles>
 struct Activations {
   static constexpr int ahead = 4;
   static_assert(kChunkBlocks * token_tiles % ahead == 0);
-  const unsigned char* row[token_tiles];
+  const unsigned char* chunk;  // x from the present chunk's first column
+  uint32_t row[token_tiles];   // byte offsets
   uint4 operand[ahead][2];
 
-  __device__ Activations(const Matrix& x, int lane) {
+  __device__ Activations(const Matrix& x, int first_chunk, int lane) {
+    chunk = static_cast<const unsigned char*>(x.data) + int64_t{first_chunk} * (2 * kDecodeChunk);
+    const uint32_t last = static_cast<uint32_t>(x.rows) - 1;
+    const uint32_t pitch = static_cast<uint32_t>(x.stride) * 2;
 #pragma unroll
-    for (int i = 0; i < token_tiles; ++i)
-      row[i] = static_cast<const unsigned char*>(x.data) +
-               (min64(8 * i + lane / 4, x.rows - 1) * x.stride + 16 * (lane % 4)) * 2;
+    for (int i = 0; i < token_tiles; ++i) {
+      const uint32_t token = static_cast<uint32_t>(8 * i + lane / 4);
+      row[i] = (token < last ? token : last) * pitch + static_cast<uint32_t>(32 * (lane % 4));
+    }
   }
 
-  // item = block * token_tiles + token tile, counted from the chunk's start. What lies at or after
-  // block `end` is not read.
-  __device__ void fetch(int chunk, int item, int end) {
-    const int block = chunk * kChunkBlocks + item / token_tiles;
-    if (block >= end) return;
-    const unsigned char* p = row[item % token_tiles] + int64_t{chunk} * (2 * kDecodeChunk) +
-                             item / token_tiles * (2 * kDecodeBlock);
-    operand[item % ahead][0] = ptx::load_const<uint4>(p);
-    operand[item % ahead][1] = ptx::load_const<uint4>(p + 16);
+  // item = block * token_tiles + token tile, counted from the chunk's start; `left` blocks exist
+  // from there.
+  __device__ void fetch(int item, int left) {
+    if (item / token_tiles >= left) return;
+    const unsigned char* p = chunk + row[item % token_tiles];
+    constexpr int block_bytes = 2 * kDecodeBlock;
+    operand[item % ahead][0] = ptx::load_const<uint4>(p + item / token_tiles * block_bytes);
+    operand[item % ahead][1] = ptx::load_const<uint4>(p + item / token_tiles * block_bytes + 16);
   }
 
   __device__ void step(int item, int s, uint32_t (&b)[2]) const {
@@ -227,7 +234,6 @@ struct DecodeWarp {
   using Tile = DecodeTile<token_tiles, row_tiles>;
   const Weight4& w;
   const int lane, begin, end;
-  int end_block;
   PackedRing<row_tiles> ring;
   Scales<row_tiles> scales;
   Activations<token_tiles> x;
@@ -239,26 +245,30 @@ struct DecodeWarp {
         lane(lane_),
         begin(begin_),
         end(end_),
-        ring(args.w, row, ring_, lane_),
+        ring(args.w, row, begin_, ring_, lane_),
         scales(args.w, row, lane_),
-        x(args.x, lane_) {
-    end_block = static_cast<int>(min64(end * kChunkBlocks, args.w.K / kDecodeBlock));
+        x(args.x, begin_, lane_) {}
+
+  // Blocks of the slice from the chunk on.
+  __device__ int blocks_left(int chunk) const {
+    const int all = static_cast<int>(w.K / kDecodeBlock), mine = end * kChunkBlocks;
+    return (mine < all ? mine : all) - chunk * kChunkBlocks;
   }
 
   __device__ void start() {
 #pragma unroll
     for (int slot = 0; slot < Tile::stages; ++slot) {
-      if (begin + slot < end) ring.fetch(begin + slot, slot);
+      if (begin + slot < end) ring.fetch(slot);
       ptx::copy_async_commit();
     }
     scales.fetch(w, begin, lane);
 #pragma unroll
-    for (int item = 0; item < x.ahead; ++item) x.fetch(begin, item, end_block);
+    for (int item = 0; item < x.ahead; ++item) x.fetch(item, blocks_left(begin));
   }
 
   __device__ void run(const unsigned char* pairs, const float* nested_code) {
     const float offset = w.absmax ? 0.0f : *w.nested_offset;
-    int slot = 0;
+    int slot = 0, left = blocks_left(begin);
     for (int chunk = begin; chunk < end; ++chunk) {
       float scale[2 * row_tiles];
       scales.take(w, nested_code, offset, scale);
@@ -267,17 +277,19 @@ struct DecodeWarp {
       __syncwarp();
 #pragma unroll
       for (int block = 0; block < kChunkBlocks; ++block)
-        add_block(pairs, scale, chunk, block, slot);
+        if (block < left) add_block(pairs, scale, block, left, slot);
       __syncwarp();
-      if (chunk + Tile::stages < end) ring.fetch(chunk + Tile::stages, slot);
+      if (chunk + Tile::stages < end) ring.fetch(slot);
       ptx::copy_async_commit();
       slot = slot + 1 < Tile::stages ? slot + 1 : 0;
+      left -= kChunkBlocks;
+      x.chunk += 2 * kDecodeChunk;
     }
   }
 
   __device__ __forceinline__ void add_block(const unsigned char* pairs,
-                                            const float (&scale)[2 * row_tiles], int chunk,
-                                            int block, int slot) {
+                                            const float (&scale)[2 * row_tiles], int block,
+                                            int left, int slot) {
     uint32_t a[row_tiles][4][4];  // [step][register]
     float block_scale[2 * row_tiles];
 #pragma unroll
@@ -291,7 +303,6 @@ struct DecodeWarp {
       }
       block_scale[i] = ptx::shuffle(scale[i], (lane & ~3) | block);
     }
-    const bool exists = chunk * kChunkBlocks + block < end_block;
 #pragma unroll
     for (int n = 0; n < token_tiles; ++n) {
       const int item = block * token_tiles + n;
@@ -303,8 +314,7 @@ struct DecodeWarp {
 #pragma unroll
         for (int i = 0; i < row_tiles; ++i) ptx::mma<T>(sum[i], a[i][s], b);
       }
-      x.fetch(chunk, item + x.ahead, end_block);
-      if (!exists) continue;
+      x.fetch(item + x.ahead, left);
 #pragma unroll
       for (int i = 0; i < row_tiles; ++i)
 #pragma unroll
@@ -484,6 +494,15 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args,
 constexpr int kShrinkThreads = 512, kShrinkRanks = 4, kShrinkTokens = 4;
 constexpr int kShrinkShared = kShrinkThreads / 32 * kShrinkRanks * kShrinkTokens * 4;
 
+// Four 16-bit elements.
+__device__ __forceinline__ void widen_four(uint2 u, DType t, float (&v)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint16_t h = static_cast<uint16_t>((j < 2 ? u.x : u.y) >> (16 * (j % 2)));
+    v[j] = t == DType::bf16 ? ptx::widen<Bf16>(h) : ptx::widen<F16>(h);
+  }
+}
+
 // Four elements from element i.
 __device__ __forceinline__ void load_four(const Matrix& m, int64_t i, bool aligned, float (&v)[4]) {
   if (!aligned) {
@@ -493,12 +512,7 @@ __device__ __forceinline__ void load_four(const Matrix& m, int64_t i, bool align
     const float4 f = ptx::load_const<float4>(static_cast<const float*>(m.data) + i);
     v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
   } else {
-    const uint2 u = ptx::load_const<uint2>(static_cast<const uint16_t*>(m.data) + i);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const uint16_t h = static_cast<uint16_t>((j < 2 ? u.x : u.y) >> (16 * (j % 2)));
-      v[j] = m.dtype == DType::bf16 ? ptx::widen<Bf16>(h) : ptx::widen<F16>(h);
-    }
+    widen_four(ptx::load_const<uint2>(static_cast<const uint16_t*>(m.data) + i), m.dtype, v);
   }
 }
 
@@ -513,7 +527,8 @@ __global__ void __launch_bounds__(kShrinkThreads)
   const int tokens = static_cast<int>(min64(kShrinkTokens, x.rows - m0));
   float sum[kShrinkTokens][kShrinkRanks] = {};
   for (int64_t k0 = 4 * thread; k0 < x.cols; k0 += fours * span) {
-    float a[fours][kShrinkRanks][4] = {}, v[fours][kShrinkTokens][4] = {};
+    float a[fours][kShrinkRanks][4] = {};
+    uint2 packed_x[fours][kShrinkTokens] = {};
 #pragma unroll
     for (int f = 0; f < fours; ++f) {
       const int64_t k = k0 + f * span;
@@ -523,18 +538,22 @@ __global__ void __launch_bounds__(kShrinkThreads)
         load_four(A, min64(r0 + r, A.rows - 1) * A.stride + k, aligned, a[f][r]);
 #pragma unroll
       for (int m = 0; m < kShrinkTokens; ++m)
-        if (m < tokens) load_four(x, (m0 + m) * x.stride + k, true, v[f][m]);
+        if (m < tokens)
+          packed_x[f][m] = ptx::load_const<uint2>(static_cast<const uint16_t*>(x.data) +
+                                                  (m0 + m) * x.stride + k);
     }
 #pragma unroll
     for (int f = 0; f < fours; ++f)
 #pragma unroll
       for (int m = 0; m < kShrinkTokens; ++m) {
         if (m >= tokens || k0 + f * span >= x.cols) break;
-        drop_four(dropout, m0 + m, k0 + f * span, v[f][m]);
+        float v[4];
+        widen_four(packed_x[f][m], x.dtype, v);
+        drop_four(dropout, m0 + m, k0 + f * span, v);
 #pragma unroll
         for (int r = 0; r < kShrinkRanks; ++r)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sum[m][r] = __fmaf_rn(v[f][m][j], a[f][r][j], sum[m][r]);
+          for (int j = 0; j < 4; ++j) sum[m][r] = __fmaf_rn(v[j], a[f][r][j], sum[m][r]);
       }
   }
 
