@@ -115,6 +115,14 @@ __device__ __forceinline__ void start_next_kernel() {
 #endif
 }
 
+// Of the thread in its warp. Volatile: the compiler keeps it (and what follows from it) in a register
+// and does not compute it again at every use.
+__device__ __forceinline__ unsigned lane() {
+  unsigned d;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(d));
+  return d;
+}
+
 // A barrier of `threads` threads of the block, number 1..15 (0 is __syncthreads).
 __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

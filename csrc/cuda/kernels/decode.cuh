@@ -2,9 +2,9 @@
 //
 // Weights are the 16-row operand of the matrix instruction and tokens its 8 columns, so one token
 // wastes nothing but columns. A packed byte indexes a table of pairs of codes, and the pair is a
-// whole register of the operand: decoding two weights is a shift, a logical operation and one load
-// from shared memory. Sums over a block of 64 columns are of unscaled codes; its absmax multiplies
-// the sum, in float32.
+// whole register of the operand: decoding two weights is one byte taken out, one address and one
+// load from shared memory. Sums over a block of 64 columns are of unscaled codes; its absmax
+// multiplies the sum, in float32.
 //
 // Block of 256 threads, 8 warps: 2 groups of rows x 4 slices of the columns.
 //
@@ -88,8 +88,9 @@ struct PackedRing {
   const unsigned char* packed;  // row g of stage 0
   int swizzle;                  // where the lane's 8 bytes of block 0 are in it
 
-  __device__ PackedRing(const Weight4& w, int64_t row, int chunk, unsigned char* ring, int lane) {
-    const int first = lane / 8, piece = lane % 8, g = lane / 4;
+  __device__ PackedRing(const Weight4& w, int64_t row, int chunk, unsigned char* ring,
+                        unsigned lane) {
+    const unsigned first = lane / 8, piece = lane % 8, g = lane / 4;
     const int64_t row_bytes = w.K / 2, column = int64_t{chunk} * kChunkBytes + 16 * piece;
     const int64_t exist = ceil_div(w.N - row - first, 4);
     source = w.packed + (row + first) * row_bytes + column;
@@ -120,11 +121,10 @@ struct PackedRing {
   }
 };
 
-// The pair that byte `byte` of `word` stands for; pairs_offset = 4 lane.
-__device__ __forceinline__ uint32_t lookup(const unsigned char* pairs, uint32_t lane_offset,
-                                           uint32_t word, int byte) {
-  const uint32_t shifted = byte == 0 ? word << 7 : word >> (8 * byte - 7);
-  return ptx::load<uint32_t>(pairs + ((shifted & 0x7f80u) | lane_offset));
+// The pair that byte `byte` of `word` stands for, from this lane's copies.
+__device__ __forceinline__ uint32_t lookup(const unsigned char* lane_pairs, uint32_t word,
+                                           unsigned byte) {
+  return ptx::load<uint32_t>(lane_pairs + 128 * ptx::permute(word, 0, 0x4440 + byte));
 }
 
 // Thread i writes the copies of entry i: the low half is the first element, the high nibble.
@@ -150,14 +150,14 @@ struct Scales {
   float value[count] = {};  // absmax, or nested absmax
   uint32_t quantized[count] = {};
 
-  __device__ Scales(const Weight4& w, int64_t row, int lane) {
+  __device__ Scales(const Weight4& w, int64_t row, unsigned lane) {
     row_blocks = static_cast<int>(w.K >> w.block_shift);
     first = (row + lane / 4) * row_blocks;
     rows = static_cast<int>(min64(ceil_div(w.N - row - lane / 4, 8), count));
   }
 
-  __device__ void fetch(const Weight4& w, int chunk, int lane) {
-    const int block = (chunk * kChunkBlocks + lane % 4) >> (w.block_shift - 6);
+  __device__ void fetch(const Weight4& w, int chunk, unsigned lane) {
+    const int block = (chunk * kChunkBlocks + static_cast<int>(lane % 4)) >> (w.block_shift - 6);
     if (block >= row_blocks) return;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -192,35 +192,39 @@ struct Scales {
 // exist repeat the last one: their sums go nowhere.
 template <int token_tiles>
 struct Activations {
-  static constexpr int ahead = 4;
+  static constexpr int ahead = token_tiles == 4 ? 4 : 2;
   static_assert(kChunkBlocks * token_tiles % ahead == 0);
-  const unsigned char* chunk;  // x from the present chunk's first column
-  uint32_t row[token_tiles];   // byte offsets
+  const unsigned char* chunk;  // the lane's 32 bytes of the present chunk's block 0 in row 0
+  unsigned g, last, pitch;     // its token of tile 0, the last token, bytes between rows
   uint4 operand[ahead][2];
 
-  __device__ Activations(const Matrix& x, int first_chunk, int lane) {
-    chunk = static_cast<const unsigned char*>(x.data) + int64_t{first_chunk} * (2 * kDecodeChunk);
-    const uint32_t last = static_cast<uint32_t>(x.rows) - 1;
-    const uint32_t pitch = static_cast<uint32_t>(x.stride) * 2;
-#pragma unroll
-    for (int i = 0; i < token_tiles; ++i) {
-      const uint32_t token = static_cast<uint32_t>(8 * i + lane / 4);
-      row[i] = (token < last ? token : last) * pitch + static_cast<uint32_t>(32 * (lane % 4));
-    }
+  __device__ Activations(const Matrix& x, int first_chunk, unsigned lane) {
+    chunk = static_cast<const unsigned char*>(x.data) + int64_t{first_chunk} * (2 * kDecodeChunk) +
+            32 * (lane % 4);
+    g = lane / 4;
+    last = static_cast<unsigned>(x.rows) - 1;
+    pitch = static_cast<unsigned>(x.stride) * 2;
   }
 
-  // item = block * token_tiles + token tile, counted from the chunk's start; `left` blocks exist
-  // from there.
-  __device__ void fetch(int item, int left) {
-    if (item / token_tiles >= left) return;
-    const unsigned char* p = chunk + row[item % token_tiles];
-    constexpr int block_bytes = 2 * kDecodeBlock;
-    operand[item % ahead][0] = ptx::load_const<uint4>(p + item / token_tiles * block_bytes);
-    operand[item % ahead][1] = ptx::load_const<uint4>(p + item / token_tiles * block_bytes + 16);
+  // Where the operand of this block of the chunk and token tile is held.
+  __device__ static int slot(int block, int tile) {
+    return token_tiles % ahead == 0 ? tile % ahead : (block * token_tiles + tile) % ahead;
   }
 
-  __device__ void step(int item, int s, uint32_t (&b)[2]) const {
-    const uint4 v = operand[item % ahead][s / 2];
+  // Of the chunk's blocks `left` exist, or more.
+  __device__ void fetch(int block, int tile, int left) {
+    if (block >= left) return;
+    const unsigned wanted = 8 * tile + g, token = wanted < last ? wanted : last;
+    const unsigned char* p = chunk + uint64_t{token} * pitch + block * (2 * kDecodeBlock);
+    operand[slot(block, tile)][0] = ptx::load_const<uint4>(p);
+    operand[slot(block, tile)][1] = ptx::load_const<uint4>(p + 16);
+  }
+  __device__ void fetch_ahead(int block, int tile, int left) {
+    fetch(block + (tile + ahead) / token_tiles, (tile + ahead) % token_tiles, left);
+  }
+
+  __device__ void step(int block, int tile, int s, uint32_t (&b)[2]) const {
+    const uint4 v = operand[slot(block, tile)][s / 2];
     b[0] = s % 2 ? v.z : v.x;
     b[1] = s % 2 ? v.w : v.y;
   }
@@ -233,14 +237,15 @@ template <class T, int token_tiles, int row_tiles>
 struct DecodeWarp {
   using Tile = DecodeTile<token_tiles, row_tiles>;
   const Weight4& w;
-  const int lane, begin, end;
+  const unsigned lane;
+  const int begin, end;
   PackedRing<row_tiles> ring;
   Scales<row_tiles> scales;
   Activations<token_tiles> x;
   float sums[row_tiles][token_tiles][4] = {};
 
   __device__ DecodeWarp(const DecodeArgs& args, int64_t row, int begin_, int end_,
-                        unsigned char* ring_, int lane_)
+                        unsigned char* ring_, unsigned lane_)
       : w(args.w),
         lane(lane_),
         begin(begin_),
@@ -263,10 +268,10 @@ struct DecodeWarp {
     }
     scales.fetch(w, begin, lane);
 #pragma unroll
-    for (int item = 0; item < x.ahead; ++item) x.fetch(item, blocks_left(begin));
+    for (int i = 0; i < x.ahead; ++i) x.fetch(i / token_tiles, i % token_tiles, blocks_left(begin));
   }
 
-  __device__ void run(const unsigned char* pairs, const float* nested_code) {
+  __device__ void run(const unsigned char* lane_pairs, const float* nested_code) {
     const float offset = w.absmax ? 0.0f : *w.nested_offset;
     int slot = 0, left = blocks_left(begin);
     for (int chunk = begin; chunk < end; ++chunk) {
@@ -275,9 +280,9 @@ struct DecodeWarp {
       scales.fetch(w, chunk + 1, lane);
       ptx::copy_async_wait<Tile::stages - 1>();
       __syncwarp();
-#pragma unroll
+#pragma unroll(token_tiles >= 4 ? 1 : kChunkBlocks)
       for (int block = 0; block < kChunkBlocks; ++block)
-        if (block < left) add_block(pairs, scale, block, left, slot);
+        if (block < left) add_block(lane_pairs, scale, block, left, slot);
       __syncwarp();
       if (chunk + Tile::stages < end) ring.fetch(slot);
       ptx::copy_async_commit();
@@ -287,7 +292,7 @@ struct DecodeWarp {
     }
   }
 
-  __device__ __forceinline__ void add_block(const unsigned char* pairs,
+  __device__ __forceinline__ void add_block(const unsigned char* lane_pairs,
                                             const float (&scale)[2 * row_tiles], int block,
                                             int left, int slot) {
     uint32_t a[row_tiles][4][4];  // [step][register]
@@ -298,23 +303,22 @@ struct DecodeWarp {
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         const uint32_t word = s < 2 ? bytes.x : bytes.y;
-        a[i / 2][s][i % 2] = lookup(pairs, 4 * lane, word, s % 2 * 2);
-        a[i / 2][s][i % 2 + 2] = lookup(pairs, 4 * lane, word, s % 2 * 2 + 1);
+        a[i / 2][s][i % 2] = lookup(lane_pairs, word, s % 2 * 2);
+        a[i / 2][s][i % 2 + 2] = lookup(lane_pairs, word, s % 2 * 2 + 1);
       }
       block_scale[i] = ptx::shuffle(scale[i], (lane & ~3) | block);
     }
 #pragma unroll
     for (int n = 0; n < token_tiles; ++n) {
-      const int item = block * token_tiles + n;
       float sum[row_tiles][4] = {};
 #pragma unroll
       for (int s = 0; s < 4; ++s) {
         uint32_t b[2];
-        x.step(item, s, b);
+        x.step(block, n, s, b);
 #pragma unroll
         for (int i = 0; i < row_tiles; ++i) ptx::mma<T>(sum[i], a[i][s], b);
       }
-      x.fetch(item + x.ahead, left);
+      x.fetch_ahead(block, n, left);
 #pragma unroll
       for (int i = 0; i < row_tiles; ++i)
 #pragma unroll
@@ -418,10 +422,11 @@ __global__ void __launch_bounds__(kDecodeThreads,
   using Tile = DecodeTile<token_tiles, row_tiles>;
   unsigned char* const shared = ptx::shared_memory();
   float* const nested_code = reinterpret_cast<float*>(shared + kNestedCodeAt);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  const int group = warp / kDecodeSlices, slice = warp % kDecodeSlices;
+  // Unsigned, so that division and remainder are a shift and a mask.
+  const unsigned thread = threadIdx.x, lane = ptx::lane(), warp = thread / 32;
+  const unsigned group = warp / kDecodeSlices, slice = warp % kDecodeSlices;
   const int64_t row0 = int64_t{blockIdx.x} * Tile::rows;
-  const int group_row = group * 16 * row_tiles;
+  const unsigned group_row = group * 16 * row_tiles;
 
   // Everything that comes from far is asked for before the tables are made.
   const int part = static_cast<int>(blockIdx.y),
@@ -429,14 +434,14 @@ __global__ void __launch_bounds__(kDecodeThreads,
   const int nth = part * kDecodeSlices + slice;
   DecodeWarp<T, token_tiles, row_tiles> work(
       args, row0 + group_row, first_chunk(args.w, nth, slices),
-      first_chunk(args.w, nth + 1, slices), shared + kPairsBytes + warp * kRingBytes, thread % 32);
+      first_chunk(args.w, nth + 1, slices), shared + kPairsBytes + warp * kRingBytes, lane);
   work.start();
   prefetch_adapter<Tile::rows>(args, row0);
   if (!args.w.absmax) nested_code[thread] = args.w.nested_code[thread];
   fill_pairs<T>(args.w.code, shared);
   __syncthreads();
 
-  work.run(shared, nested_code);
+  work.run(shared + 4 * lane, nested_code);
 
   ptx::copy_async_wait<0>();
   __syncthreads();
@@ -445,7 +450,7 @@ __global__ void __launch_bounds__(kDecodeThreads,
   ptx::start_next_kernel();
   __syncthreads();
   float base[Tile::outputs];
-  const int row = thread % Tile::rows, first = thread / Tile::rows;
+  const unsigned row = thread % Tile::rows, first = thread / Tile::rows;
 #pragma unroll
   for (int j = 0; j < Tile::outputs; ++j) {
     const float* from = sums + (first + j * Tile::step) * Tile::sum_pitch + row;

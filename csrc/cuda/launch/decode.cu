@@ -57,8 +57,8 @@ cudaError_t shrink(const LinearArgs& a, const Launch& on) {
 
 bool decode_takes(const LinearArgs& a) {
   if (!a.base.quantized) return false;
-  // The kernel's offsets within x have 32 bits.
-  if (a.x.stride < 0 || a.x.stride > (int64_t{1} << 24)) return false;
+  // The kernel holds the bytes between rows of x in 32 bits.
+  if (a.x.stride < 0 || a.x.stride > INT32_MAX) return false;
   const Weight4& w = *a.base.quantized;
   return a.x.dtype != DType::f32 && a.x.rows >= 1 && a.x.rows <= kMaxDecodeRows && w.N > 0 &&
          w.K > 0 && w.K <= INT32_MAX && w.K % kDecodeBlock == 0 && w.block_shift >= 6 &&

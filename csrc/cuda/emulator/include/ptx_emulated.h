@@ -48,6 +48,7 @@ void copy_async_wait() {
 inline void wait_for_previous_kernel() {}  // kernels run one after another
 inline void start_next_kernel() {}
 
+inline unsigned lane() { return static_cast<unsigned>(emulator::current->lane); }
 inline void barrier(int id, int threads) { emulator::barrier(id, threads); }
 
 struct Shuffle {
