@@ -51,6 +51,12 @@ struct DecodeArgs {
   Vector bias;
   MutMatrix y;
   float* parts = nullptr;  // [gridDim.y][M][N] if the columns are cut, else null
+  // Slice i, counted over the parts, has slice_chunks chunks, and one more if i < longer_slices.
+  int slice_chunks = 0, longer_slices = 0;
+
+  __device__ int first_chunk(int slice) const {
+    return slice * slice_chunks + (slice < longer_slices ? slice : longer_slices);
+  }
 };
 
 template <int token_tiles, int row_tiles>
@@ -239,6 +245,8 @@ struct DecodeWarp {
   const Weight4& w;
   const unsigned lane;
   const int begin, end;
+  const int tiles;     // of tokens, that have any
+  const float offset;  // of double-quantized scales
   PackedRing<row_tiles> ring;
   Scales<row_tiles> scales;
   Activations<token_tiles> x;
@@ -250,6 +258,8 @@ struct DecodeWarp {
         lane(lane_),
         begin(begin_),
         end(end_),
+        tiles(static_cast<int>(ceil_div(args.x.rows, 8))),
+        offset(args.w.absmax ? 0.0f : ptx::load_const<float>(args.w.nested_offset)),
         ring(args.w, row, begin_, ring_, lane_),
         scales(args.w, row, lane_),
         x(args.x, begin_, lane_) {}
@@ -272,7 +282,6 @@ struct DecodeWarp {
   }
 
   __device__ void run(const unsigned char* lane_pairs, const float* nested_code) {
-    const float offset = w.absmax ? 0.0f : *w.nested_offset;
     int slot = 0, left = blocks_left(begin);
     for (int chunk = begin; chunk < end; ++chunk) {
       float scale[2 * row_tiles];
@@ -308,23 +317,37 @@ struct DecodeWarp {
       }
       block_scale[i] = ptx::shuffle(scale[i], (lane & ~3) | block);
     }
+    // In pairs: enough independent sums for the latency of the matrix instruction, and a branch
+    // between pairs that keeps the compiler from loading all operands at once.
+    constexpr int pair = token_tiles < 2 ? 1 : 2;
 #pragma unroll
-    for (int n = 0; n < token_tiles; ++n) {
-      float sum[row_tiles][4] = {};
+    for (int n = 0; n < token_tiles; n += pair) {
+      if (token_tiles <= pair || n < tiles) {
 #pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        uint32_t b[2];
-        x.step(block, n, s, b);
-#pragma unroll
-        for (int i = 0; i < row_tiles; ++i) ptx::mma<T>(sum[i], a[i][s], b);
+        for (int i = 0; i < pair; ++i) add_tile(a, block_scale, block, n + i);
       }
-      x.fetch_ahead(block, n, left);
 #pragma unroll
-      for (int i = 0; i < row_tiles; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          sums[i][n][j] = __fmaf_rn(block_scale[2 * i + j / 2], sum[i][j], sums[i][n][j]);
+      for (int i = 0; i < pair; ++i) x.fetch_ahead(block, n + i, left);
     }
+  }
+
+  // The block's part of one token tile.
+  __device__ __forceinline__ void add_tile(const uint32_t (&a)[row_tiles][4][4],
+                                           const float (&block_scale)[2 * row_tiles], int block,
+                                           int n) {
+    float sum[row_tiles][4] = {};
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      uint32_t b[2];
+      x.step(block, n, s, b);
+#pragma unroll
+      for (int i = 0; i < row_tiles; ++i) ptx::mma<T>(sum[i], a[i][s], b);
+    }
+#pragma unroll
+    for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        sums[i][n][j] = __fmaf_rn(block_scale[2 * i + j / 2], sum[i][j], sums[i][n][j]);
   }
 
   // To [token][row] of the slice's sums, at the warp's first row.
@@ -342,18 +365,23 @@ struct DecodeWarp {
 
 // -- adapter, bias, result ------------------------------------------------------------------------
 
-// Brings the rows of B to the second-level cache while the weights stream.
+// Brings what the end needs of B and bias to the second-level cache while the weights stream.
 template <int rows>
-__device__ __forceinline__ void prefetch_adapter(const DecodeArgs& args, int64_t row0) {
+__device__ __forceinline__ void prefetch_rest(const DecodeArgs& args, int64_t row0) {
+  constexpr unsigned line = 128;
+  const unsigned thread = threadIdx.x;
+  if (args.bias.data && thread < rows && row0 + thread < args.w.N)
+    ptx::prefetch(static_cast<const unsigned char*>(args.bias.data) +
+                  (row0 + thread) * element_size(args.bias.dtype));
   if (!args.B.data) return;
-  constexpr int line = 128;
-  const int64_t size = element_size(args.B.dtype), lines = ceil_div(args.B.cols * size, line) + 1;
-  for (int64_t e = threadIdx.x; e < rows * lines; e += kDecodeThreads) {
-    const int64_t row = row0 + e / lines;
-    const int64_t column = min64(e % lines * line, args.B.cols * size - 1);
-    if (row < args.B.rows)
-      ptx::prefetch(static_cast<const unsigned char*>(args.B.data) + row * args.B.stride * size +
-                    column);
+  const int64_t size = element_size(args.B.dtype);
+  const unsigned row_bytes = static_cast<unsigned>(args.B.cols * size);
+  const unsigned lines = row_bytes / line + 2;  // rows may start anywhere
+  for (unsigned e = thread; e < rows * lines; e += kDecodeThreads) {
+    const unsigned wanted = e % lines * line, byte = wanted < row_bytes ? wanted : row_bytes - 1;
+    if (row0 + e / lines < args.w.N)
+      ptx::prefetch(static_cast<const unsigned char*>(args.B.data) +
+                    (row0 + e / lines) * args.B.stride * size + byte);
   }
 }
 
@@ -362,22 +390,23 @@ __device__ __forceinline__ void prefetch_adapter(const DecodeArgs& args, int64_t
 template <int rows, int outputs>
 __device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
                                        const float (&base)[outputs], float* scratch) {
-  constexpr int step = kDecodeThreads / rows;
-  const int thread = static_cast<int>(threadIdx.x), row = thread % rows, first = thread / rows;
-  const int M = static_cast<int>(args.x.rows);
+  constexpr unsigned step = kDecodeThreads / rows;
+  const unsigned thread = threadIdx.x, row = thread % rows, first = thread / rows;
+  const unsigned M = static_cast<unsigned>(args.x.rows);
   const int64_t n = row0 + row, R = args.B.cols;
+  const float bias =
+      args.bias.data && n < args.w.N ? load_one(args.bias.data, args.bias.dtype, n) : 0.0f;
   float adapter[outputs] = {};
   float* const b_rows = scratch;                      // [row][rank]
   float* const s_rows = scratch + rows * kRankPitch;  // [token][rank]
   for (int64_t r0 = 0; args.B.data && r0 < R; r0 += kRankStep) {
-    for (int e = thread; e < rows * kRankStep; e += kDecodeThreads) {
+    for (unsigned e = thread; e < rows * kRankStep; e += kDecodeThreads) {
       const int64_t r = r0 + e % kRankStep, b_row = row0 + e / kRankStep;
       b_rows[e / kRankStep * kRankPitch + e % kRankStep] =
-          r < R && b_row < args.B.rows
-              ? load_one(args.B.data, args.B.dtype, b_row * args.B.stride + r)
-              : 0.0f;
+          r < R && b_row < args.w.N ? load_one(args.B.data, args.B.dtype, b_row * args.B.stride + r)
+                                    : 0.0f;
     }
-    for (int e = thread; e < M * kRankStep; e += kDecodeThreads) {
+    for (unsigned e = thread; e < M * kRankStep; e += kDecodeThreads) {
       const int64_t r = r0 + e % kRankStep;
       s_rows[e] = r < R ? args.s[e / kRankStep * R + r] : 0.0f;
     }
@@ -398,21 +427,15 @@ __device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
     __syncthreads();
   }
   if (n >= args.w.N) return;
-  const float bias = args.bias.data ? load_one(args.bias.data, args.bias.dtype, n) : 0.0f;
 #pragma unroll
   for (int j = 0; j < outputs; ++j) {
-    const int64_t m = first + j * step;
+    const unsigned m = first + j * step;
     if (m >= M) break;
     float v = base[j];
     if (args.B.data) v = __fmaf_rn(args.scaling, adapter[j], v);
     if (args.bias.data) v = __fadd_rn(v, bias);
-    store_one(args.y.data, args.y.dtype, m * args.y.stride + n, v);
+    store_one(args.y.data, args.y.dtype, int64_t{m} * args.y.stride + n, v);
   }
-}
-
-// Chunks [first, first of the next) of slice `slice` of `slices`.
-__device__ __forceinline__ int first_chunk(const Weight4& w, int slice, int slices) {
-  return static_cast<int>(ceil_div(w.K, kDecodeChunk) * slice / slices);
 }
 
 template <class T, int token_tiles, int row_tiles>
@@ -429,14 +452,13 @@ __global__ void __launch_bounds__(kDecodeThreads,
   const unsigned group_row = group * 16 * row_tiles;
 
   // Everything that comes from far is asked for before the tables are made.
-  const int part = static_cast<int>(blockIdx.y),
-            slices = static_cast<int>(gridDim.y) * kDecodeSlices;
-  const int nth = part * kDecodeSlices + slice;
-  DecodeWarp<T, token_tiles, row_tiles> work(
-      args, row0 + group_row, first_chunk(args.w, nth, slices),
-      first_chunk(args.w, nth + 1, slices), shared + kPairsBytes + warp * kRingBytes, lane);
+  const int part = static_cast<int>(blockIdx.y);
+  const int nth = part * kDecodeSlices + static_cast<int>(slice);
+  DecodeWarp<T, token_tiles, row_tiles> work(args, row0 + group_row, args.first_chunk(nth),
+                                             args.first_chunk(nth + 1),
+                                             shared + kPairsBytes + warp * kRingBytes, lane);
   work.start();
-  prefetch_adapter<Tile::rows>(args, row0);
+  prefetch_rest<Tile::rows>(args, row0);
   if (!args.w.absmax) nested_code[thread] = args.w.nested_code[thread];
   fill_pairs<T>(args.w.code, shared);
   __syncthreads();
@@ -480,7 +502,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args,
   const int thread = static_cast<int>(threadIdx.x);
   const int row = thread % kFinishRows, first = thread / kFinishRows;
   const int64_t row0 = int64_t{blockIdx.x} * kFinishRows, n = row0 + row;
-  prefetch_adapter<kFinishRows>(args, row0);
+  prefetch_rest<kFinishRows>(args, row0);
   ptx::wait_for_previous_kernel();
   float base[kFinishOutputs] = {};
 #pragma unroll

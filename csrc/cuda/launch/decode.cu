@@ -86,6 +86,9 @@ cudaError_t decode_linear(const LinearArgs& a, const Launch& on) {
   }
   const int64_t parts = parts_of(args.w, on.device);
   if (parts > 1) args.parts = static_cast<float*>(on.workspace);
+  const int64_t chunks = ceil_div(args.w.K, kDecodeChunk), slices = parts * kDecodeSlices;
+  args.slice_chunks = static_cast<int>(chunks / slices);
+  args.longer_slices = static_cast<int>(chunks % slices);
   LK_TRY(a.x.dtype == DType::bf16 ? product<Bf16>(args, parts, adapter, on)
                                   : product<F16>(args, parts, adapter, on));
   if (parts == 1) return cudaSuccess;
