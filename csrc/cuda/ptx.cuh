@@ -60,6 +60,10 @@ __device__ __forceinline__ uint4 load_once(const void* p) {
       : "l"(p));
   return v;
 }
+// Asks for the line of p in the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
 // An aligned vector of shared memory, or of global memory that this kernel wrote.
 template <class Vector>
 __device__ __forceinline__ Vector load(const void* p) {
@@ -109,6 +113,14 @@ __device__ __forceinline__ void start_next_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Of the thread in its warp. Volatile: the compiler keeps it (and what follows from it) in a register
+// and does not compute it again at every use.
+__device__ __forceinline__ unsigned lane() {
+  unsigned d;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(d));
+  return d;
 }
 
 // A barrier of `threads` threads of the block, number 1..15 (0 is __syncthreads).

@@ -1,9 +1,100 @@
+#include "cuda/kernels/decode.cuh"
+
 #include "cuda/launchers.h"
 
 namespace lk::cuda {
+namespace {
 
-bool decode_takes(const LinearArgs&) { return false; }
-int64_t decode_workspace(const LinearArgs&, int) { return 0; }
-cudaError_t decode_linear(const LinearArgs&, const Launch&) { return cudaErrorInvalidValue; }
+// Columns are cut into parts for several blocks only if each still has so many chunks: adding the
+// parts is one more kernel, about as long as a block needs for these.
+constexpr int64_t kChunksPerPart = 16;
+
+// Of the weight and the device, not of the rows: it decides the order of additions.
+int64_t parts_of(const Weight4& w, int device) {
+  const int64_t blocks = ceil_div(w.N, 16 * kDecodeGroups);
+  const int64_t idle = device_info(device).multiprocessors / blocks;
+  const int64_t parts = min64(idle, ceil_div(w.K, kDecodeChunk) / kChunksPerPart);
+  return parts > 1 ? parts : 1;
+}
+
+bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+template <class T, int token_tiles, int row_tiles>
+cudaError_t product(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
+  const int64_t blocks = ceil_div(args.w.N, DecodeTile<token_tiles, row_tiles>::rows);
+  const Shape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)),
+                    dim3(kDecodeThreads), kDecodeShared, after_shrink};
+  return launch("decode_product", on, shape, decode_product<T, token_tiles, row_tiles>, args);
+}
+
+// Tall tiles read x half as often, but must still occupy the device.
+template <class T, int token_tiles>
+cudaError_t few_tokens(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
+  const int64_t blocks = ceil_div(args.w.N, DecodeTile<token_tiles, 2>::rows) * parts;
+  return blocks >= device_info(on.device).multiprocessors
+             ? product<T, token_tiles, 2>(args, parts, after_shrink, on)
+             : product<T, token_tiles, 1>(args, parts, after_shrink, on);
+}
+
+template <class T>
+cudaError_t product(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
+  if (args.x.rows <= 8) return few_tokens<T, 1>(args, parts, after_shrink, on);
+  if (args.x.rows <= 16) return few_tokens<T, 2>(args, parts, after_shrink, on);
+  if (args.x.rows <= 32) return product<T, 4, 2>(args, parts, after_shrink, on);
+  return product<T, 8, 2>(args, parts, after_shrink, on);
+}
+
+cudaError_t shrink(const LinearArgs& a, const Launch& on) {
+  const Matrix& A = a.lora.A;
+  const bool vectors = A.stride % 4 == 0 && aligned(A.data, 4 * element_size(A.dtype));
+  const Shape shape{dim3(static_cast<unsigned>(ceil_div(A.rows, kShrinkRanks)),
+                         static_cast<unsigned>(ceil_div(a.x.rows, kShrinkTokens))),
+                    dim3(kShrinkThreads), kShrinkShared};
+  return launch("decode_shrink", on, shape, decode_shrink, a.x, A, a.lora.dropout, vectors, a.s);
+}
+
+}  // namespace
+
+bool decode_takes(const LinearArgs& a) {
+  if (!a.base.quantized) return false;
+  // The kernel holds the bytes between rows of x in 32 bits.
+  if (a.x.stride < 0 || a.x.stride > INT32_MAX) return false;
+  const Weight4& w = *a.base.quantized;
+  return a.x.dtype != DType::f32 && a.x.rows >= 1 && a.x.rows <= kMaxDecodeRows && w.N > 0 &&
+         w.K > 0 && w.K <= INT32_MAX && w.K % kDecodeBlock == 0 && w.block_shift >= 6 &&
+         blocks_fit_rows(w) && aligned(w.packed, 16) && aligned(a.x.data, 16) &&
+         a.x.stride % 8 == 0 && ceil_div(w.N, 16 * kDecodeGroups) <= INT32_MAX;
+}
+
+int64_t decode_workspace(const LinearArgs& a, int device) {
+  const int64_t parts = parts_of(*a.base.quantized, device);
+  return parts > 1 ? parts * a.x.rows * a.base.quantized->N * 4 : 0;
+}
+
+cudaError_t decode_linear(const LinearArgs& a, const Launch& on) {
+  DecodeArgs args;
+  args.x = a.x;
+  args.w = *a.base.quantized;
+  args.bias = a.bias;
+  args.y = a.y;
+  const bool adapter = a.lora.A.data && a.lora.A.rows > 0;
+  if (adapter) {
+    args.B = a.lora.B;
+    args.s = a.s;
+    args.scaling = a.lora.scaling;
+    LK_TRY(shrink(a, on));
+  }
+  const int64_t parts = parts_of(args.w, on.device);
+  if (parts > 1) args.parts = static_cast<float*>(on.workspace);
+  const int64_t chunks = ceil_div(args.w.K, kDecodeChunk), slices = parts * kDecodeSlices;
+  args.slice_chunks = static_cast<int>(chunks / slices);
+  args.longer_slices = static_cast<int>(chunks % slices);
+  LK_TRY(a.x.dtype == DType::bf16 ? product<Bf16>(args, parts, adapter, on)
+                                  : product<F16>(args, parts, adapter, on));
+  if (parts == 1) return cudaSuccess;
+  const Shape shape{dim3(static_cast<unsigned>(ceil_div(args.w.N, kFinishRows))),
+                    dim3(kDecodeThreads), kFinishShared, true};
+  return launch("decode_finish", on, shape, decode_finish, args, static_cast<int>(parts));
+}
 
 }  // namespace lk::cuda

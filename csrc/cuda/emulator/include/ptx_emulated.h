@@ -24,6 +24,7 @@ Vector load_const(const void* p) {
   return load<Vector>(p);
 }
 inline uint4 load_once(const void* p) { return load<uint4>(p); }
+inline void prefetch(const void*) {}
 template <class Vector>
 void store(void* p, Vector v) {
   check_aligned(p, sizeof(Vector));
@@ -47,6 +48,7 @@ void copy_async_wait() {
 inline void wait_for_previous_kernel() {}  // kernels run one after another
 inline void start_next_kernel() {}
 
+inline unsigned lane() { return static_cast<unsigned>(emulator::current->lane); }
 inline void barrier(int id, int threads) { emulator::barrier(id, threads); }
 
 struct Shuffle {
