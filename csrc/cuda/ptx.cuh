@@ -77,6 +77,12 @@ __device__ __forceinline__ void copy_async(void* dst, const void* src, bool vali
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same; the first `valid` bytes (0..16) are copied, the others become zeros.
+__device__ __forceinline__ void copy_async_part(void* dst, const void* src, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
+               "r"(valid)
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_once(void* dst, const void* src, bool valid = true) {
   asm volatile(
       "{\n"

@@ -33,6 +33,9 @@ void store(void* p, Vector v) {
 inline void copy_async(void* dst, const void* src, bool valid = true) {
   emulator::copy_async(dst, src, 16, valid ? 16 : 0);
 }
+inline void copy_async_part(void* dst, const void* src, int valid) {
+  emulator::copy_async(dst, src, 16, valid);
+}
 inline void copy_async_once(void* dst, const void* src, bool valid = true) {
   copy_async(dst, src, valid);
 }

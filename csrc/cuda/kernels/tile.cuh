@@ -1,0 +1,378 @@
+// y = x Wᵀ + adapter + bias and dx = dy W + adapter for tens to about a thousand rows: packed
+// weights are decoded once per block into shared memory and multiplied by tensor cores.
+//
+//   out[i, o] = mask(i, o) scaling Σ_r s(i, r) factor(r, o) + Σ_d in[i, d] w(d, o) + bias[o]
+//   w(d, o) = W[o, d] forward, W[d, o] backward
+//
+// A block of 8 warps makes a tile of `rows` x 128 outputs, or of one of several splits of the
+// depth: then float32 sums go to `partial`, and add_splits() adds them in their order. In one step
+// of the depth (64), between two barriers, all of this goes on at once:
+//
+//   step i           multiply activations i by decoded weights i
+//   step i + 1       decode raw weights into the other of two decoded tiles
+//   i + stages - 1   copy activations (cp.async)
+//   i + stages       copy raw weights (cp.async)
+//
+// An element's sum is the adapter's product, then the depth in order, 16 at a time: its bits depend
+// on the number of splits, not on the tile's shape nor on other rows.
+#pragma once
+
+#include "cuda/kernels/tile_adapter.cuh"
+#include "cuda/kernels/tile_decode.cuh"
+
+namespace lk::cuda {
+
+struct TileArgs {
+  Matrix in;  // [M, depth]
+  Weight4 w;  // packed null: no base
+  TileAdapter adapter;
+  Vector bias;
+  MutMatrix out;             // [M, outputs], dtype of `in`
+  float* partial = nullptr;  // [splits][M][partial_pitch]; null: one split
+  int64_t partial_pitch = 0;
+  int splits = 1, split_steps = 0, steps = 0;  // split_steps: of each split but the last
+};
+
+// The order of tiles: 8 row tiles share a strip of the weight while it is in the second-level
+// cache, and a group of 8 row tiles goes through all strips before the next group.
+constexpr unsigned kTileGroup = 8;
+
+// Dynamic shared memory during the steps, in this order; the epilogue's tile takes its place.
+//
+//   tables                       tile_decode.cuh
+//   raw     [stages][16 bytes per thread]
+//   decoded [2][16384 bytes]     tile_decode.cuh
+//   in      [stages][rows][64]   16-byte chunk c of row i at c ^ (i % 8)
+template <class T_, bool backward_, int rows_>
+struct TileKind {
+  using T = T_;
+  static constexpr bool backward = backward_;
+  static constexpr int rows = rows_;
+  // Few rows are a matter of bytes on their way, many of shared memory per block.
+  static constexpr int stages = rows <= 16 ? 4 : 3;
+  static constexpr int blocks_per_multiprocessor = rows <= 16 ? 3 : 2;
+  // Warps lie side by side along the rows and the outputs; each has fragments of 16 x 8 sums.
+  static constexpr int warps_m = rows <= 16 ? 1 : 2, warps_n = 8 / warps_m;
+  static constexpr int m = rows / warps_m / 16, n = kTileOutputs / warps_n / 8;
+
+  static constexpr int raw_at = kTableBytes;
+  static constexpr int decoded_at = raw_at + stages * kRawBytes;
+  static constexpr int in_at = decoded_at + 2 * kDecodedBytes;
+  static constexpr int in_bytes = rows * kTileDepth * 2;
+  static constexpr int shared_bytes = in_at + stages * in_bytes;
+
+  // 16 bytes more than a row, so that rows of a fragment lie in different banks.
+  static constexpr int out_pitch = kTileOutputs * 2 + 16;
+  static constexpr int epilogue_bytes = rows * out_pitch;
+  static_assert(epilogue_bytes <= shared_bytes && shared_bytes <= 99 << 10, "fits every GPU");
+};
+
+struct TilePlace {
+  int64_t row, output;
+  int split;
+};
+
+template <class Kind>
+__device__ __forceinline__ TilePlace locate(const TileArgs& a) {
+  const unsigned row_tiles = static_cast<unsigned>(ceil_div(a.out.rows, Kind::rows));
+  const unsigned strips = static_cast<unsigned>(ceil_div(a.out.cols, kTileOutputs));
+  const unsigned splits = static_cast<unsigned>(a.splits);
+  const unsigned per_group = (row_tiles < kTileGroup ? row_tiles : kTileGroup) * strips * splits;
+  const unsigned group = blockIdx.x / per_group, i = blockIdx.x - group * per_group;
+  const unsigned left = row_tiles - group * kTileGroup;
+  const unsigned height = left < kTileGroup ? left : kTileGroup;
+  const unsigned strip = i / height / splits;
+  return {static_cast<int64_t>(group * kTileGroup + i % height) * Kind::rows,
+          static_cast<int64_t>(strip) * kTileOutputs, static_cast<int>(i / height % splits)};
+}
+
+// Where this thread's warp lies in the tile, and the thread in the warp.
+template <class Kind>
+struct TileThread {
+  int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  int row = warp / Kind::warps_n * Kind::m * 16;
+  int output = warp % Kind::warps_n * Kind::n * 8;
+  int g = lane / 4, t = lane % 4;
+};
+
+// -- the product with the base --------------------------------------------------------------------
+
+template <class Kind>
+class TileBase {
+ public:
+  using T = typename Kind::T;
+  using Sums = float[Kind::m][Kind::n][4];
+
+  __device__ TileBase(const TileArgs& args, const TilePlace& place)
+      : a_(args), row_(place.row), runs_(args.w, place.output) {
+    first_ = place.split * args.split_steps;
+    end_ = first_ + args.split_steps;
+    if (end_ > args.steps) end_ = args.steps;
+  }
+
+  // Starts the first copies; whatever comes before run() hides them.
+  __device__ void start() const {
+    runs_.copy(first_, raw(0));
+#pragma unroll
+    for (int i = 0; i < Kind::stages - 1; ++i) copy(first_ + i, i, (i + 1) % Kind::stages);
+    fill_tables(a_.w, shared());
+  }
+
+  __device__ void run(Sums& sum) {
+    nested_offset_ = a_.w.absmax ? 0.0f : *a_.w.nested_offset;
+    scale_ = runs_.scale(first_);
+    ptx::copy_async_wait<Kind::stages - 2>();
+    __syncthreads();  // the tables; raw weights are this thread's own
+    decode_all(0, 0);
+    int slot = 0;  // of step i, and of what is copied stages later
+    for (int i = first_; i < end_; ++i) {
+      ptx::copy_async_wait<Kind::stages - 2>();
+      __syncthreads();  // activations and decoded weights of step i are there, i - 1 is done
+      const int before = slot == 0 ? Kind::stages - 1 : slot - 1;
+      const int after = slot == Kind::stages - 1 ? 0 : slot + 1;
+      copy(i + Kind::stages - 1, before, slot);
+      if (i + 1 < end_)
+        step<true>(i, slot, after, sum);
+      else
+        step<false>(i, slot, after, sum);
+      slot = after;
+    }
+  }
+
+ private:
+  __device__ static unsigned char* shared() { return ptx::shared_memory(); }
+  __device__ static unsigned char* raw(int slot) {
+    return shared() + Kind::raw_at + slot * kRawBytes;
+  }
+  __device__ static unsigned char* decoded(int i) {
+    return shared() + Kind::decoded_at + (i & 1) * kDecodedBytes;
+  }
+
+  // One group: activations of a step, raw weights of the next.
+  __device__ void copy(int step, int in_slot, int raw_slot) const {
+    if (step < end_) copy_in(step, shared() + Kind::in_at + in_slot * Kind::in_bytes);
+    if (step + 1 < end_) runs_.copy(step + 1, raw(raw_slot));
+    ptx::copy_async_commit();
+  }
+
+  // Zeros beyond the last row and the depth. Both sides have zeros there: none meets an infinity.
+  __device__ void copy_in(int step, unsigned char* dst) const {
+    constexpr int at_once = kTileThreads / 8;
+    const int thread = static_cast<int>(threadIdx.x), chunk = thread % 8;
+    const int64_t d = static_cast<int64_t>(step) * kTileDepth + chunk * 8;
+    const int64_t left = a_.in.cols - d;
+    const int bytes = left >= 8 ? 16 : left > 0 ? static_cast<int>(left) * 2 : 0;
+#pragma unroll
+    for (int r0 = 0; r0 < Kind::rows; r0 += at_once) {
+      const int r = r0 + thread / 8;
+      if (Kind::rows < at_once && r >= Kind::rows) return;
+      const bool valid = bytes > 0 && row_ + r < a_.in.rows;
+      const uint16_t* src = static_cast<const uint16_t*>(a_.in.data);
+      ptx::copy_async_part(dst + r * (kTileDepth * 2) + ((chunk ^ (r & 7)) * 16),
+                           src + (valid ? (row_ + r) * a_.in.stride + d : 0), valid ? bytes : 0);
+    }
+  }
+
+  // The scale of the step that is decoded now; starts loading the one after it.
+  __device__ float next_scale(int step) {
+    const float scale = resolve(scale_, shared(), nested_offset_);
+    scale_ = runs_.scale(step + 1);
+    return scale;
+  }
+
+  __device__ void decode_all(int buffer, int raw_slot) {
+    const float scale = next_scale(first_);
+    const uint4 words = ptx::load<uint4>(raw(raw_slot) + 16 * threadIdx.x);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      float code[8];
+      look_up(word[q], shared(), code);
+      store_weights<T>(code, scale, decoded(first_ + buffer) + runs_.chunk_offset(q));
+    }
+  }
+
+  // Four times 16 of the depth, and between them the four chunks of this thread's next run.
+  template <bool decodes>
+  __device__ __forceinline__ void step(int i, int slot, int after, Sums& sum) {
+    const unsigned char* in = shared() + Kind::in_at + slot * Kind::in_bytes;
+    const unsigned char* weights = decoded(i);
+    unsigned char* next = decoded(i + 1);
+    uint32_t word[4] = {};
+    float scale = 0.0f;
+    if constexpr (decodes) {
+      const uint4 words = ptx::load<uint4>(raw(after) + 16 * threadIdx.x);
+      word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
+      scale = next_scale(i + 1);
+    }
+#pragma unroll
+    for (int q = 0; q < kTileDepth / 16; ++q) {
+      uint32_t x[Kind::m][4], w[Kind::n / 2][4];
+      load_weights(weights, q, w);
+      load_in(in, q, x);
+      float code[8];
+      if constexpr (decodes) look_up(word[q], shared(), code);
+#pragma unroll
+      for (int j = 0; j < Kind::n; ++j)
+#pragma unroll
+        for (int k = 0; k < Kind::m; ++k)
+          ptx::mma<T>(sum[k][j], x[k], {w[j / 2][j % 2 * 2], w[j / 2][j % 2 * 2 + 1]});
+      if constexpr (decodes) store_weights<T>(code, scale, next + runs_.chunk_offset(q));
+    }
+  }
+
+  // A fragments of 16 of the depth. Lane l gives row l % 16, chunk 2 q or the next.
+  __device__ static void load_in(const unsigned char* in, int q, uint32_t (&x)[Kind::m][4]) {
+    const TileThread<Kind> me;
+    const int chunk = (me.lane / 16) ^ (me.lane & 7);  // of q = 0
+    const int at = (me.row + me.lane % 16) * (kTileDepth * 2) + ((chunk * 16) ^ (q * 32));
+#pragma unroll
+    for (int k = 0; k < Kind::m; ++k) ptx::load_matrices(x[k], in + at + k * 16 * kTileDepth * 2);
+  }
+
+  // B fragments of 16 of the depth, two of them (16 outputs) at once: matrices in the order
+  // (depth 0.., outputs 0..), (depth 8.., outputs 0..), and the same for outputs 8...
+  __device__ static void load_weights(const unsigned char* tile, int q,
+                                      uint32_t (&w)[Kind::n / 2][4]) {
+    const TileThread<Kind> me;
+    const int in_matrix = me.lane & 7, deeper = me.lane >> 3 & 1, further = me.lane >> 4;
+    if constexpr (Kind::backward) {
+      // Rows of the tile are the depth: transposed.
+      const int chunk = (me.output / 8 + further) ^ in_matrix;
+      const int at = (16 * q + 8 * deeper + in_matrix) * (kTileOutputs * 2) + chunk * 16;
+#pragma unroll
+      for (int j = 0; j < Kind::n / 2; ++j)
+        ptx::load_matrices_transposed(w[j], tile + (at ^ (j * 32)));
+    } else {
+      const int chunk = deeper ^ in_matrix;
+      const int at =
+          (me.output + 8 * further + in_matrix) * (kTileDepth * 2) + ((chunk * 16) ^ (q * 32));
+#pragma unroll
+      for (int j = 0; j < Kind::n / 2; ++j)
+        ptx::load_matrices(w[j], tile + at + j * 16 * kTileDepth * 2);
+    }
+  }
+
+  const TileArgs& a_;
+  int64_t row_;
+  Runs<Kind::backward> runs_;
+  int first_, end_;  // steps of this split
+  float nested_offset_ = 0.0f;
+  PendingScale scale_;
+};
+
+// -- the end --------------------------------------------------------------------------------------
+
+// Pairs of sums of this split, for add_splits().
+template <class Kind>
+__device__ __forceinline__ void store_partial(const TileArgs& a, const TilePlace& place,
+                                              const float (&sum)[Kind::m][Kind::n][4]) {
+  const TileThread<Kind> me;
+#pragma unroll
+  for (int k = 0; k < Kind::m; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = place.row + me.row + 16 * k + 8 * half + me.g;
+      if (row >= a.out.rows) continue;
+      float* dst = a.partial + (place.split * a.out.rows + row) * a.partial_pitch;
+#pragma unroll
+      for (int j = 0; j < Kind::n; ++j) {
+        const int64_t output = place.output + me.output + 8 * j + 2 * me.t;
+        if (output < a.partial_pitch)
+          ptx::store(dst + output, make_float2(sum[k][j][2 * half], sum[k][j][2 * half + 1]));
+      }
+    }
+}
+
+// Sums plus bias, rounded, to `tile` [rows][out_pitch bytes].
+template <class Kind>
+__device__ __forceinline__ void round_sums(const TileArgs& a, const TilePlace& place,
+                                           const float (&sum)[Kind::m][Kind::n][4],
+                                           unsigned char* tile) {
+  const TileThread<Kind> me;
+#pragma unroll
+  for (int j = 0; j < Kind::n; ++j) {
+    const int output = me.output + 8 * j + 2 * me.t;
+    float bias[2] = {};
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      if (a.bias.data && place.output + output + e < a.out.cols)
+        bias[e] = load_one(a.bias.data, a.bias.dtype, place.output + output + e);
+#pragma unroll
+    for (int k = 0; k < Kind::m; ++k)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* c = sum[k][j] + 2 * half;
+        ptx::store(tile + (me.row + 16 * k + 8 * half + me.g) * Kind::out_pitch + 2 * output,
+                   ptx::pack<typename Kind::T>(c[0] + bias[0], c[1] + bias[1]));
+      }
+  }
+}
+
+// Whole rows of the tile, 16 bytes per thread where the output allows it.
+template <class Kind>
+__device__ __forceinline__ void store_tile(const TileArgs& a, const TilePlace& place,
+                                           const unsigned char* tile) {
+  const int chunk = static_cast<int>(threadIdx.x) % 16;
+  uint16_t* out = static_cast<uint16_t*>(a.out.data);
+  const int64_t output = place.output + chunk * 8, left = a.out.cols - output;
+  const bool whole =
+      left >= 8 && a.out.stride % 8 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 16 == 0;
+  for (int r = static_cast<int>(threadIdx.x) / 16; r < Kind::rows; r += kTileThreads / 16) {
+    if (place.row + r >= a.out.rows) return;
+    const unsigned char* src = tile + r * Kind::out_pitch + chunk * 16;
+    uint16_t* dst = out + (place.row + r) * a.out.stride + output;
+    if (whole)
+      ptx::store(dst, ptx::load<uint4>(src));
+    else
+      for (int e = 0; e < 8 && e < left; ++e) dst[e] = ptx::load<uint16_t>(src + 2 * e);
+  }
+}
+
+template <class Kind>
+__global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
+    tile_product(const TileArgs args) {
+  const TilePlace place = locate<Kind>(args);
+  const TileThread<Kind> me;
+  TileBase<Kind> base(args, place);
+  float sum[Kind::m][Kind::n][4] = {};
+  if (args.w.packed) base.start();
+  if (args.adapter.s && place.split == 0)
+    add_adapter(args.adapter, place.row + me.row, args.out.rows, place.output + me.output,
+                args.out.cols, sum);
+  if (args.w.packed) base.run(sum);
+  if (args.partial) {
+    ptx::start_next_kernel();
+    store_partial<Kind>(args, place, sum);
+    return;
+  }
+  unsigned char* tile = ptx::shared_memory();
+  __syncthreads();  // the steps are done with shared memory
+  round_sums<Kind>(args, place, sum, tile);
+  __syncthreads();
+  store_tile<Kind>(args, place, tile);
+}
+
+// out = Σ partial + bias, in the order of the splits; four columns per thread.
+__global__ void __launch_bounds__(kTileThreads) add_splits(const TileArgs a) {
+  ptx::wait_for_previous_kernel();
+  const int64_t per_row = a.partial_pitch / 4;
+  const int64_t i = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  if (i >= a.out.rows * per_row) return;
+  const int64_t row = i / per_row, output = i % per_row * 4;
+  float v[4] = {};
+#pragma unroll 4
+  for (int s = 0; s < a.splits; ++s) {
+    const float4 part =
+        ptx::load<float4>(a.partial + (s * a.out.rows + row) * a.partial_pitch + output);
+    v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (output + e >= a.out.cols) return;
+    if (a.bias.data) v[e] += load_one(a.bias.data, a.bias.dtype, output + e);
+    store_one(a.out.data, a.out.dtype, row * a.out.stride + output + e, v[e]);
+  }
+}
+
+}  // namespace lk::cuda
