@@ -117,6 +117,22 @@ __device__ __forceinline__ void start_next_kernel() {
 #endif
 }
 
+// threadIdx.x % 32 for blocks of one dimension. The compiler cannot see where it comes from, so it
+// stays in a register instead of being computed again in every address.
+__device__ __forceinline__ uint32_t lane() {
+  uint32_t d;
+  asm("mov.u32 %0, %%laneid;" : "=r"(d));
+  return d;
+}
+
+// threadIdx.x, read again by each call: what is computed from it need not stay in registers over
+// code that has none to spare.
+__device__ __forceinline__ uint32_t thread_again() {
+  uint32_t d;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
+  return d;
+}
+
 // A barrier of `threads` threads of the block, number 1..15 (0 is __syncthreads).
 __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

@@ -24,9 +24,9 @@ constexpr int kRawBytes = kTileThreads * kRun / 2;  // packed bytes of a step
 constexpr int kDecodedBytes = kTileOutputs * kTileDepth * 2;
 
 // The 16 codes, one copy per lane and so per bank: nibble c of lane l is float c * 32 + l. Then the
-// 256 codes of double quantization.
+// 256 codes of double quantization and its offset.
 constexpr int kCodeBytes = 16 * 32 * 4;
-constexpr int kTableBytes = kCodeBytes + 256 * 4;
+constexpr int kTableBytes = kCodeBytes + 256 * 4 + 128;
 
 __device__ inline void fill_tables(const Weight4& w, unsigned char* tables) {
   float* code = reinterpret_cast<float*>(tables);
@@ -34,58 +34,52 @@ __device__ inline void fill_tables(const Weight4& w, unsigned char* tables) {
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < 16 * 32; i += kTileThreads) code[i + thread] = w.code[(i + thread) / 32];
-  if (w.nested_code) nested[thread] = w.nested_code[thread];
+  if (w.absmax) return;
+  nested[thread] = w.nested_code[thread];
+  if (thread == 0) nested[256] = *w.nested_offset;
 }
 
 // The scale of a run on its way from memory; loaded a step before it is needed.
 struct PendingScale {
   float absmax = 0.0f;
-  int nested_code = -1;  // none
-  bool valid = false;    // the run lies inside the weight
+  uint8_t nested_code = 0;
 };
 
-// This thread's runs: one in every step. The tile begins at (row, column) of W; steps go down the
-// rows for backward and along the columns for forward.
+// This thread's runs: one in every step. The tile begins at `output`, a row of W for forward and a
+// column for backward; steps go along the other dimension.
 template <bool backward>
 class Runs {
  public:
-  // Where the run lies in the tile. Of eight neighbouring threads, which store together, four have
-  // neighbouring rows and two neighbouring runs: together they fill all banks.
-  __device__ static int row_in_tile() {
-    const int t = static_cast<int>(threadIdx.x);
-    return backward ? (t >> 1 & 3) + (t >> 4) * 4 : t >> 1;
-  }
-  __device__ static int run_in_row() {
-    const int t = static_cast<int>(threadIdx.x);
-    return backward ? (t & 1) + (t >> 3 & 1) * 2 : t & 1;
-  }
-  // Byte of chunk q (of four) of the run in the decoded tile.
-  __device__ static int chunk_offset(int q) {
-    const int row = row_in_tile();
-    return row * (backward ? 2 * kTileOutputs : 2 * kTileDepth) +
-           ((4 * run_in_row() + q) ^ (row & 7)) * 16;
-  }
-
   __device__ Runs(const Weight4& w, int64_t output) : w_(w) {
-    const int64_t row = (backward ? 0 : output) + row_in_tile();
-    const int64_t column = (backward ? output : 0) + run_in_row() * kRun;
-    first_ = row * w.K + column;
-    const int64_t left = backward ? w.N - row : w.K - column;
-    const bool inside = backward ? column < w.K : row < w.N;
+    const int thread = static_cast<int>(threadIdx.x);
+    raw_at_ = 16 * thread;
+    // Of eight neighbouring threads, which store together, four have neighbouring rows of the tile
+    // and two neighbouring runs: together they fill all banks.
+    const int row = backward ? (thread >> 1 & 3) + (thread >> 4) * 4 : thread >> 1;
+    const int run = backward ? (thread & 1) + (thread >> 3 & 1) * 2 : thread & 1;
+    chunk_at_ = row * (backward ? 2 * kTileOutputs : 2 * kTileDepth) + ((4 * run) ^ (row & 7)) * 16;
+    const int64_t n = (backward ? 0 : output) + row;
+    const int64_t k = (backward ? output : 0) + run * kRun;
+    first_ = n * w.K + k;
+    const int64_t left = backward ? w.N - n : w.K - k;
+    const bool inside = backward ? k < w.K : n < w.N;
     steps_ = inside && left > 0 ? static_cast<int>(ceil_div(left, kTileDepth)) : 0;
   }
+
+  // Byte of this thread's raw weights, and of the first chunk of its run in the decoded tile: the
+  // others are at chunk_at() ^ 16, ^ 32, ^ 48.
+  __device__ int raw_at() const { return raw_at_; }
+  __device__ int chunk_at() const { return chunk_at_; }
 
   // Starts copying the run of a step; outside the weight, zeros come.
   __device__ void copy(int step, unsigned char* raw) const {
     const bool valid = step < steps_;
-    ptx::copy_async(raw + 16 * threadIdx.x, w_.packed + (valid ? element(step) / 2 : 0), valid);
+    ptx::copy_async(raw + raw_at_, w_.packed + (valid ? element(step) / 2 : 0), valid);
   }
 
   __device__ PendingScale scale(int step) const {
     PendingScale s;
-    s.valid = step < steps_;
-    if (!s.valid) return s;
-    const int64_t block = element(step) >> w_.block_shift;
+    const int64_t block = (step < steps_ ? element(step) : 0) >> w_.block_shift;
     if (w_.absmax) {
       s.absmax = ptx::load_const<float>(w_.absmax + block);
     } else {
@@ -95,29 +89,31 @@ class Runs {
     return s;
   }
 
+  // Zero outside the weight, where the nibbles are zeros too but their code may not be.
+  __device__ float resolve(const PendingScale& s, int step, const unsigned char* tables) const {
+    float scale = s.absmax;
+    if (!w_.absmax) {
+      const float* nested = reinterpret_cast<const float*>(tables + kCodeBytes);
+      scale = __fadd_rn(__fmul_rn(nested[s.nested_code], scale), nested[256]);
+    }
+    return step < steps_ ? scale : 0.0f;
+  }
+
  private:
   __device__ int64_t element(int step) const {
     return first_ + static_cast<int64_t>(step) * kTileDepth * (backward ? w_.K : 1);
   }
 
   const Weight4& w_;
+  int raw_at_, chunk_at_;
   int64_t first_;  // element of step 0
   int steps_;      // how many lie inside the weight
 };
 
-// Zero outside the weight, where the nibbles are zeros too but their code may not be.
-__device__ __forceinline__ float resolve(const PendingScale& s, const unsigned char* tables,
-                                         float nested_offset) {
-  if (!s.valid) return 0.0f;
-  if (s.nested_code < 0) return s.absmax;
-  const float code = ptx::load<float>(tables + kCodeBytes + 4 * s.nested_code);
-  return __fadd_rn(__fmul_rn(code, s.absmax), nested_offset);
-}
-
 // The codes of eight nibbles in the order of the weights: the high one of each byte is the first.
 __device__ __forceinline__ void look_up(uint32_t word, const unsigned char* tables,
                                         float (&code)[8]) {
-  const uint32_t lane = threadIdx.x % 32 * 4;
+  const uint32_t lane = ptx::lane() * 4;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int bit = 8 * (i / 2) + (i % 2 ? 0 : 4);

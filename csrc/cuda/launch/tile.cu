@@ -115,7 +115,7 @@ TileAdapter adapter(const float* s, const Matrix& factor, int64_t rank) {
   a.s = s;
   a.factor = factor.data;
   a.dtype = factor.dtype;
-  a.rank = rank;
+  a.rank = static_cast<int>(rank);
   return a;
 }
 

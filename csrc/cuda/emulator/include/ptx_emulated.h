@@ -50,6 +50,10 @@ void copy_async_wait() {
 inline void wait_for_previous_kernel() {}  // kernels run one after another
 inline void start_next_kernel() {}
 
+inline uint32_t lane() { return static_cast<uint32_t>(emulator::current->lane); }
+
+inline uint32_t thread_again() { return emulator::current->thread.x; }
+
 inline void barrier(int id, int threads) { emulator::barrier(id, threads); }
 
 struct Shuffle {
