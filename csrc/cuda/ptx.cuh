@@ -81,6 +81,12 @@ __device__ __forceinline__ void copy_async(void* dst, const void* src, bool vali
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same; the first `valid` bytes (0..16) are copied, the others become zeros.
+__device__ __forceinline__ void copy_async_part(void* dst, const void* src, int valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
+               "r"(valid)
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_once(void* dst, const void* src, bool valid = true) {
   asm volatile(
       "{\n"
@@ -120,6 +126,14 @@ __device__ __forceinline__ void start_next_kernel() {
 __device__ __forceinline__ unsigned lane() {
   unsigned d;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(d));
+  return d;
+}
+
+// threadIdx.x, read again by each call: what is computed from it need not stay in registers over
+// code that has none to spare.
+__device__ __forceinline__ uint32_t thread_again() {
+  uint32_t d;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
   return d;
 }
 

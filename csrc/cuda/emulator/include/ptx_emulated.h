@@ -34,6 +34,9 @@ void store(void* p, Vector v) {
 inline void copy_async(void* dst, const void* src, bool valid = true) {
   emulator::copy_async(dst, src, 16, valid ? 16 : 0);
 }
+inline void copy_async_part(void* dst, const void* src, int valid) {
+  emulator::copy_async(dst, src, 16, valid);
+}
 inline void copy_async_once(void* dst, const void* src, bool valid = true) {
   copy_async(dst, src, valid);
 }
@@ -49,6 +52,7 @@ inline void wait_for_previous_kernel() {}  // kernels run one after another
 inline void start_next_kernel() {}
 
 inline unsigned lane() { return static_cast<unsigned>(emulator::current->lane); }
+inline uint32_t thread_again() { return emulator::current->thread.x; }
 inline void barrier(int id, int threads) { emulator::barrier(id, threads); }
 
 struct Shuffle {

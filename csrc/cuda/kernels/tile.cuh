@@ -1,0 +1,437 @@
+// y = x Wᵀ + adapter + bias and dx = dy W + adapter for tens to about a thousand rows: packed
+// weights are decoded once per block into shared memory and multiplied by tensor cores.
+//
+//   out[i, o] = mask(i, o) scaling Σ_r s(i, r) factor(r, o) + Σ_d in[i, d] w(d, o) + bias[o]
+//   w(d, o) = W[o, d] forward, W[d, o] backward
+//
+// A block of 8 warps makes a tile of `rows` x 128 outputs, or of one of several splits of the
+// depth: then float32 sums go to `partial`, and add_splits() adds them in their order. In one step
+// of the depth (64), between two barriers, all of this goes on at once:
+//
+//   step i           multiply activations i by decoded weights i
+//   step i + 1       decode raw weights into the other of two decoded tiles
+//   i + stages - 1   copy activations (cp.async)
+//   i + stages       copy raw weights (cp.async)
+//
+// An element's sum is the adapter's product, then the depth in order, 16 at a time: its bits depend
+// on the number of splits, not on the tile's shape nor on other rows.
+#pragma once
+
+#include "cuda/kernels/tile_adapter.cuh"
+#include "cuda/kernels/tile_decode.cuh"
+
+namespace lk::cuda {
+
+struct TileArgs {
+  Matrix in;  // [M, depth]
+  Weight4 w;  // packed null: no base
+  TileAdapter adapter;
+  Vector bias;
+  MutMatrix out;             // [M, outputs], dtype of `in`
+  float* partial = nullptr;  // [splits][M][partial_pitch]; null: one split
+  int64_t partial_pitch = 0;
+  int splits = 1, split_steps = 0, steps = 0;  // split_steps: of each split but the last
+};
+
+// The order of tiles: 8 row tiles share a strip of the weight while it is in the second-level
+// cache, and a group of 8 row tiles goes through all strips before the next group.
+constexpr unsigned kTileGroup = 8;
+
+// Dynamic shared memory during the steps, in this order; later the tile of outputs follows `place`.
+//
+//   place                        TilePlace
+//   tables                       tile_decode.cuh
+//   raw     [stages][16 bytes per thread]
+//   decoded [2][16384 bytes]     tile_decode.cuh
+//   in      [stages][rows][64]   16-byte chunk c of row i at c ^ (i % 8)
+template <class T_, bool backward_, int rows_>
+struct TileKind {
+  using T = T_;
+  static constexpr bool backward = backward_;
+  static constexpr int rows = rows_;
+  // Few rows are a matter of bytes on their way, many of shared memory per block.
+  static constexpr int stages = rows <= 16 ? 4 : 3;
+  static constexpr int blocks_per_multiprocessor = rows <= 16 ? 3 : 2;
+  // Whether the first copies run behind the adapter's product. With many sums there are no
+  // registers for what both need, and many steps to make up for it.
+  static constexpr bool starts_early = rows < 128;
+  // Warps lie side by side along the rows and the outputs; each has fragments of 16 x 8 sums.
+  static constexpr int warps_m = rows <= 16 ? 1 : 2, warps_n = 8 / warps_m;
+  static constexpr int m = rows / warps_m / 16, n = kTileOutputs / warps_n / 8;
+
+  static constexpr int place_bytes = 128, tables_at = place_bytes;
+  static constexpr int raw_at = tables_at + kTableBytes;
+  static constexpr int decoded_at = raw_at + stages * kRawBytes;
+  static constexpr int in_at = decoded_at + 2 * kDecodedBytes;
+  static constexpr int in_bytes = rows * kTileDepth * 2;
+  static constexpr int shared_bytes = in_at + stages * in_bytes;
+
+  // 16 bytes more than a row, so that rows of a fragment lie in different banks.
+  static constexpr int out_pitch = kTileOutputs * 2 + 16;
+  static constexpr int epilogue_bytes = place_bytes + rows * out_pitch;
+  static_assert(kTableBytes % 128 == 0, "see TileBase");
+  static_assert(epilogue_bytes <= shared_bytes && shared_bytes <= 99 << 10, "fits every GPU");
+};
+
+struct TilePlace {
+  int64_t row, output;
+  int split;
+};
+
+template <class Kind>
+__device__ __forceinline__ TilePlace locate(const TileArgs& a) {
+  const unsigned row_tiles = static_cast<unsigned>(ceil_div(a.out.rows, Kind::rows));
+  const unsigned strips = static_cast<unsigned>(ceil_div(a.out.cols, kTileOutputs));
+  const unsigned splits = static_cast<unsigned>(a.splits);
+  const unsigned per_group = (row_tiles < kTileGroup ? row_tiles : kTileGroup) * strips * splits;
+  const unsigned group = blockIdx.x / per_group, i = blockIdx.x - group * per_group;
+  const unsigned left = row_tiles - group * kTileGroup;
+  const unsigned height = left < kTileGroup ? left : kTileGroup;
+  const unsigned strip = i / height / splits;
+  return {static_cast<int64_t>(group * kTileGroup + i % height) * Kind::rows,
+          static_cast<int64_t>(strip) * kTileOutputs, static_cast<int>(i / height % splits)};
+}
+
+// Where this thread's warp lies in the tile, and the thread in the warp.
+template <class Kind>
+struct TileThread {
+  int row, output, g, t, lane;
+
+  __device__ explicit TileThread(unsigned thread = threadIdx.x) {
+    const int warp = static_cast<int>(thread) / 32;
+    lane = static_cast<int>(thread) % 32;
+    row = warp / Kind::warps_n * Kind::m * 16;
+    output = warp % Kind::warps_n * Kind::n * 8;
+    g = lane / 4;
+    t = lane % 4;
+  }
+};
+
+// -- the product with the base --------------------------------------------------------------------
+
+template <class Kind>
+class TileBase {
+ public:
+  using T = typename Kind::T;
+  using Sums = float[Kind::m][Kind::n][4];
+
+  __device__ TileBase(const TileArgs& args, const TilePlace& place)
+      : a_(args), runs_(args.w, place.output) {
+    const int thread = static_cast<int>(threadIdx.x);
+    const int row = thread / 8, chunk = thread % 8, column = 8 * chunk;
+    in_at_ = row * (kTileDepth * 2) + (chunk ^ (row & 7)) * 16;
+    in_ = static_cast<const uint16_t*>(args.in.data) + (place.row + row) * args.in.stride + column;
+    rows_left_ = static_cast<int>(min64(args.in.rows - place.row, Kind::rows)) - row;
+    whole_steps_ = static_cast<int>(args.in.cols / kTileDepth);
+    const int left = static_cast<int>(args.in.cols % kTileDepth) - column;
+    last_bytes_ = left >= 8 ? 16 : left > 0 ? 2 * left : 0;
+    first_ = place.split * args.split_steps;
+    end_ = first_ + args.split_steps;
+    if (end_ > args.steps) end_ = args.steps;
+  }
+
+  // Starts the first copies; whatever comes before run() hides them.
+  __device__ void start() const {
+    runs_.copy(first_, at(raw(0)));
+#pragma unroll
+    for (int i = 0; i < Kind::stages - 1; ++i) copy(first_ + i, i, (i + 1) % Kind::stages);
+    fill_tables(a_.w, tables());
+  }
+
+  __device__ void run(Sums& sum) {
+    scale_ = runs_.scale(first_);
+    ptx::copy_async_wait<Kind::stages - 2>();
+    __syncthreads();  // the tables; raw weights are this thread's own
+    decode_first();
+    int slot = 0;  // of step i, and of what is copied stages later
+    for (int i = first_; i < end_; ++i) {
+      ptx::copy_async_wait<Kind::stages - 2>();
+      __syncthreads();  // activations and decoded weights of step i are there, i - 1 is done
+      const int before = slot == 0 ? Kind::stages - 1 : slot - 1;
+      const int after = slot == Kind::stages - 1 ? 0 : slot + 1;
+      copy(i + Kind::stages - 1, before, slot);
+      if (i + 1 < end_)
+        step<true>(i, slot, after, sum);
+      else
+        step<false>(i, slot, after, sum);
+      slot = after;
+    }
+  }
+
+ private:
+  // Bytes from the beginning of shared memory, multiples of 128. A chunk is selected by an
+  // exclusive or on such an offset plus the row's.
+  __device__ static int raw(int slot) { return Kind::raw_at + slot * kRawBytes; }
+  __device__ static int decoded(int i) { return Kind::decoded_at + (i & 1) * kDecodedBytes; }
+  __device__ static int in(int slot) { return Kind::in_at + slot * Kind::in_bytes; }
+
+  __device__ static unsigned char* at(int offset) { return ptx::shared_memory() + offset; }
+  __device__ static unsigned char* tables() { return at(Kind::tables_at); }
+
+  // One group: activations of a step, raw weights of the next.
+  __device__ void copy(int step, int in_slot, int raw_slot) const {
+    if (step < end_) copy_in(step, at(in(in_slot)));
+    if (step + 1 < end_) runs_.copy(step + 1, at(raw(raw_slot)));
+    ptx::copy_async_commit();
+  }
+
+  // Zeros beyond the last row and the depth. Both sides have zeros there: none meets an infinity.
+  __device__ void copy_in(int step, unsigned char* dst) const {
+    constexpr int at_once = kTileThreads / 8;
+    // Warps without a row here; what lies in rows that are no output does not matter.
+    if (Kind::rows < at_once && rows_left_ <= 0) return;
+    unsigned char* to = dst + in_at_;
+    const uint16_t* from = in_ + static_cast<int64_t>(step) * kTileDepth;
+    const int bytes = step < whole_steps_ ? 16 : last_bytes_;
+#pragma unroll
+    for (int i = 0; i < Kind::rows; i += at_once) {
+      if constexpr (Kind::backward)
+        ptx::copy_async_part(to, from, i < rows_left_ ? bytes : 0);
+      else  // whole runs of 32
+        ptx::copy_async(to, from, i < rows_left_ && bytes);
+      to += at_once * kTileDepth * 2;
+      from += at_once * a_.in.stride;
+    }
+  }
+
+  // The scale of the step that is decoded now; starts loading the one after it.
+  __device__ float next_scale(int step) {
+    const float scale = runs_.resolve(scale_, step, tables());
+    scale_ = runs_.scale(step + 1);
+    return scale;
+  }
+
+  __device__ void load_run(int raw_slot, uint32_t (&word)[4]) const {
+    const uint4 words = ptx::load<uint4>(at(raw(raw_slot) + runs_.raw_at()));
+    word[0] = words.x, word[1] = words.y, word[2] = words.z, word[3] = words.w;
+  }
+
+  __device__ void decode_first() {
+    uint32_t word[4];
+    load_run(0, word);
+    const float scale = next_scale(first_);
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      float code[8];
+      look_up(word[q], tables(), code);
+      store_weights<T>(code, scale, at((decoded(first_) + runs_.chunk_at()) ^ (q * 16)));
+    }
+  }
+
+  // Four times 16 of the depth, and between them the four chunks of this thread's next run.
+  template <bool decodes>
+  __device__ __forceinline__ void step(int i, int slot, int after, Sums& sum) {
+    const int in_tile = in(slot) + in_fragment(), tile = decoded(i) + weight_fragment();
+    const int next = decoded(i + 1) + runs_.chunk_at();
+    uint32_t word[4] = {};
+    float scale = 0.0f;
+    if constexpr (decodes) {
+      load_run(after, word);
+      scale = next_scale(i + 1);
+    }
+#pragma unroll
+    for (int q = 0; q < kTileDepth / 16; ++q) {
+      uint32_t x[Kind::m][4], w[Kind::n / 2][4];
+      load_weights(tile, q, w);
+#pragma unroll
+      for (int k = 0; k < Kind::m; ++k)
+        ptx::load_matrices(x[k], at((in_tile ^ (q * 32)) + k * 16 * kTileDepth * 2));
+      float code[8];
+      if constexpr (decodes) look_up(word[q], tables(), code);
+#pragma unroll
+      for (int k = 0; k < Kind::m; ++k)
+#pragma unroll
+        for (int j = 0; j < Kind::n; ++j)
+          ptx::mma<T>(sum[k][j], x[k], {w[j / 2][j % 2 * 2], w[j / 2][j % 2 * 2 + 1]});
+      if constexpr (decodes) store_weights<T>(code, scale, at(next ^ (q * 16)));
+    }
+  }
+
+  // Where this lane's row of the first A fragments begins: row l % 16 of the warp's, chunk 0 or 1.
+  __device__ static int in_fragment() {
+    const TileThread<Kind> me;
+    return (me.row + me.lane % 16) * (kTileDepth * 2) + ((me.lane / 16) ^ (me.lane & 7)) * 16;
+  }
+
+  // The same for B fragments, two of them (16 outputs) at once: matrices in the order
+  // (depth 0.., outputs 0..), (depth 8.., outputs 0..), and the same for outputs 8...
+  __device__ static int weight_fragment() {
+    const TileThread<Kind> me;
+    const int in_matrix = me.lane & 7, deeper = me.lane >> 3 & 1, further = me.lane >> 4;
+    if constexpr (Kind::backward)
+      return (8 * deeper + in_matrix) * (kTileOutputs * 2) +
+             ((me.output / 8 + further) ^ in_matrix) * 16;
+    else
+      return (me.output + 8 * further + in_matrix) * (kTileDepth * 2) + (deeper ^ in_matrix) * 16;
+  }
+
+  // Rows of the tile are outputs for forward, and the depth for backward: then transposed.
+  __device__ static void load_weights(int tile, int q, uint32_t (&w)[Kind::n / 2][4]) {
+#pragma unroll
+    for (int j = 0; j < Kind::n / 2; ++j)
+      if constexpr (Kind::backward)
+        ptx::load_matrices_transposed(w[j], at((tile ^ (j * 32)) + q * 16 * kTileOutputs * 2));
+      else
+        ptx::load_matrices(w[j], at((tile ^ (q * 32)) + j * 16 * kTileDepth * 2));
+  }
+
+  const TileArgs& a_;
+  Runs<Kind::backward> runs_;
+  // What this thread copies of the activations: 16 bytes of every 32nd row.
+  const uint16_t* in_;  // of its first row, in step 0
+  int in_at_;           // where to, in the tile
+  int rows_left_, whole_steps_, last_bytes_;
+  int first_, end_;  // steps of this split
+  PendingScale scale_;
+};
+
+// -- the end --------------------------------------------------------------------------------------
+
+// Pairs of sums of this split, for add_splits().
+template <class Kind>
+__device__ __forceinline__ void store_partial(const TileArgs& a, const TilePlace& place,
+                                              const float (&sum)[Kind::m][Kind::n][4]) {
+  const TileThread<Kind> me(ptx::thread_again());
+#pragma unroll
+  for (int k = 0; k < Kind::m; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = place.row + me.row + 16 * k + 8 * half + me.g;
+      if (row >= a.out.rows) continue;
+      float* dst = a.partial + (place.split * a.out.rows + row) * a.partial_pitch;
+#pragma unroll
+      for (int j = 0; j < Kind::n; ++j) {
+        const int64_t output = place.output + me.output + 8 * j + 2 * me.t;
+        if (output < a.partial_pitch)
+          ptx::store(dst + output, make_float2(sum[k][j][2 * half], sum[k][j][2 * half + 1]));
+      }
+    }
+}
+
+// Sums plus bias, rounded, to `tile` [rows][out_pitch bytes].
+template <class Kind>
+__device__ __forceinline__ void round_sums(const TileArgs& a, const TilePlace& place,
+                                           const float (&sum)[Kind::m][Kind::n][4],
+                                           unsigned char* tile) {
+  const TileThread<Kind> me(ptx::thread_again());
+  float bias[2 * Kind::n] = {};
+  if (a.bias.data) {
+    const int64_t first = place.output + me.output + 2 * me.t, left = a.out.cols - first;
+    load_pairs<Kind::n>(
+        a.bias.data, a.bias.dtype, first, 8, 1, [&](int j, int i) { return 8 * j + i < left; },
+        bias);
+  }
+#pragma unroll
+  for (int j = 0; j < Kind::n; ++j)
+#pragma unroll
+    for (int k = 0; k < Kind::m; ++k)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = me.row + 16 * k + 8 * half + me.g, output = me.output + 8 * j + 2 * me.t;
+        const float* c = sum[k][j] + 2 * half;
+        ptx::store(tile + row * Kind::out_pitch + 2 * output,
+                   ptx::pack<typename Kind::T>(c[0] + bias[2 * j], c[1] + bias[2 * j + 1]));
+      }
+}
+
+// Whole rows of the tile, 16 bytes per thread where the output allows it.
+template <class Kind>
+__device__ __forceinline__ void store_tile(const TileArgs& a, const TilePlace& place,
+                                           const unsigned char* tile) {
+  const int chunk = static_cast<int>(threadIdx.x) % 16;
+  uint16_t* out = static_cast<uint16_t*>(a.out.data);
+  const int64_t output = place.output + chunk * 8, left = a.out.cols - output;
+  const bool whole =
+      left >= 8 && a.out.stride % 8 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 16 == 0;
+  for (int r = static_cast<int>(threadIdx.x) / 16; r < Kind::rows; r += kTileThreads / 16) {
+    if (place.row + r >= a.out.rows) return;
+    const unsigned char* src = tile + r * Kind::out_pitch + chunk * 16;
+    uint16_t* dst = out + (place.row + r) * a.out.stride + output;
+    if (whole)
+      ptx::store(dst, ptx::load<uint4>(src));
+    else
+      for (int e = 0; e < 8 && e < left; ++e) dst[e] = ptx::load<uint16_t>(src + 2 * e);
+  }
+}
+
+template <class Kind>
+__device__ __forceinline__ void finish(const TileArgs& a, const TilePlace& place,
+                                       const float (&sum)[Kind::m][Kind::n][4],
+                                       unsigned char* tile) {
+  if (a.partial) return store_partial<Kind>(a, place, sum);
+  round_sums<Kind>(a, place, sum, tile);
+  __syncthreads();
+  store_tile<Kind>(a, place, tile);
+}
+
+template <class Kind>
+__device__ __forceinline__ void begin_with_adapter(const TileArgs& a, const TilePlace& place,
+                                                   float (&sum)[Kind::m][Kind::n][4]) {
+  const TileThread<Kind> me;
+  add_adapter<Kind::backward>(a.adapter, place.row + me.row, a.out.rows, place.output + me.output,
+                              a.out.cols, sum);
+}
+
+template <class Kind>
+__global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
+    tile_product(const TileArgs args) {
+  const TilePlace place = locate<Kind>(args);
+  // Nothing during the steps needs it, and registers are short.
+  TilePlace* kept = reinterpret_cast<TilePlace*>(ptx::shared_memory());
+  if (threadIdx.x == 0) *kept = place;
+  float sum[Kind::m][Kind::n][4] = {};
+  const bool has_adapter = args.adapter.s && place.split == 0;
+  if constexpr (Kind::starts_early) {
+    TileBase<Kind> base(args, place);
+    if (args.w.packed) base.start();
+    if (has_adapter) begin_with_adapter<Kind>(args, place, sum);
+    if (args.w.packed) base.run(sum);
+  } else {
+    if (has_adapter) begin_with_adapter<Kind>(args, place, sum);
+    __syncthreads();
+    TileBase<Kind> base(args, {kept->row, kept->output, place.split});
+    if (args.w.packed) base.start();
+    if (args.w.packed) base.run(sum);
+  }
+  ptx::start_next_kernel();
+  __syncthreads();  // the steps are done with shared memory
+  finish<Kind>(args, *kept, sum, ptx::shared_memory() + Kind::place_bytes);
+}
+
+// out = Σ partial + bias, in the order of the splits; four columns per thread.
+__global__ void __launch_bounds__(kTileThreads) add_splits(const TileArgs a) {
+  ptx::wait_for_previous_kernel();
+  const int64_t per_row = a.partial_pitch / 4;
+  const int64_t i = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  if (i >= a.out.rows * per_row) return;
+  const int64_t row = i / per_row, output = i % per_row * 4;
+  float v[4] = {};
+#pragma unroll 4
+  for (int s = 0; s < a.splits; ++s) {
+    const float4 part =
+        ptx::load<float4>(a.partial + (s * a.out.rows + row) * a.partial_pitch + output);
+    v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+  }
+  if (a.bias.data) {
+    float bias[4];
+    load_pairs<2>(
+        a.bias.data, a.bias.dtype, output, 2, 1,
+        [&](int j, int i) { return output + 2 * j + i < a.out.cols; }, bias);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] += bias[e];
+  }
+  uint16_t* dst = static_cast<uint16_t*>(a.out.data) + row * a.out.stride + output;
+  const bool bf16 = a.out.dtype == DType::bf16;
+  const uint2 rounded = bf16 ? make_uint2(ptx::pack<Bf16>(v[0], v[1]), ptx::pack<Bf16>(v[2], v[3]))
+                             : make_uint2(ptx::pack<F16>(v[0], v[1]), ptx::pack<F16>(v[2], v[3]));
+  if (output + 4 <= a.out.cols && reinterpret_cast<uintptr_t>(dst) % 8 == 0) {
+    ptx::store(dst, rounded);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (output + e < a.out.cols)
+      dst[e] = static_cast<uint16_t>((e < 2 ? rounded.x : rounded.y) >> (e % 2 * 16));
+}
+
+}  // namespace lk::cuda
