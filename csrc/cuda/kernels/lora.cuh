@@ -37,28 +37,33 @@ constexpr int kLoraChunks = kLoraColumns / 8;                // of 16 bytes in a
 constexpr int kLoraTileBytes = kLoraRows * kLoraColumns * 2;
 static_assert(kLoraChunks == 32, "a warp copies one row at a time, a lane one chunk of it");
 
-// P or Q as a matrix of elements (k, r), k the index that is summed over.
-struct SkinnyOperand {
-  const void* data = nullptr;  // null: zeros
+// P[c, r].
+struct SkinnyRows {
+  const void* data = nullptr;
   DType dtype = DType::f32;
-  int64_t k_stride = 0, r_stride = 0;
-  int64_t size = 0;  // of k
-  int64_t R = 0;
+  int64_t c_stride = 0, r_stride = 0, R = 0;
   bool exact = false;  // its elements are exact in one part
-  bool ones = false;   // followed by a column of ones, r = R
+};
+
+// Q[m, r], dense.
+struct SkinnyColumns {
+  const float* data = nullptr;  // null: zeros
+  int R = 0;
+  bool ones = false;  // followed by a column of ones, r = R
 };
 
 struct SkinnyArgs {
   Matrix act;
   int64_t first_row = 0;  // of act, for dropout
   Dropout dropout;        // its scale is applied to the sums
-  SkinnyOperand p, q;
+  SkinnyRows p;
+  SkinnyColumns q;
   float *row_partial = nullptr, *column_partial = nullptr;
   int row_passes = 0, column_passes = 0;
   // Blocks are numbered pass first: those that read the same activations run at the same time, and
   // all but one find them in the second-level cache.
   int first_pass = 0, passes = 0, strips = 0;
-  int64_t range = 0;  // rows of a block, a multiple of kLoraRows
+  int range = 0;  // rows of a block, a multiple of kLoraRows
 };
 
 // -- operands in fragment order -------------------------------------------------------------------
@@ -90,23 +95,21 @@ __device__ __forceinline__ Staged staged(int thread, int j) {
   return {e / (16 * kLoraPass) * 16 + e % 16, e / 16 % kLoraPass};
 }
 
-__device__ __forceinline__ float operand_at(const SkinnyOperand& o, int64_t k, int64_t r) {
-  if (k >= o.size) return 0.0f;
-  if (r < o.R && o.data) return load_one(o.data, o.dtype, k * o.k_stride + r * o.r_stride);
-  return o.ones && r == o.R ? 1.0f : 0.0f;
-}
-
-// The strip's part of P.
-__device__ __forceinline__ void stage_p(const SkinnyOperand& p, int64_t k0, int64_t r0, float* to) {
+template <DType dtype>
+__device__ __forceinline__ void stage_p_as(const SkinnyRows& p, int c0, int columns, int r0,
+                                           float* to) {
   const int thread = static_cast<int>(threadIdx.x);
-  constexpr int count = kLoraColumns * kLoraPass / kLoraThreads, batch = 8;
+  constexpr int count = kLoraColumns * kLoraPass / kLoraThreads, batch = 16;
 #pragma unroll 1
   for (int j0 = 0; j0 < count; j0 += batch) {
     float v[batch];  // loads first: they wait together
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
       const Staged s = staged(thread, j0 + j);
-      v[j] = operand_at(p, k0 + s.k, r0 + s.r);
+      const int c = c0 + s.k, r = r0 + s.r;
+      const bool inside = c < columns && r < p.R;
+      v[j] = inside ? load_one(p.data, dtype, int64_t{c} * p.c_stride + int64_t{r} * p.r_stride)
+                    : 0.0f;
     }
 #pragma unroll
     for (int j = 0; j < batch; ++j) {
@@ -116,16 +119,35 @@ __device__ __forceinline__ void stage_p(const SkinnyOperand& p, int64_t k0, int6
   }
 }
 
+// The strip's part of P, from column c0 of the activations on.
+__device__ __forceinline__ void stage_p(const SkinnyRows& p, int c0, int columns, int r0,
+                                        float* to) {
+  switch (p.dtype) {
+    case DType::f32:
+      return stage_p_as<DType::f32>(p, c0, columns, r0, to);
+    case DType::bf16:
+      return stage_p_as<DType::bf16>(p, c0, columns, r0, to);
+    default:
+      return stage_p_as<DType::f16>(p, c0, columns, r0, to);
+  }
+}
+
 // 32 rows of Q, which pass through registers a tile ahead of their use.
 struct QueuedRows {
   static constexpr int kCount = kLoraRows * kLoraPass / kLoraThreads;
   float v[kCount];
 
-  __device__ void load(const SkinnyOperand& q, int64_t k0, int64_t end, int64_t r0) {
+  // Rows [m0, end), at most 32.
+  __device__ void load(const SkinnyColumns& q, int m0, int end, int r0) {
+    const float* from = q.data + int64_t{m0} * q.R + r0;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const Staged s = staged(static_cast<int>(threadIdx.x), j);
-      v[j] = k0 + s.k < end ? operand_at(q, k0 + s.k, r0 + s.r) : 0.0f;
+      const bool is_one = q.ones && r0 + s.r == q.R;
+      v[j] = 0.0f;
+      if (m0 + s.k >= end) continue;
+      if (q.data && r0 + s.r < q.R) v[j] = ptx::load_const<float>(from + s.k * q.R + s.r);
+      if (is_one) v[j] = 1.0f;
     }
   }
   __device__ void store(float* to) const {
@@ -146,41 +168,55 @@ struct QueuedRows {
 //   row 1  | 1 0 3 2 5 4 7 6 | 9 8 ...
 //   row 2  | 2 3 0 1 6 7 4 5 | 10 11 ...
 
-__device__ __forceinline__ unsigned char* chunk_of(unsigned char* tile, int row, int chunk) {
-  return tile + row * (kLoraChunks * 16) + (chunk ^ (row & 7)) * 16;
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {
+  return row * (kLoraChunks * 16) + (chunk ^ (row & 7)) * 16;
 }
 
-// What one thread copies of every tile: its lane's chunk of every fourth row.
+// What one thread copies of every tile: its lane's chunk of every fourth row. Row and column have
+// been folded into one offset, from which the others differ in few bits, to save registers.
 struct Copier {
   const Matrix& act;
-  int64_t column;  // of its chunk
-  int64_t end;     // of the rows
+  int column;  // of its chunk
+  int end;     // of the rows
+  int first_row, first_offset;
 
-  __device__ void issue(unsigned char* tile, int64_t row0) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  __device__ Copier(const Matrix& act, int column0, int end)
+      : act(act),
+        column(column0 + static_cast<int>(threadIdx.x) % 32 * 8),
+        end(end),
+        first_row(static_cast<int>(threadIdx.x) / 32),
+        first_offset(chunk_offset(first_row, static_cast<int>(threadIdx.x) % 32)) {}
+
+  static constexpr int kCount = kLoraRows / kLoraWarps;
+  __device__ int offset(int i) const {
+    static_assert(kLoraWarps == 4, "bit 2 of the row is bit 0 of i");
+    return (first_offset ^ (i & 1) * 64) + i * (kLoraWarps * kLoraChunks * 16);
+  }
+
+  __device__ void issue(unsigned char* tile, int row0) const {
     const uint16_t* data = static_cast<const uint16_t*>(act.data);
+    const uint16_t* from = data + int64_t{row0 + first_row} * act.stride + column;
+    const int left = column < act.cols ? end - row0 : 0;
 #pragma unroll
-    for (int i = 0; i < kLoraRows / kLoraWarps; ++i) {
-      const int row = warp + i * kLoraWarps;
-      const bool valid = row0 + row < end && column < act.cols;
-      ptx::copy_async(chunk_of(tile, row, lane),
-                      valid ? data + (row0 + row) * act.stride + column : data, valid);
+    for (int i = 0; i < kCount; ++i) {
+      const bool valid = first_row + i * kLoraWarps < left;
+      ptx::copy_async(tile + offset(i), valid ? from : data, valid);
+      from += kLoraWarps * act.stride;
     }
   }
 
   // Dropout on what this thread has copied, so no other thread need have arrived.
   __device__ void drop(unsigned char* tile, int64_t row0, uint64_t seed, uint32_t threshold) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     if (column >= act.cols) return;
-#pragma unroll 2
-    for (int i = 0; i < kLoraRows / kLoraWarps; ++i) {
-      const int row = warp + i * kLoraWarps;
-      unsigned char* chunk = chunk_of(tile, row, lane);
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) {
+      unsigned char* chunk = tile + offset(i);
       const uint4 v = ptx::load<uint4>(chunk);
       uint32_t word[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const Words4 random = philox(seed, row0 + row, static_cast<uint32_t>(column / 4 + h));
+        const Words4 random =
+            philox(seed, row0 + first_row + i * kLoraWarps, static_cast<uint32_t>(column / 4 + h));
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           if (random.word[e] < threshold) word[2 * h + e / 2] &= e % 2 ? 0x0000ffffu : 0xffff0000u;
@@ -289,13 +325,21 @@ __device__ __forceinline__ void multiply(Sum& sum, const Activations<F16>& a, co
   for (int h = 0; h < 2; ++h) ptx::mma_tf32(sum.others, a.a[h], b.part[1][h]);
 }
 
-// The lane's address for ldmatrix of the 16 x 16 activations at (row, column) of a tile: matrices
-// (0, 0) (8, 0) (0, 8) (8, 8), which is the order of the first operand. Transposed, with rows and
-// columns changing places, the middle two must change places as well.
-__device__ __forceinline__ const void* matrix_row(unsigned char* tile, int row, int column) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  return chunk_of(tile, row + lane % 16, column / 8 + lane / 16);
-}
+// The lane's offset for ldmatrix of 16 x 16 activations: matrices (0, 0) (8, 0) (0, 8) (8, 8),
+// which is the order of the first operand. Transposed, rows and columns change places, and so must
+// the middle two. This is the first of the warp's slices, at(m, s) the s-th, 16 m rows below.
+struct MatrixOffset {
+  int first;
+
+  __device__ MatrixOffset() {
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    first = chunk_offset(lane % 16, warp * (2 * kLoraSlices) + lane / 16);
+  }
+  __device__ int at(int m, int s) const {
+    static_assert(kLoraSlices == 4, "two chunks each: s is bits 1 and 2 of the chunk");
+    return (first ^ s * 32) + m * (16 * kLoraChunks * 16);
+  }
+};
 
 template <class T>
 struct Tile {
@@ -312,15 +356,16 @@ struct Tile {
 
   // This warp's columns of the row product.
   static __device__ void add_rows(Rows& rows, unsigned char* tile, const float* p, bool exact) {
+    const MatrixOffset offset;
     const int slice0 = static_cast<int>(threadIdx.x) / 32 * kLoraSlices;
-#pragma unroll
+#pragma unroll 2
     for (int s = 0; s < kLoraSlices; ++s) {
       Parts<T> parts[kR];
       load_parts(parts, p, slice0 + s);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         uint32_t d[4];
-        ptx::load_matrices(d, matrix_row(tile, 16 * m, 16 * (slice0 + s)));
+        ptx::load_matrices(d, tile + offset.at(m, s));
         const Activations<T> a(d);
 #pragma unroll
         for (int r = 0; r < kR; ++r) multiply(rows[m][r], a, parts[r], exact);
@@ -330,15 +375,15 @@ struct Tile {
 
   // The column product of this warp's columns.
   static __device__ void add_columns(Columns& columns, unsigned char* tile, const float* q) {
-    const int slice0 = static_cast<int>(threadIdx.x) / 32 * kLoraSlices;
-#pragma unroll
+    const MatrixOffset offset;
+#pragma unroll 1
     for (int m = 0; m < kM; ++m) {
       Parts<T> parts[kR];
       load_parts(parts, q, m);
 #pragma unroll
       for (int s = 0; s < kLoraSlices; ++s) {
         uint32_t d[4];
-        ptx::load_matrices_transposed(d, matrix_row(tile, 16 * m, 16 * (slice0 + s)));
+        ptx::load_matrices_transposed(d, tile + offset.at(m, s));
         const uint32_t transposed[4] = {d[0], d[2], d[1], d[3]};
         const Activations<T> a(transposed);
 #pragma unroll
@@ -366,7 +411,7 @@ __device__ __forceinline__ void leave_rows(const Rows& rows, float* sums) {
 }
 
 // Adds the warps' row sums in their order; to[row][16], rows before `count`.
-__device__ __forceinline__ void write_rows(const float* sums, float* to, int64_t count) {
+__device__ __forceinline__ void write_rows(const float* sums, float* to, int count) {
   constexpr int pieces = kLoraRows * kLoraPass / 4;
   static_assert(pieces == kLoraThreads, "one float4 per thread");
   const int thread = static_cast<int>(threadIdx.x), g = thread % 32 / 4, t = thread % 4;
@@ -384,7 +429,7 @@ __device__ __forceinline__ void write_rows(const float* sums, float* to, int64_t
 
 // to[column][16], columns before `count`.
 template <class Columns>
-__device__ __forceinline__ void write_columns(const Columns& columns, float* to, int64_t count) {
+__device__ __forceinline__ void write_columns(const Columns& columns, float* to, int count) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int s = 0; s < kLoraSlices; ++s)
@@ -403,6 +448,9 @@ __device__ __forceinline__ void write_columns(const Columns& columns, float* to,
 
 // -- kernels --------------------------------------------------------------------------------------
 
+// How many blocks are meant to run on one multiprocessor at a time.
+constexpr int lora_residents(bool rows, bool columns) { return rows && columns ? 2 : 3; }
+
 // Shared memory: | P | row sums of the warps | Q, two | ring |, without what is not needed.
 constexpr size_t lora_shared_bytes(bool rows, bool columns) {
   return (rows ? kLoraPBytes + kLoraSumBytes : 0) + (columns ? 2 * kLoraQBytes : 0) +
@@ -410,7 +458,8 @@ constexpr size_t lora_shared_bytes(bool rows, bool columns) {
 }
 
 template <class T, bool kRowProduct, bool kColumnProduct>
-__global__ void __launch_bounds__(kLoraThreads, 2) skinny_products(SkinnyArgs args) {
+__global__ void __launch_bounds__(kLoraThreads, lora_residents(kRowProduct, kColumnProduct))
+    skinny_products(SkinnyArgs args) {
   float* p = reinterpret_cast<float*>(ptx::shared_memory());
   float* sums = p + (kRowProduct ? kLoraPBytes / 4 : 0);
   float* q = sums + (kRowProduct ? kLoraSumBytes / 4 : 0);
@@ -421,10 +470,11 @@ __global__ void __launch_bounds__(kLoraThreads, 2) skinny_products(SkinnyArgs ar
   const int pass = args.first_pass + static_cast<int>(blockIdx.x) % args.passes;
   const int strip = static_cast<int>(blockIdx.x) / args.passes % args.strips;
   const int split = static_cast<int>(blockIdx.x) / args.passes / args.strips;
-  const int64_t column0 = int64_t{strip} * kLoraColumns, r0 = int64_t{pass} * kLoraPass;
-  const int64_t row0 = split * args.range, end = min64(row0 + args.range, args.act.rows);
-  const int steps = static_cast<int>(ceil_div(end - row0, kLoraRows));
-  const Copier copier{args.act, column0 + threadIdx.x % 32 * 8, end};
+  const int column0 = strip * kLoraColumns, r0 = pass * kLoraPass;
+  const int rows = static_cast<int>(args.act.rows), cols = static_cast<int>(args.act.cols);
+  const int row0 = split * args.range, end = rows - row0 < args.range ? rows : row0 + args.range;
+  const int steps = (end - row0 + kLoraRows - 1) / kLoraRows;
+  const Copier copier(args.act, column0, end);
 
   ptx::wait_for_previous_kernel();
 #pragma unroll
@@ -434,13 +484,13 @@ __global__ void __launch_bounds__(kLoraThreads, 2) skinny_products(SkinnyArgs ar
   }
   QueuedRows queued;
   if constexpr (kColumnProduct) queued.load(args.q, row0, end, r0);
-  if constexpr (kRowProduct) stage_p(args.p, column0, r0, p);
+  if constexpr (kRowProduct) stage_p(args.p, column0, cols, r0, p);
   const uint64_t seed = args.dropout.threshold ? *args.dropout.seed : 0;
 
   typename Tile<T>::Columns columns;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    const int64_t row = row0 + int64_t{step} * kLoraRows;
+    const int row = row0 + step * kLoraRows;
     unsigned char* tile = slot(step);
     float* q_tile = q + step % 2 * (kLoraQBytes / 4);
     if constexpr (kColumnProduct) queued.store(q_tile);
@@ -449,7 +499,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) skinny_products(SkinnyArgs ar
       copier.drop(tile, args.first_row + row, seed, args.dropout.threshold);
     __syncthreads();  // the tile is there; the one before it has been used by all
     const int ahead = step + kLoraStages - 1;
-    if (ahead < steps) copier.issue(slot(ahead), row0 + int64_t{ahead} * kLoraRows);
+    if (ahead < steps) copier.issue(slot(ahead), row0 + ahead * kLoraRows);
     ptx::copy_async_commit();
     if constexpr (kColumnProduct) {
       if (step + 1 < steps) queued.load(args.q, row + kLoraRows, end, r0);
@@ -476,7 +526,7 @@ __global__ void __launch_bounds__(kLoraThreads, 2) skinny_products(SkinnyArgs ar
         columns,
         args.column_partial +
             ((int64_t{split} * args.column_passes + pass) * args.act.cols + column0) * kLoraPass,
-        args.act.cols - column0);
+        cols - column0);
 }
 
 // out[i, r] = scale Σ_part partial[part][r / 16][i][r % 16], and the same without scale into

@@ -9,34 +9,35 @@
 namespace lk::cuda {
 namespace {
 
-constexpr int64_t kMaxRank = 256;
-constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int64_t kMaxRank = 256, kMaxColumns = 1 << 30;
 // Partial row sums of one launch: they are read back at once, so they should stay in the
 // second-level cache.
 constexpr int64_t kRowPartialBytes = 32 << 20;
 
 bool takes(const Matrix& act) {
   const auto address = reinterpret_cast<uintptr_t>(act.data);
-  return act.dtype != DType::f32 && act.cols > 0 && act.cols % 8 == 0 && address % 16 == 0 &&
-         (act.rows <= 1 || act.stride % 8 == 0);
+  return act.dtype != DType::f32 && act.cols > 0 && act.cols <= kMaxColumns && act.cols % 8 == 0 &&
+         address % 16 == 0 && (act.rows <= 1 || act.stride % 8 == 0);
 }
 bool takes_rank(const Lora& lora) { return 1 <= lora.A.rows && lora.A.rows <= kMaxRank; }
 
-// How activations [rows, cols] are divided, in chunks of rows, each a launch. It depends on nothing
-// else but the rank, so that a gradient has the same bits whichever others are computed beside it.
+// How activations [rows, cols] are divided, in chunks of rows, each a launch. It does not depend on
+// which products are wanted, so that a gradient has the same bits whichever others are computed
+// beside it.
 struct Division {
   int64_t rows = 0, cols = 0;
   int passes = 1, strips = 1;
   int64_t chunk = kLoraRows;  // rows of a launch, but for the last
   int64_t range = kLoraRows;  // rows of a block
 
-  Division(const Matrix& act, int64_t R, int device) : rows(act.rows), cols(act.cols) {
+  Division(const Matrix& act, int64_t R, int residents, int device)
+      : rows(act.rows), cols(act.cols) {
     passes = static_cast<int>(std::max<int64_t>(1, ceil_div(R, kLoraPass)));
     strips = static_cast<int>(ceil_div(cols, kLoraColumns));
     const int64_t row_bytes = int64_t{strips} * passes * kLoraPass * 4;
     const int64_t fitting = std::max<int64_t>(kRowPartialBytes / row_bytes / kLoraRows, 1);
     chunk = std::max<int64_t>(min64(rows, fitting * kLoraRows), 1);
-    range = range_for(device_info(device).multiprocessors * kBlocksPerMultiprocessor);
+    range = range_for(device_info(device).multiprocessors * residents);
   }
 
   int64_t launches() const { return ceil_div(rows, chunk); }
@@ -92,26 +93,27 @@ struct Products {
   Matrix act;
   Dropout dropout;
   int64_t R = 0;
+  int residents = lora_residents(true, true);  // of blocks, when all of it is wanted
   // The row product with p into rows[m, R], times row_scale; null: not wanted.
-  SkinnyOperand p;
+  SkinnyRows p;
   float* rows = nullptr;
   float row_scale = 1.0f;
   // The column product with q; where its sums go, but for what the division says.
   bool column_product = false;
-  SkinnyOperand q;
+  SkinnyColumns q;
   PartialSums columns;
 
   int column_passes() const { return static_cast<int>(ceil_div(R + (q.ones ? 1 : 0), kLoraPass)); }
 };
 
 int64_t workspace(const Products& w, int device) {
-  const Division d(w.act, w.R, device);
+  const Division d(w.act, w.R, w.residents, device);
   return (w.rows ? d.row_partial_bytes() : 0) +
          (w.column_product ? d.column_partial_bytes(w.column_passes()) : 0);
 }
 
 cudaError_t run(const Products& w, const Launch& on) {
-  const Division d(w.act, w.R, on.device);
+  const Division d(w.act, w.R, w.residents, on.device);
   float* row_partial = static_cast<float*>(on.workspace);
   float* column_partial = row_partial + (w.rows ? d.row_partial_bytes() / 4 : 0);
   const int column_passes = w.column_passes();
@@ -139,8 +141,7 @@ cudaError_t run(const Products& w, const Launch& on) {
     args.dropout = w.dropout;
     args.p = w.p;
     args.q = w.q;
-    args.q.data = w.q.data ? static_cast<const float*>(w.q.data) + row0 * w.R : nullptr;
-    args.q.size = rows;
+    if (w.q.data) args.q.data = w.q.data + row0 * w.R;
     args.row_partial = row_partial;
     args.column_partial = column_partial + splits_before * column_passes * w.act.cols * kLoraPass;
     args.row_passes = d.passes;
@@ -149,7 +150,7 @@ cudaError_t run(const Products& w, const Launch& on) {
     args.passes =
         std::max(w.rows ? d.passes : 0, w.column_product ? column_passes : 0) - args.first_pass;
     args.strips = d.strips;
-    args.range = d.range;
+    args.range = static_cast<int>(d.range);
     const bool is_bf16 = w.act.dtype == DType::bf16;
     LK_TRY((is_bf16 ? start<Bf16> : start<F16>)(args, w.rows != nullptr, w.column_product,
                                                 splits * d.strips * args.passes, on));
@@ -178,27 +179,16 @@ bool is_exact(DType adapter, DType act) {
   return adapter == act || (adapter == DType::bf16 && act == DType::f16);
 }
 
-// m[r, k] or, transposed, m[k, r].
-SkinnyOperand operand(const Matrix& m, bool transposed, DType act) {
-  SkinnyOperand o;
-  o.data = m.data;
-  o.dtype = m.dtype;
-  o.k_stride = transposed ? m.stride : 1;
-  o.r_stride = transposed ? 1 : m.stride;
-  o.size = transposed ? m.rows : m.cols;
-  o.R = transposed ? m.cols : m.rows;
-  o.exact = is_exact(m.dtype, act);
-  return o;
-}
-
-// s[m, R], or zeros.
-SkinnyOperand operand(const float* s, int64_t R) {
-  SkinnyOperand o;
-  o.data = s;
-  o.k_stride = R;
-  o.r_stride = 1;
-  o.R = R;
-  return o;
+// A[r, c] or, transposed, B[c, r].
+SkinnyRows adapter(const Matrix& m, bool transposed, DType act) {
+  SkinnyRows p;
+  p.data = m.data;
+  p.dtype = m.dtype;
+  p.c_stride = transposed ? m.stride : 1;
+  p.r_stride = transposed ? 1 : m.stride;
+  p.R = transposed ? m.cols : m.rows;
+  p.exact = is_exact(m.dtype, act);
+  return p;
 }
 
 Products shrink(const LinearArgs& a) {
@@ -206,7 +196,8 @@ Products shrink(const LinearArgs& a) {
   w.act = a.x;
   w.dropout = a.lora.dropout;
   w.R = a.lora.A.rows;
-  w.p = operand(a.lora.A, false, a.x.dtype);
+  w.residents = lora_residents(true, false);
+  w.p = adapter(a.lora.A, false, a.x.dtype);
   w.rows = a.s;
   w.row_scale = a.lora.dropout.threshold ? a.lora.dropout.scale : 1.0f;
   return w;
@@ -218,13 +209,12 @@ Products from_dy(const BackwardArgs& a) {
   w.act = a.dy;
   if (a.lora.A.data) {
     w.R = a.lora.A.rows;
-    w.p = operand(a.lora.B, true, a.dy.dtype);
+    w.p = adapter(a.lora.B, true, a.dy.dtype);
     if (a.dx.data || a.dA.data) w.rows = a.ds;
     w.row_scale = a.lora.scaling;
   }
   w.column_product = a.dB.data || a.dbias.data;
-  w.q = operand(a.dB.data ? a.s : nullptr, w.R);
-  w.q.ones = a.dbias.data != nullptr;
+  w.q = {a.dB.data ? a.s : nullptr, static_cast<int>(w.R), a.dbias.data != nullptr};
   w.columns.scale = a.lora.scaling;
   w.columns.out = a.dB.data;
   w.columns.out_dtype = a.dB.dtype;
@@ -241,8 +231,9 @@ Products from_x(const BackwardArgs& a) {
   w.act = a.x;
   w.dropout = a.lora.dropout;
   w.R = a.lora.A.rows;
+  w.residents = lora_residents(false, true);
   w.column_product = true;
-  w.q = operand(a.ds, w.R);
+  w.q = {a.ds, static_cast<int>(w.R), false};
   w.columns.scale = a.lora.dropout.threshold ? a.lora.dropout.scale : 1.0f;
   w.columns.out = a.dA.data;
   w.columns.out_dtype = a.dA.dtype;
