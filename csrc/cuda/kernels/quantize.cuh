@@ -39,27 +39,30 @@ __device__ __forceinline__ int rank_of(const float* midpoints, float v) {
 // -- quantize -------------------------------------------------------------------------------------
 
 struct NearestCode {
-  float midpoints[16];   // between the 16 codes in ascending order
+  float codes[16];       // in ascending order
+  float midpoints[16];   // between two of them
   uint32_t nibbles[16];  // of each rank
 };
 
+// By all threads of a block. Equal codes stay in their order.
 __device__ inline void sort_codes(const float* code, NearestCode& nearest) {
-  int order[16];
-  for (int i = 0; i < 16; ++i) {  // stable insertion sort
-    int j = i;
-    for (; j > 0 && code[order[j - 1]] > code[i]; --j) order[j] = order[j - 1];
-    order[j] = i;
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < 16) {
+    int rank = 0;
+    for (int j = 0; j < 16; ++j) rank += code[j] < code[i] || (code[j] == code[i] && j < i) ? 1 : 0;
+    nearest.codes[rank] = code[i];
+    nearest.nibbles[rank] = static_cast<uint32_t>(i);
   }
-  for (int i = 0; i < 15; ++i)
-    nearest.midpoints[i] = __fmul_rn(__fadd_rn(code[order[i]], code[order[i + 1]]), 0.5f);
-  for (int i = 0; i < 16; ++i) nearest.nibbles[i] = static_cast<uint32_t>(order[i]);
+  __syncthreads();
+  if (i < 15)
+    nearest.midpoints[i] = __fmul_rn(__fadd_rn(nearest.codes[i], nearest.codes[i + 1]), 0.5f);
+  __syncthreads();
 }
 
 // One warp per block of the format.
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_blocks(QuantizeArgs a) {
   auto& nearest = *reinterpret_cast<NearestCode*>(ptx::shared_memory());
-  if (threadIdx.x == 0) sort_codes(a.code, nearest);
-  __syncthreads();
+  sort_codes(a.code, nearest);
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t block = int64_t{blockIdx.x} * kQuantizeWarps + threadIdx.x / 32;
   const int64_t begin = block * a.blocksize, end = min64(begin + a.blocksize, a.numel);
@@ -146,35 +149,104 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   store_one(out.data, out.dtype, r * out.stride + c, weight_one(w, (row + r) * w.K + column + c));
 }
 
-constexpr int kRunLength = 32;  // elements that one thread decodes: 16 packed bytes, one scale
+struct F32 {
+  static constexpr DType dtype = DType::f32;
+};
 
-// Rectangles whose rows are whole runs of 32 elements, 16-byte aligned in memory. One thread per
-// run; the table of pairs answers a byte with two decoded values.
+// What one lane decodes and stores at once: 16 bytes of output. Blocks are longer, so it has one
+// scale.
+template <class T>
+constexpr int kRunLength = T::dtype == DType::f32 ? 4 : 8;
+constexpr int kRunsPerThread = 4;  // read before the first is decoded
+
+// The packed bytes of a run: the first in the low byte.
+template <class T>
+__device__ __forceinline__ uint32_t load_run(const uint8_t* packed) {
+  if constexpr (kRunLength<T> == 8)
+    return ptx::load_const<uint32_t>(packed);
+  else
+    return ptx::load_const<uint16_t>(packed);
+}
+
+// Sixteen codes are in sixteen banks, so that whatever the lanes look up, they do not collide.
+template <class T>
+__device__ __forceinline__ void store_run(void* dst, uint32_t packed, float scale,
+                                          const float* code) {
+  constexpr int count = kRunLength<T>;
+  float v[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const uint32_t nibble = packed >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
+    v[i] = __fmul_rn(code[nibble], scale);
+  }
+  if constexpr (count == 8)
+    ptx::store(dst, make_uint4(ptx::pack<T>(v[0], v[1]), ptx::pack<T>(v[2], v[3]),
+                               ptx::pack<T>(v[4], v[5]), ptx::pack<T>(v[6], v[7])));
+  else
+    ptx::store(dst, make_float4(v[0], v[1], v[2], v[3]));
+}
+
+// block_scale of several blocks: what one waits for, the others wait for at the same time.
+__device__ __forceinline__ void block_scales(const Weight4& w,
+                                             const int64_t (&block)[kRunsPerThread],
+                                             float (&scale)[kRunsPerThread]) {
+  if (w.absmax) {
+#pragma unroll
+    for (int i = 0; i < kRunsPerThread; ++i) scale[i] = ptx::load_const<float>(w.absmax + block[i]);
+    return;
+  }
+  const float offset = ptx::load_const<float>(w.nested_offset);
+  uint8_t quantized[kRunsPerThread];
+  float nested[kRunsPerThread];
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i) {
+    quantized[i] = ptx::load_const<uint8_t>(w.absmax_u8 + block[i]);
+    nested[i] = ptx::load_const<float>(w.nested_absmax + (block[i] >> kNestedShift));
+  }
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    scale[i] = ptx::load_const<float>(w.nested_code + quantized[i]);
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    scale[i] = __fadd_rn(__fmul_rn(scale[i], nested[i]), offset);
+}
+
+// Rectangles whose rows are whole runs, aligned in memory. `rows` and `runs` (in a row) divide the
+// output; a warp takes neighbouring runs, so that each of its stores is 512 bytes in one piece:
+//
+//   warp 0 | 32 runs | 32 runs | 32 runs | 32 runs |   one run of each per lane
+//   warp 1 | ...
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    dequantize_runs(Weight4 w, int64_t row, int64_t column, MutMatrix out) {
-  const int thread = static_cast<int>(threadIdx.x);
+    dequantize_runs(Weight4 w, int64_t row, int64_t column, MutMatrix out, uint32_t rows,
+                    uint32_t runs) {
+  const uint32_t thread = threadIdx.x, lane = thread % 32;
   float* code = reinterpret_cast<float*>(ptx::shared_memory());
   if (thread < 16) code[thread] = w.code[thread];
   __syncthreads();
-  const int64_t runs = out.cols / kRunLength;
-  const int64_t i = int64_t{blockIdx.x} * kQuantizeThreads + thread;
-  if (i >= out.rows * runs) return;
-  const int64_t r = i / runs, c = i % runs * kRunLength;
-  const int64_t element = (row + r) * w.K + column + c;
-  const uint4 packed = ptx::load_once(w.packed + element / 2);
-  const float scale = block_scale(w, element >> w.block_shift);
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-  uint16_t* dst = static_cast<uint16_t*>(out.data) + r * out.stride + c;
+  const uint32_t warp = blockIdx.x * kQuantizeWarps + thread / 32;
+  const uint32_t first = warp * (32 * kRunsPerThread) + lane;
+  uint32_t r = first / runs, c = first % runs;
+  uint32_t packed[kRunsPerThread];
+  int64_t block[kRunsPerThread], to[kRunsPerThread];  // to negative: past the end
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    uint32_t pair[4];
+  for (int i = 0; i < kRunsPerThread; ++i) {
+    const bool inside = r < rows;
+    const int64_t from =
+        (row + (inside ? r : 0)) * w.K + column + int64_t{inside ? c : 0} * kRunLength<T>;
+    packed[i] = load_run<T>(w.packed + from / 2);
+    block[i] = from >> w.block_shift;
+    to[i] = inside ? r * out.stride + int64_t{c} * kRunLength<T> : -1;
+    c += 32;
+    if (c >= runs) r += c / runs, c %= runs;
+  }
+  float scale[kRunsPerThread];
+  block_scales(w, block, scale);
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const uint32_t byte = words[q] >> (8 * b) & 0xff;
-      pair[b] = ptx::pack<T>(__fmul_rn(code[byte >> 4], scale), __fmul_rn(code[byte & 15], scale));
-    }
-    ptx::store(dst + 8 * q, make_uint4(pair[0], pair[1], pair[2], pair[3]));
+  for (int i = 0; i < kRunsPerThread; ++i) {
+    if (to[i] < 0) return;
+    store_run<T>(static_cast<unsigned char*>(out.data) + to[i] * element_size(T::dtype), packed[i],
+                 scale[i], code);
   }
 }
 
