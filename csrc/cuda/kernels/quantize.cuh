@@ -186,68 +186,68 @@ __device__ __forceinline__ void store_run(void* dst, uint32_t packed, float scal
     ptx::store(dst, make_float4(v[0], v[1], v[2], v[3]));
 }
 
-// block_scale of several blocks: what one waits for, the others wait for at the same time.
-__device__ __forceinline__ void block_scales(const Weight4& w,
-                                             const int64_t (&block)[kRunsPerThread],
-                                             float (&scale)[kRunsPerThread]) {
+// The scales of a lane's runs, of which `count` are there: all loads of one kind before the next,
+// so that they wait together. `quantum` is where the first run lies, in 32 elements.
+template <class T>
+__device__ __forceinline__ void load_scales(const Weight4& w, uint32_t quantum, int count,
+                                            float (&scale)[kRunsPerThread]) {
+  constexpr int step = 32 * kRunLength<T> / 32;  // from one run of the lane to the next
+  const auto block = [&](int i) { return (quantum + i * step) >> (w.block_shift - 5); };
   if (w.absmax) {
 #pragma unroll
-    for (int i = 0; i < kRunsPerThread; ++i) scale[i] = ptx::load_const<float>(w.absmax + block[i]);
+    for (int i = 0; i < kRunsPerThread; ++i)
+      if (i < count) scale[i] = ptx::load_const<float>(w.absmax + block(i));
     return;
   }
   const float offset = ptx::load_const<float>(w.nested_offset);
-  uint8_t quantized[kRunsPerThread];
-  float nested[kRunsPerThread];
-#pragma unroll
-  for (int i = 0; i < kRunsPerThread; ++i) {
-    quantized[i] = ptx::load_const<uint8_t>(w.absmax_u8 + block[i]);
-    nested[i] = ptx::load_const<float>(w.nested_absmax + (block[i] >> kNestedShift));
-  }
+  uint32_t index[kRunsPerThread] = {};
+  float nested[kRunsPerThread] = {};
 #pragma unroll
   for (int i = 0; i < kRunsPerThread; ++i)
-    scale[i] = ptx::load_const<float>(w.nested_code + quantized[i]);
+    if (i < count) {
+      index[i] = ptx::load_const<uint8_t>(w.absmax_u8 + block(i));
+      nested[i] = ptx::load_const<float>(w.nested_absmax + (block(i) >> kNestedShift));
+    }
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    scale[i] = ptx::load_const<float>(w.nested_code + index[i]);
 #pragma unroll
   for (int i = 0; i < kRunsPerThread; ++i)
     scale[i] = __fadd_rn(__fmul_rn(scale[i], nested[i]), offset);
 }
 
-// Rectangles whose rows are whole runs, aligned in memory. `rows` and `runs` (in a row) divide the
-// output; a warp takes neighbouring runs, so that each of its stores is 512 bytes in one piece:
+// Rectangles of rows of `runs` whole runs, aligned in memory. A warp takes a piece of one row, so
+// that each of its stores is 512 bytes in one piece:
 //
-//   warp 0 | 32 runs | 32 runs | 32 runs | 32 runs |   one run of each per lane
-//   warp 1 | ...
+//   row | 32 runs | 32 runs | 32 runs | 32 runs | ...   one run of each per lane
+//       |                warp 0                 | warp 1
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    dequantize_runs(Weight4 w, int64_t row, int64_t column, MutMatrix out, uint32_t rows,
-                    uint32_t runs) {
-  const uint32_t thread = threadIdx.x, lane = thread % 32;
+    dequantize_runs(Weight4 w, int64_t row, int64_t column, MutMatrix out, uint32_t runs) {
+  const uint32_t thread = threadIdx.x;
+  constexpr uint32_t per_warp = 32 * kRunsPerThread;
+  const uint32_t pieces = (runs + per_warp - 1) / per_warp;
+  const uint32_t warp = blockIdx.x * kQuantizeWarps + thread / 32;
+  const int64_t r = warp / pieces;
+  const uint32_t c = warp % pieces * per_warp + thread % 32;
+  // How many runs the lane has, or more.
+  const int count = r < out.rows && c < runs ? static_cast<int>((runs - c + 31) / 32) : 0;
+
+  const int64_t from = (row + r) * w.K + column + int64_t{c} * kRunLength<T>;
+  uint32_t packed[kRunsPerThread] = {};
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    if (i < count) packed[i] = load_run<T>(w.packed + from / 2 + i * (32 * kRunLength<T> / 2));
+  float scale[kRunsPerThread] = {};
+  load_scales<T>(w, static_cast<uint32_t>(from >> 5), count, scale);
   float* code = reinterpret_cast<float*>(ptx::shared_memory());
   if (thread < 16) code[thread] = w.code[thread];
   __syncthreads();
-  const uint32_t warp = blockIdx.x * kQuantizeWarps + thread / 32;
-  const uint32_t first = warp * (32 * kRunsPerThread) + lane;
-  uint32_t r = first / runs, c = first % runs;
-  uint32_t packed[kRunsPerThread];
-  int64_t block[kRunsPerThread], to[kRunsPerThread];  // to negative: past the end
+  unsigned char* to = static_cast<unsigned char*>(out.data) +
+                      (r * out.stride + int64_t{c} * kRunLength<T>)*element_size(T::dtype);
 #pragma unroll
-  for (int i = 0; i < kRunsPerThread; ++i) {
-    const bool inside = r < rows;
-    const int64_t from =
-        (row + (inside ? r : 0)) * w.K + column + int64_t{inside ? c : 0} * kRunLength<T>;
-    packed[i] = load_run<T>(w.packed + from / 2);
-    block[i] = from >> w.block_shift;
-    to[i] = inside ? r * out.stride + int64_t{c} * kRunLength<T> : -1;
-    c += 32;
-    if (c >= runs) r += c / runs, c %= runs;
-  }
-  float scale[kRunsPerThread];
-  block_scales(w, block, scale);
-#pragma unroll
-  for (int i = 0; i < kRunsPerThread; ++i) {
-    if (to[i] < 0) return;
-    store_run<T>(static_cast<unsigned char*>(out.data) + to[i] * element_size(T::dtype), packed[i],
-                 scale[i], code);
-  }
+  for (int i = 0; i < kRunsPerThread; ++i)
+    if (i < count) store_run<T>(to + i * 512, packed[i], scale[i], code);
 }
 
 }  // namespace lk::cuda

@@ -37,7 +37,7 @@ bool is_in_runs(const Weight4& w, int64_t column, const MutMatrix& out) {
   };
   return w.K % length == 0 && column % length == 0 && out.cols % length == 0 &&
          out.stride % length == 0 && is_aligned(out.data, 16) && is_aligned(w.packed, length / 2) &&
-         out.rows * out.cols / length <= UINT32_MAX / 2;
+         out.rows * out.cols / length <= INT32_MAX && w.N * w.K >> 5 <= UINT32_MAX;
 }
 
 template <class T>
@@ -49,10 +49,11 @@ cudaError_t dequantize_as(const Weight4& w, int64_t row, int64_t column, const M
   int64_t rows = out.rows, runs = out.cols / kRunLength<T>;
   // Whole rows one after another are one long row.
   if (out.cols == w.K && out.stride == out.cols) runs *= rows, rows = 1;
-  return launch("dequantize_runs", on,
-                threads(ceil_div(rows * runs, kRunsPerThread), 16 * sizeof(float)),
-                dequantize_runs<T>, w, row, column, out, static_cast<uint32_t>(rows),
-                static_cast<uint32_t>(runs));
+  const int64_t tasks = rows * ceil_div(runs, 32 * kRunsPerThread);
+  MutMatrix rectangle = out;
+  rectangle.rows = rows;
+  return launch("dequantize_runs", on, warps(tasks, 16 * sizeof(float)), dequantize_runs<T>, w, row,
+                column, rectangle, static_cast<uint32_t>(runs));
 }
 
 cudaError_t dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
