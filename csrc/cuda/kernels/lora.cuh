@@ -81,41 +81,45 @@ constexpr int kLoraPBytes = kLoraColumns / 16 * kFragmentRow * 16;
 constexpr int kLoraQBytes = kLoraRows / 16 * kFragmentRow * 16;  // one of two
 constexpr int kLoraSumBytes = kLoraWarps * kLoraRows * kLoraPass * 4;
 
-__device__ __forceinline__ int fragment_index(int k, int r) {
-  const int lane = r % 8 * 4 + k % 8 / 2;
-  return (k / 16 * kFragmentTiles + r / 8) * 128 + lane * 4 + k % 16 / 8 * 2 + k % 2;
-}
-
-// Which element thread i of the block stages j-th: 16 k x 2 r per warp, which are 32 banks.
+// The element of each tile that a thread stages: 16 k x 2 r per warp, which are 32 banks.
 struct Staged {
-  int k, r;
+  int k, r, place;
+
+  __device__ Staged() {
+    static_assert(kLoraThreads == 16 * 8, "one element per thread");
+    const int thread = static_cast<int>(threadIdx.x);
+    k = thread % 16;
+    r = thread / 16;
+    place = (r * 4 + k % 8 / 2) * 4 + k / 8 * 2 + k % 2;
+  }
+  // Of the tile's element in the fragments.
+  __device__ int at(int k16, int r8) const { return place + (k16 * kFragmentTiles + r8) * 128; }
 };
-__device__ __forceinline__ Staged staged(int thread, int j) {
-  const int e = thread + j * kLoraThreads;
-  return {e / (16 * kLoraPass) * 16 + e % 16, e / 16 % kLoraPass};
-}
 
 template <DType dtype>
 __device__ __forceinline__ void stage_p_as(const SkinnyRows& p, int c0, int columns, int r0,
                                            float* to) {
-  const int thread = static_cast<int>(threadIdx.x);
-  constexpr int count = kLoraColumns * kLoraPass / kLoraThreads, batch = 16;
+  const Staged s;
+  constexpr int tiles = kLoraColumns / 16, batch = 8;
+  int c = c0 + s.k;
+  int64_t i = c * p.c_stride + (r0 + s.r) * p.r_stride;
 #pragma unroll 1
-  for (int j0 = 0; j0 < count; j0 += batch) {
-    float v[batch];  // loads first: they wait together
+  for (int t0 = 0; t0 < tiles; t0 += batch) {
+    float v[batch][kFragmentTiles];  // loads first: they wait together
 #pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      const Staged s = staged(thread, j0 + j);
-      const int c = c0 + s.k, r = r0 + s.r;
-      const bool inside = c < columns && r < p.R;
-      v[j] = inside ? load_one(p.data, dtype, int64_t{c} * p.c_stride + int64_t{r} * p.r_stride)
-                    : 0.0f;
+    for (int t = 0; t < batch; ++t) {
+#pragma unroll
+      for (int r = 0; r < kFragmentTiles; ++r) {
+        const bool inside = c < columns && r0 + s.r + 8 * r < p.R;
+        v[t][r] = inside ? load_one(p.data, dtype, i + 8 * r * p.r_stride) : 0.0f;
+      }
+      c += 16;
+      i += 16 * p.c_stride;
     }
 #pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      const Staged s = staged(thread, j0 + j);
-      to[fragment_index(s.k, s.r)] = v[j];
-    }
+    for (int t = 0; t < batch; ++t)
+#pragma unroll
+      for (int r = 0; r < kFragmentTiles; ++r) to[s.at(t0 + t, r)] = v[t][r];
   }
 }
 
@@ -134,28 +138,30 @@ __device__ __forceinline__ void stage_p(const SkinnyRows& p, int c0, int columns
 
 // 32 rows of Q, which pass through registers a tile ahead of their use.
 struct QueuedRows {
-  static constexpr int kCount = kLoraRows * kLoraPass / kLoraThreads;
-  float v[kCount];
+  static constexpr int kM = kLoraRows / 16;
+  float v[kM][kFragmentTiles];
 
   // Rows [m0, end), at most 32.
   __device__ void load(const SkinnyColumns& q, int m0, int end, int r0) {
-    const float* from = q.data + int64_t{m0} * q.R + r0;
+    const Staged s;
+    const int64_t first = int64_t{m0 + s.k} * q.R + r0 + s.r;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const Staged s = staged(static_cast<int>(threadIdx.x), j);
-      const bool is_one = q.ones && r0 + s.r == q.R;
-      v[j] = 0.0f;
-      if (m0 + s.k >= end) continue;
-      if (q.data && r0 + s.r < q.R) v[j] = ptx::load_const<float>(from + s.k * q.R + s.r);
-      if (is_one) v[j] = 1.0f;
-    }
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r8 = 0; r8 < kFragmentTiles; ++r8) {
+        const int r = r0 + s.r + 8 * r8;
+        const bool inside = m0 + s.k + 16 * m < end;
+        v[m][r8] = inside && q.ones && r == q.R ? 1.0f : 0.0f;
+        if (inside && q.data && r < q.R)
+          v[m][r8] = ptx::load_const<float>(q.data + first + 16 * m * q.R + 8 * r8);
+      }
   }
   __device__ void store(float* to) const {
+    const Staged s;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const Staged s = staged(static_cast<int>(threadIdx.x), j);
-      to[fragment_index(s.k, s.r)] = v[j];
-    }
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int r8 = 0; r8 < kFragmentTiles; ++r8) to[s.at(m, r8)] = v[m][r8];
   }
 };
 
@@ -325,15 +331,18 @@ __device__ __forceinline__ void multiply(Sum& sum, const Activations<F16>& a, co
   for (int h = 0; h < 2; ++h) ptx::mma_tf32(sum.others, a.a[h], b.part[1][h]);
 }
 
-// The lane's offset for ldmatrix of 16 x 16 activations: matrices (0, 0) (8, 0) (0, 8) (8, 8),
-// which is the order of the first operand. Transposed, rows and columns change places, and so must
-// the middle two. This is the first of the warp's slices, at(m, s) the s-th, 16 m rows below.
+// The lane's offset for ldmatrix of 16 x 16 activations, in the order of the first operand:
+// matrices (0, 0) (8, 0) (0, 8) (8, 8), (row, column) of the operand; where rows are columns, the
+// middle two change places. This is the first of the warp's slices; at(m, s) the s-th, 16 m rows
+// below.
 struct MatrixOffset {
   int first;
 
-  __device__ MatrixOffset() {
+  __device__ explicit MatrixOffset(bool transposed) {
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    first = chunk_offset(lane % 16, warp * (2 * kLoraSlices) + lane / 16);
+    const int low = lane / 8 % 2, high = lane / 16;
+    const int row = lane % 8 + 8 * (transposed ? high : low);
+    first = chunk_offset(row, warp * (2 * kLoraSlices) + (transposed ? low : high));
   }
   __device__ int at(int m, int s) const {
     static_assert(kLoraSlices == 4, "two chunks each: s is bits 1 and 2 of the chunk");
@@ -356,7 +365,7 @@ struct Tile {
 
   // This warp's columns of the row product.
   static __device__ void add_rows(Rows& rows, unsigned char* tile, const float* p, bool exact) {
-    const MatrixOffset offset;
+    const MatrixOffset offset(false);
     const int slice0 = static_cast<int>(threadIdx.x) / 32 * kLoraSlices;
 #pragma unroll 2
     for (int s = 0; s < kLoraSlices; ++s) {
@@ -375,7 +384,7 @@ struct Tile {
 
   // The column product of this warp's columns.
   static __device__ void add_columns(Columns& columns, unsigned char* tile, const float* q) {
-    const MatrixOffset offset;
+    const MatrixOffset offset(true);
 #pragma unroll 1
     for (int m = 0; m < kM; ++m) {
       Parts<T> parts[kR];
@@ -384,8 +393,7 @@ struct Tile {
       for (int s = 0; s < kLoraSlices; ++s) {
         uint32_t d[4];
         ptx::load_matrices_transposed(d, tile + offset.at(m, s));
-        const uint32_t transposed[4] = {d[0], d[2], d[1], d[3]};
-        const Activations<T> a(transposed);
+        const Activations<T> a(d);
 #pragma unroll
         for (int r = 0; r < kR; ++r) multiply(columns[s][r], a, parts[r], false);
       }
