@@ -39,23 +39,23 @@ __device__ __forceinline__ int rank_of(const float* midpoints, float v) {
 // -- quantize -------------------------------------------------------------------------------------
 
 struct NearestCode {
-  float sorted[16];
+  float codes[16];       // in ascending order
+  float midpoints[16];   // between two of them
   uint32_t nibbles[16];  // of each rank
-  float midpoints[16];   // between neighbours in `sorted`; 15 of them
 };
 
-// By the first 16 threads: a code's rank is how many come before it, equal ones in their order.
+// By all threads of a block. Equal codes stay in their order.
 __device__ inline void sort_codes(const float* code, NearestCode& nearest) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < 16) {
     int rank = 0;
-    for (int j = 0; j < 16; ++j) rank += code[j] < code[i] || (code[j] == code[i] && j < i);
-    nearest.sorted[rank] = code[i];
+    for (int j = 0; j < 16; ++j) rank += code[j] < code[i] || (code[j] == code[i] && j < i) ? 1 : 0;
+    nearest.codes[rank] = code[i];
     nearest.nibbles[rank] = static_cast<uint32_t>(i);
   }
   __syncthreads();
   if (i < 15)
-    nearest.midpoints[i] = __fmul_rn(__fadd_rn(nearest.sorted[i], nearest.sorted[i + 1]), 0.5f);
+    nearest.midpoints[i] = __fmul_rn(__fadd_rn(nearest.codes[i], nearest.codes[i + 1]), 0.5f);
   __syncthreads();
 }
 
@@ -149,36 +149,105 @@ __global__ void __launch_bounds__(kQuantizeThreads)
   store_one(out.data, out.dtype, r * out.stride + c, weight_one(w, (row + r) * w.K + column + c));
 }
 
-constexpr int kRunLength = 32;  // elements that one thread decodes: 16 packed bytes, one scale
+struct F32 {
+  static constexpr DType dtype = DType::f32;
+};
 
-// Rectangles whose rows are whole runs of 32 elements, 16-byte aligned in memory. One thread per
-// run; the table of pairs answers a byte with two decoded values.
+// What one lane decodes and stores at once: 16 bytes of output. Blocks are longer, so it has one
+// scale.
+template <class T>
+constexpr int kRunLength = T::dtype == DType::f32 ? 4 : 8;
+constexpr int kRunsPerThread = 4;  // read before the first is decoded
+
+// The packed bytes of a run: the first in the low byte.
+template <class T>
+__device__ __forceinline__ uint32_t load_run(const uint8_t* packed) {
+  if constexpr (kRunLength<T> == 8)
+    return ptx::load_const<uint32_t>(packed);
+  else
+    return ptx::load_const<uint16_t>(packed);
+}
+
+// Sixteen codes are in sixteen banks, so that whatever the lanes look up, they do not collide.
+template <class T>
+__device__ __forceinline__ void store_run(void* dst, uint32_t packed, float scale,
+                                          const float* code) {
+  constexpr int count = kRunLength<T>;
+  float v[count];
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const uint32_t nibble = packed >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
+    v[i] = __fmul_rn(code[nibble], scale);
+  }
+  if constexpr (count == 8)
+    ptx::store(dst, make_uint4(ptx::pack<T>(v[0], v[1]), ptx::pack<T>(v[2], v[3]),
+                               ptx::pack<T>(v[4], v[5]), ptx::pack<T>(v[6], v[7])));
+  else
+    ptx::store(dst, make_float4(v[0], v[1], v[2], v[3]));
+}
+
+// The scales of a lane's runs, of which `count` are there: all loads of one kind before the next,
+// so that they wait together. `quantum` is where the first run lies, in 32 elements.
+template <class T>
+__device__ __forceinline__ void load_scales(const Weight4& w, uint32_t quantum, int count,
+                                            float (&scale)[kRunsPerThread]) {
+  constexpr int step = 32 * kRunLength<T> / 32;  // from one run of the lane to the next
+  const auto block = [&](int i) { return (quantum + i * step) >> (w.block_shift - 5); };
+  if (w.absmax) {
+#pragma unroll
+    for (int i = 0; i < kRunsPerThread; ++i)
+      if (i < count) scale[i] = ptx::load_const<float>(w.absmax + block(i));
+    return;
+  }
+  const float offset = ptx::load_const<float>(w.nested_offset);
+  uint32_t index[kRunsPerThread] = {};
+  float nested[kRunsPerThread] = {};
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    if (i < count) {
+      index[i] = ptx::load_const<uint8_t>(w.absmax_u8 + block(i));
+      nested[i] = ptx::load_const<float>(w.nested_absmax + (block(i) >> kNestedShift));
+    }
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    scale[i] = ptx::load_const<float>(w.nested_code + index[i]);
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    scale[i] = __fadd_rn(__fmul_rn(scale[i], nested[i]), offset);
+}
+
+// Rectangles of rows of `runs` whole runs, aligned in memory. A warp takes a piece of one row, so
+// that each of its stores is 512 bytes in one piece:
+//
+//   row | 32 runs | 32 runs | 32 runs | 32 runs | ...   one run of each per lane
+//       |                warp 0                 | warp 1
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads)
-    dequantize_runs(Weight4 w, int64_t row, int64_t column, MutMatrix out) {
-  const int thread = static_cast<int>(threadIdx.x);
+    dequantize_runs(Weight4 w, int64_t row, int64_t column, MutMatrix out, uint32_t runs) {
+  const uint32_t thread = threadIdx.x;
+  constexpr uint32_t per_warp = 32 * kRunsPerThread;
+  const uint32_t pieces = (runs + per_warp - 1) / per_warp;
+  const uint32_t warp = blockIdx.x * kQuantizeWarps + thread / 32;
+  const int64_t r = warp / pieces;
+  const uint32_t c = warp % pieces * per_warp + thread % 32;
+  // How many runs the lane has, or more.
+  const int count = r < out.rows && c < runs ? static_cast<int>((runs - c + 31) / 32) : 0;
+
+  const int64_t from = (row + r) * w.K + column + int64_t{c} * kRunLength<T>;
+  uint32_t packed[kRunsPerThread] = {};
+#pragma unroll
+  for (int i = 0; i < kRunsPerThread; ++i)
+    if (i < count) packed[i] = load_run<T>(w.packed + from / 2 + i * (32 * kRunLength<T> / 2));
+  float scale[kRunsPerThread] = {};
+  load_scales<T>(w, static_cast<uint32_t>(from >> 5), count, scale);
   float* code = reinterpret_cast<float*>(ptx::shared_memory());
   if (thread < 16) code[thread] = w.code[thread];
   __syncthreads();
-  const int64_t runs = out.cols / kRunLength;
-  const int64_t i = int64_t{blockIdx.x} * kQuantizeThreads + thread;
-  if (i >= out.rows * runs) return;
-  const int64_t r = i / runs, c = i % runs * kRunLength;
-  const int64_t element = (row + r) * w.K + column + c;
-  const uint4 packed = ptx::load_once(w.packed + element / 2);
-  const float scale = block_scale(w, element >> w.block_shift);
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-  uint16_t* dst = static_cast<uint16_t*>(out.data) + r * out.stride + c;
+  unsigned char* to = static_cast<unsigned char*>(out.data) +
+                      (r * out.stride + int64_t{c} * kRunLength<T>)*element_size(T::dtype);
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    uint32_t pair[4];
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const uint32_t byte = words[q] >> (8 * b) & 0xff;
-      pair[b] = ptx::pack<T>(__fmul_rn(code[byte >> 4], scale), __fmul_rn(code[byte & 15], scale));
-    }
-    ptx::store(dst + 8 * q, make_uint4(pair[0], pair[1], pair[2], pair[3]));
-  }
+  for (int i = 0; i < kRunsPerThread; ++i)
+    if (i < count) store_run<T>(to + i * 512, packed[i], scale[i], code);
 }
 
 }  // namespace lk::cuda

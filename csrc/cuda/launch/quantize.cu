@@ -29,20 +29,44 @@ cudaError_t double_quantize(const DoubleQuantizeArgs& a, const Launch& on) {
                 double_quantize_blocks, a);
 }
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+template <class T>
+bool is_in_runs(const Weight4& w, int64_t column, const MutMatrix& out) {
+  constexpr int64_t length = kRunLength<T>;
+  const auto is_aligned = [](const void* p, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+  };
+  return w.K % length == 0 && column % length == 0 && out.cols % length == 0 &&
+         out.stride % length == 0 && is_aligned(out.data, 16) && is_aligned(w.packed, length / 2) &&
+         out.rows * out.cols / length <= INT32_MAX && w.N * w.K >> 5 <= UINT32_MAX;
+}
+
+template <class T>
+cudaError_t dequantize_as(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
+                          const Launch& on) {
+  if (!is_in_runs<T>(w, column, out))
+    return launch("dequantize_elements", on, threads(out.rows * out.cols), dequantize_elements, w,
+                  row, column, out);
+  int64_t rows = out.rows, runs = out.cols / kRunLength<T>;
+  // Whole rows one after another are one long row.
+  if (out.cols == w.K && out.stride == out.cols) runs *= rows, rows = 1;
+  const int64_t tasks = rows * ceil_div(runs, 32 * kRunsPerThread);
+  MutMatrix rectangle = out;
+  rectangle.rows = rows;
+  return launch("dequantize_runs", on, warps(tasks, 16 * sizeof(float)), dequantize_runs<T>, w, row,
+                column, rectangle, static_cast<uint32_t>(runs));
+}
 
 cudaError_t dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
                        const Launch& on) {
   if (out.rows * out.cols == 0) return cudaSuccess;
-  const bool in_runs = out.dtype != DType::f32 && w.K % kRunLength == 0 &&
-                       column % kRunLength == 0 && out.cols % kRunLength == 0 &&
-                       out.stride % 8 == 0 && is_aligned(out.data) && is_aligned(w.packed);
-  if (!in_runs)
-    return launch("dequantize_elements", on, threads(out.rows * out.cols), dequantize_elements, w,
-                  row, column, out);
-  return launch(
-      "dequantize_runs", on, threads(out.rows * out.cols / kRunLength, 16 * sizeof(float)),
-      out.dtype == DType::bf16 ? dequantize_runs<Bf16> : dequantize_runs<F16>, w, row, column, out);
+  switch (out.dtype) {
+    case DType::f32:
+      return dequantize_as<F32>(w, row, column, out, on);
+    case DType::bf16:
+      return dequantize_as<Bf16>(w, row, column, out, on);
+    default:
+      return dequantize_as<F16>(w, row, column, out, on);
+  }
 }
 
 }  // namespace
