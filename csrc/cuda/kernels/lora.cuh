@@ -136,7 +136,8 @@ __device__ __forceinline__ void stage_p(const SkinnyRows& p, int c0, int columns
   }
 }
 
-// 32 rows of Q, which pass through registers a tile ahead of their use.
+// 32 rows of Q, which pass through registers a tile ahead of their use. Not load_const: the kernel
+// before may still be writing Q when this one starts.
 struct QueuedRows {
   static constexpr int kM = kLoraRows / 16;
   float v[kM][kFragmentTiles];
@@ -153,7 +154,7 @@ struct QueuedRows {
         const bool inside = m0 + s.k + 16 * m < end;
         v[m][r8] = inside && q.ones && r == q.R ? 1.0f : 0.0f;
         if (inside && q.data && r < q.R)
-          v[m][r8] = ptx::load_const<float>(q.data + first + 16 * m * q.R + 8 * r8);
+          v[m][r8] = ptx::load<float>(q.data + first + 16 * m * q.R + 8 * r8);
       }
   }
   __device__ void store(float* to) const {
