@@ -4,9 +4,9 @@
 //   row product      rows[m, r]    = Σ_c act[m, c] P[c, r]    S (P = Aᵀ), dS (P = B)
 //   column product   columns[c, r] = Σ_m act[m, c] Q[m, r]    dB (Q = S), dAᵀ (Q = dS)
 //
-// With a column of ones beside Q the column product has dbias as well.
-// act is x, under dropout or not, or dy. A block owns 256 columns of a range of rows and walks down
-// the rows; its part of P stays in shared memory, its column sums stay in registers:
+// act is x, under dropout or not, or dy; a column of ones beside Q gives dbias. A block owns 256
+// columns of a range of rows and walks down the rows; its part of P stays in shared memory, its
+// column sums stay in registers:
 //
 //              256 columns (strip)
 //            | warp 0 | 1 | 2 | 3 |   each warp: 64 columns = 4 slices of 16
