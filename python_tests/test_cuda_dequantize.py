@@ -22,7 +22,8 @@ def structure(**fields):
     return type("Structure", (ctypes.Structure,), members)
 
 
-POINTERS = ["packed", "absmax", "absmax_u8", "nested_absmax", "nested_code", "nested_offset", "code"]
+NESTED = ("nested_absmax", "nested_code", "nested_offset")
+POINTERS = ("packed", "absmax", "absmax_u8", *NESTED, "code")
 Weight4 = structure(
     **dict.fromkeys(POINTERS, ctypes.c_void_p),
     **dict.fromkeys("NK", ctypes.c_int64),

@@ -1,7 +1,6 @@
 """S, dS, dA, dB and dbias of 16-bit activations on tensor cores: sizes on each side of the kernels' tiles.
 
-The kernels take tiles of 32 rows x 256 columns and 16 ranks a pass. dS shows as dx of a base that is zero
-and an A that is the identity.
+The kernels take tiles of 32 rows x 256 columns and 16 ranks a pass.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ FACTORS = {
 }
 CASES = [cases._case(row) for row in cases.pairwise(FACTORS)]
 CASES += [cases.Case(17, 72, 264, dtype=t, R=256, adapter=F32, dropout_p=0.1) for t in (BF16, F16)]
-# With two blocks per range and more than one range, strip and pass.
+# More than one strip, range of rows and pass; a bias that is a pass of its own; one of each only.
 FEW = [
     cases.Case(129, 264, 520, dtype=BF16, R=20, adapter=F32, bias=F32, dropout_p=0.25),
     cases.Case(65, 72, 264, dtype=F16, R=16, adapter=BF16, bias=F16, dropout_p=0.0),
@@ -109,7 +108,7 @@ def test_the_order_of_threads_does_not_show(case):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("N", [72, 264, 1000])
 def test_ds(dtype, N):
-    """dS alone: with M = 1 and x = 1, dA has it in every column."""
+    """With M = 1 and x = 1, every column of dA is dS."""
     _, args = problem(cases.Case(1, N, 8, dtype=dtype, R=20, scaling=0.5))
     dy, x, s, weight, A, B, scaling, *rest = args
     dA = gradients((dy, torch.ones_like(x), s, weight, A, B, scaling, *rest), False, True, False)[1]
@@ -194,10 +193,20 @@ def test_dropped_elements_are_gone(dtype):
     )
 
 
+@pytest.mark.parametrize("R", [12, 16])
+def test_no_rows_give_zero_gradients(R):
+    forward, backward = problem(cases.Case(0, 72, 264, dtype=BF16, R=R, bias=F16, dropout_p=0.5))
+    assert ops.lora_linear(*forward)[1].shape == (0, R)
+    # Whatever freed memory holds must not show.
+    del [torch.full((72, 264), torch.nan) for _ in range(8)][:]
+    for gradient in gradients(backward)[1:]:
+        assert gradient.numel() and not gradient.count_nonzero()
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_values_of_every_size(dtype):
     case = cases.Case(34, 40, 72, dtype=dtype, R=12, bias=F32)
-    forward, backward = problem(case)
+    _, backward = problem(case)
     args = list(backward)
     for i, size in ((0, 3), (1, 3), (2, 9), (4, 9), (5, 9)):
         args[i] = args[i] * 10.0 ** torch.randint(-size, size, args[i].shape)

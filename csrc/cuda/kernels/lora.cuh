@@ -2,11 +2,11 @@
 // are at most 16 wide per pass.
 //
 //   row product      rows[m, r]    = Σ_c act[m, c] P[c, r]    S (P = Aᵀ), dS (P = B)
-//   column product   columns[c, r] = Σ_m act[m, c] Q[m, r]    dB (Q = S), dAᵀ (Q = dS), dbias (Q =
-//   1)
+//   column product   columns[c, r] = Σ_m act[m, c] Q[m, r]    dB (Q = S), dAᵀ (Q = dS)
 //
-// act is x, under dropout or not, or dy. A block owns 256 columns of a range of rows and walks down
-// the rows; its part of P stays in shared memory, its column sums stay in registers:
+// act is x, under dropout or not, or dy; a column of ones beside Q gives dbias. A block owns 256
+// columns of a range of rows and walks down the rows; its part of P stays in shared memory, its
+// column sums stay in registers:
 //
 //              256 columns (strip)
 //            | warp 0 | 1 | 2 | 3 |   each warp: 64 columns = 4 slices of 16
@@ -136,7 +136,8 @@ __device__ __forceinline__ void stage_p(const SkinnyRows& p, int c0, int columns
   }
 }
 
-// 32 rows of Q, which pass through registers a tile ahead of their use.
+// 32 rows of Q, which pass through registers a tile ahead of their use. Not load_const: the kernel
+// before may still be writing Q when this one starts.
 struct QueuedRows {
   static constexpr int kM = kLoraRows / 16;
   float v[kM][kFragmentTiles];
@@ -153,7 +154,7 @@ struct QueuedRows {
         const bool inside = m0 + s.k + 16 * m < end;
         v[m][r8] = inside && q.ones && r == q.R ? 1.0f : 0.0f;
         if (inside && q.data && r < q.R)
-          v[m][r8] = ptx::load_const<float>(q.data + first + 16 * m * q.R + 8 * r8);
+          v[m][r8] = ptx::load<float>(q.data + first + 16 * m * q.R + 8 * r8);
       }
   }
   __device__ void store(float* to) const {
