@@ -121,8 +121,8 @@ __device__ __forceinline__ void start_next_kernel() {
 #endif
 }
 
-// Of the thread in its warp. Volatile: the compiler keeps it (and what follows from it) in a register
-// and does not compute it again at every use.
+// Of the thread in its warp. Volatile: the compiler keeps it, and what follows from it, in
+// registers and does not compute them again at every use.
 __device__ __forceinline__ unsigned lane() {
   unsigned d;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(d));
