@@ -98,6 +98,14 @@ def test_opcheck_of_the_reference(op):
         torch.library.opcheck(getattr(ops, op).default, cases.make(op, cases.FEW[2]))
 
 
+def check_same(name, op, args, outputs, expected, backend):
+    """Bit for bit; on a GPU, where the layout has a say in which kernel family runs, within the bound."""
+    if backend in ("emulator", "cuda") and op in BY_ROWS:
+        tolerance.check(op, args, outputs)
+    else:
+        tolerance.assert_same_bits(name, outputs, expected)
+
+
 # -- layouts ---------------------------------------------------------------------------------------
 
 
@@ -137,7 +145,7 @@ def test_strides_do_not_matter(op, layout, case, backend):
         else a
         for i, a in enumerate(args)
     ]
-    tolerance.assert_same_bits(f"{op}, {layout}", run(op, strided), expected)
+    check_same(f"{op}, {layout}", op, args, run(op, strided), expected, backend)
 
 
 @each_op
@@ -147,7 +155,7 @@ def test_alignment_does_not_matter(op, case, backend):
     args = cases.make(op, case)
     expected = run(op, args)
     shifted = [_unaligned(a) if isinstance(a, torch.Tensor) else a for a in args]
-    tolerance.assert_same_bits(op, run(op, shifted), expected)
+    check_same(op, op, args, run(op, shifted), expected, backend)
 
 
 def _unaligned(t):
@@ -201,6 +209,8 @@ def test_same_bits_again_and_arguments_untouched(op, case, backend):
 @each_op
 @pytest.mark.parametrize("case", [*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)])
 def test_same_bits_on_any_number_of_threads(op, case, backend, set_threads):
+    if backend in ("emulator", "cuda"):
+        pytest.skip("this is about the threads of a CPU")
     args = cases.make(op, case)
     set_threads(1)
     expected = run(op, args)

@@ -117,11 +117,18 @@ def check(op: str, args: tuple, outputs, c: float = C_ZERO_MEAN) -> None:
     assert len(outputs) == len(values), f"{op}: {len(outputs)} outputs, expected {len(values)}"
     names = OUTPUTS.get(op, ("output",))
     for name, actual, value, magnitude in zip(names, outputs, values, magnitudes, strict=True):
-        extra = 0.0
-        if _operands_rounded and name in ("output", "y", "dx") and args[0].dtype != torch.float32:
-            rows = args[0].double().abs().sum(1, keepdim=True)  # of x, or of dy
-            extra = U_OUT[args[0].dtype] * magnitude + _SUBNORMAL[args[0].dtype] * rows
+        product = name in ("output", "y", "dx")
+        extra = operand_rounding(args[0], magnitude) if product else 0.0
         assert_close(f"{op}: {name}", actual, value, magnitude, c, extra)
+
+
+def operand_rounding(rows: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor | float:
+    """What the bound of ``rows`` times the weight (y of x, dx of dy) has more on tensor cores."""
+    if not _operands_rounded or rows.dtype == torch.float32:
+        return 0.0
+    return U_OUT[rows.dtype] * magnitude + _SUBNORMAL[rows.dtype] * rows.double().abs().sum(
+        1, keepdim=True
+    )
 
 
 def assert_close(

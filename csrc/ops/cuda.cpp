@@ -102,8 +102,17 @@ void* current_stream(int device) {
   return stream;
 }
 
+// Operators with an output argument refuse tensors that require gradients; ours are registered
+// below autograd and have nothing to record.
+struct NoGrad {
+  const bool before = aoti_torch_grad_mode_is_enabled();
+  NoGrad() { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before); }
+};
+
 // out = beta out + a b, one rounding; beta 0 ignores what out holds.
 void add_product(Tensor& out, const Tensor& a, const Tensor& b, float beta) {
+  const NoGrad no_grad;
   using Addmm = AOTITorchError (*)(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle,
                                    AtenTensorHandle, float, float);
   static const Addmm addmm = torch_function<Addmm>("libtorch_cpu.so", "aoti_torch_addmm_out");
