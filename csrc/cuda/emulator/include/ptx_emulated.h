@@ -52,8 +52,6 @@ inline void start_next_kernel() {}
 
 inline uint32_t lane() { return static_cast<uint32_t>(emulator::current->lane); }
 
-inline uint32_t thread_again() { return emulator::current->thread.x; }
-
 inline void barrier(int id, int threads) { emulator::barrier(id, threads); }
 
 struct Shuffle {
