@@ -66,7 +66,7 @@ emulator: ## build the CUDA kernels for the CPU, as the tests run them (needs ne
 emulator-asan: build/.installed ## run the CUDA kernels' tests on the emulator under both sanitizers
 	@$(MAKE) --no-print-directory -j$(JOBS) $(EMULATOR_ASAN)
 	@echo '[emulator-asan] run'
-	@LOWRANK_EMULATOR=$(abspath $(EMULATOR_ASAN)) LD_PRELOAD="$(ASAN_PRELOAD)" \
+	@LOWRANK_TEST_SHARD=$(EMULATOR_ASAN_SHARD) LOWRANK_EMULATOR=$(abspath $(EMULATOR_ASAN)) LD_PRELOAD="$(ASAN_PRELOAD)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		$(PY) -m pytest $(EMULATOR_ASAN_TESTS) $(ARGS)
 
@@ -126,8 +126,10 @@ build/asan/selftest: $(ASAN_OBJECTS)
 
 EMULATOR := build/emulator/liblowrank_cuda_emulated.so
 EMULATOR_ASAN := build/emulator-asan/liblowrank_cuda_emulated.so
-# The tests under sanitizers: those that run the kernels, at sizes that fit.
-EMULATOR_ASAN_TESTS ?= -k emulator
+# The tests under sanitizers: a share of those that run the kernels, one of the shards of each.
+EMULATOR_ASAN_SHARD ?= 0/6
+EMULATOR_ASAN_TESTS ?= python_tests/test_emulator.py -k 'order' \
+	$(filter-out %_build.py,$(wildcard python_tests/test_cuda_*.py))
 
 # Python links neither: AddressSanitizer must come first, and libstdc++ before it looks for throw.
 ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)

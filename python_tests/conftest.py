@@ -1,7 +1,8 @@
 """Fixtures: the backend, seeds, threads; and which tests run by default.
 
 ``LOWRANK_TEST_FULL=1`` runs everything. Without it a test marked ``slow`` runs only when the checksum of
-its name falls into one quarter (the same quarter every time). A test marked ``large_memory(gigabytes)``
+its name falls into one quarter (the same quarter every time). ``LOWRANK_TEST_SHARD=0/4`` runs a quarter of
+all tests, chosen likewise. A test marked ``large_memory(gigabytes)``
 runs when twice that much memory is available.
 ``LOWRANK_BACKEND=reference`` tests the reference alone, for work on the tests without a build.
 ``LOWRANK_TEST_DEVICE=cuda`` tests the CUDA kernels alone, on the GPU: every tensor is made there.
@@ -32,6 +33,7 @@ os.environ.setdefault("LOWRANK_EMULATOR", str(EMULATOR))
 
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
 SHARDS = 4
+SHARD = tuple(map(int, os.environ.get("LOWRANK_TEST_SHARD", "0/1").split("/")))
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
 ON_GPU = os.environ.get("LOWRANK_TEST_DEVICE") == "cuda"
 if ONLY_REFERENCE:
@@ -152,8 +154,10 @@ def pytest_collection_modifyitems(config, items):
         case = getattr(item, "callspec", None) and item.callspec.params.get("case")
         if isinstance(case, cases.Case) and case.slow:
             item.add_marker(pytest.mark.slow)
-        shard = zlib.crc32(item.nodeid.rpartition("/")[2].encode()) % SHARDS
-        (dropped if item.get_closest_marker("slow") and shard and not FULL else kept).append(item)
+        number = zlib.crc32(item.nodeid.rpartition("/")[2].encode())
+        too_slow = item.get_closest_marker("slow") and number % SHARDS and not FULL
+        elsewhere = number // SHARDS % SHARD[1] != SHARD[0]
+        (dropped if too_slow or elsewhere else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept

@@ -129,14 +129,6 @@ __device__ __forceinline__ unsigned lane() {
   return d;
 }
 
-// threadIdx.x, read again by each call: what is computed from it need not stay in registers over
-// code that has none to spare.
-__device__ __forceinline__ uint32_t thread_again() {
-  uint32_t d;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d));
-  return d;
-}
-
 // A barrier of `threads` threads of the block, number 1..15 (0 is __syncthreads).
 __device__ __forceinline__ void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

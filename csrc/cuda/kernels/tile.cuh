@@ -37,9 +37,8 @@ struct TileArgs {
 // cache, and a group of 8 row tiles goes through all strips before the next group.
 constexpr unsigned kTileGroup = 8;
 
-// Dynamic shared memory during the steps, in this order; later the tile of outputs follows `place`.
+// Dynamic shared memory during the steps, in this order; the epilogue's tile takes its place.
 //
-//   place                        TilePlace
 //   tables                       tile_decode.cuh
 //   raw     [stages][16 bytes per thread]
 //   decoded [2][16384 bytes]     tile_decode.cuh
@@ -49,18 +48,15 @@ struct TileKind {
   using T = T_;
   static constexpr bool backward = backward_;
   static constexpr int rows = rows_;
-  // Few rows are a matter of bytes on their way, many of shared memory per block.
+  // Few rows are a matter of bytes on their way, many of shared memory per block. The sums of 128
+  // rows, and what goes on beside them, do not fit into the registers of two blocks.
   static constexpr int stages = rows <= 16 ? 4 : 3;
-  static constexpr int blocks_per_multiprocessor = rows <= 16 ? 3 : 2;
-  // Whether the first copies run behind the adapter's product. With many sums there are no
-  // registers for what both need, and many steps to make up for it.
-  static constexpr bool starts_early = rows < 128;
+  static constexpr int blocks_per_multiprocessor = rows <= 16 ? 3 : rows <= 64 ? 2 : 1;
   // Warps lie side by side along the rows and the outputs; each has fragments of 16 x 8 sums.
   static constexpr int warps_m = rows <= 16 ? 1 : 2, warps_n = 8 / warps_m;
   static constexpr int m = rows / warps_m / 16, n = kTileOutputs / warps_n / 8;
 
-  static constexpr int place_bytes = 128, tables_at = place_bytes;
-  static constexpr int raw_at = tables_at + kTableBytes;
+  static constexpr int raw_at = kTableBytes;
   static constexpr int decoded_at = raw_at + stages * kRawBytes;
   static constexpr int in_at = decoded_at + 2 * kDecodedBytes;
   static constexpr int in_bytes = rows * kTileDepth * 2;
@@ -68,28 +64,25 @@ struct TileKind {
 
   // 16 bytes more than a row, so that rows of a fragment lie in different banks.
   static constexpr int out_pitch = kTileOutputs * 2 + 16;
-  static constexpr int epilogue_bytes = place_bytes + rows * out_pitch;
+  static constexpr int epilogue_bytes = rows * out_pitch;
   static_assert(kTableBytes % 128 == 0, "see TileBase");
   static_assert(epilogue_bytes <= shared_bytes && shared_bytes <= 99 << 10, "fits every GPU");
 };
 
 struct TilePlace {
   int64_t row, output;
-  int split;
 };
 
 template <class Kind>
 __device__ __forceinline__ TilePlace locate(const TileArgs& a) {
   const unsigned row_tiles = static_cast<unsigned>(ceil_div(a.out.rows, Kind::rows));
   const unsigned strips = static_cast<unsigned>(ceil_div(a.out.cols, kTileOutputs));
-  const unsigned splits = static_cast<unsigned>(a.splits);
-  const unsigned per_group = (row_tiles < kTileGroup ? row_tiles : kTileGroup) * strips * splits;
+  const unsigned per_group = (row_tiles < kTileGroup ? row_tiles : kTileGroup) * strips;
   const unsigned group = blockIdx.x / per_group, i = blockIdx.x - group * per_group;
   const unsigned left = row_tiles - group * kTileGroup;
   const unsigned height = left < kTileGroup ? left : kTileGroup;
-  const unsigned strip = i / height / splits;
   return {static_cast<int64_t>(group * kTileGroup + i % height) * Kind::rows,
-          static_cast<int64_t>(strip) * kTileOutputs, static_cast<int>(i / height % splits)};
+          static_cast<int64_t>(i / height) * kTileOutputs};
 }
 
 // Where this thread's warp lies in the tile, and the thread in the warp.
@@ -97,9 +90,9 @@ template <class Kind>
 struct TileThread {
   int row, output, g, t, lane;
 
-  __device__ explicit TileThread(unsigned thread = threadIdx.x) {
-    const int warp = static_cast<int>(thread) / 32;
-    lane = static_cast<int>(thread) % 32;
+  __device__ TileThread() {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    lane = static_cast<int>(threadIdx.x) % 32;
     row = warp / Kind::warps_n * Kind::m * 16;
     output = warp % Kind::warps_n * Kind::n * 8;
     g = lane / 4;
@@ -117,15 +110,10 @@ class TileBase {
 
   __device__ TileBase(const TileArgs& args, const TilePlace& place)
       : a_(args), runs_(args.w, place.output) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int row = thread / 8, chunk = thread % 8, column = 8 * chunk;
-    in_at_ = row * (kTileDepth * 2) + (chunk ^ (row & 7)) * 16;
+    const int thread = static_cast<int>(threadIdx.x), row = thread / 8, column = thread % 8 * 8;
     in_ = static_cast<const uint16_t*>(args.in.data) + (place.row + row) * args.in.stride + column;
     rows_left_ = static_cast<int>(min64(args.in.rows - place.row, Kind::rows)) - row;
-    whole_steps_ = static_cast<int>(args.in.cols / kTileDepth);
-    const int left = static_cast<int>(args.in.cols % kTileDepth) - column;
-    last_bytes_ = left >= 8 ? 16 : left > 0 ? 2 * left : 0;
-    first_ = place.split * args.split_steps;
+    first_ = static_cast<int>(blockIdx.y) * args.split_steps;
     end_ = first_ + args.split_steps;
     if (end_ > args.steps) end_ = args.steps;
   }
@@ -166,7 +154,7 @@ class TileBase {
   __device__ static int in(int slot) { return Kind::in_at + slot * Kind::in_bytes; }
 
   __device__ static unsigned char* at(int offset) { return ptx::shared_memory() + offset; }
-  __device__ static unsigned char* tables() { return at(Kind::tables_at); }
+  __device__ static unsigned char* tables() { return at(0); }
 
   // One group: activations of a step, raw weights of the next.
   __device__ void copy(int step, int in_slot, int raw_slot) const {
@@ -180,9 +168,13 @@ class TileBase {
     constexpr int at_once = kTileThreads / 8;
     // Warps without a row here; what lies in rows that are no output does not matter.
     if (Kind::rows < at_once && rows_left_ <= 0) return;
-    unsigned char* to = dst + in_at_;
+    // 16 bytes per thread: 8 chunks in a row. Chunk c of row r lies at c ^ (r % 8).
+    const int linear = 16 * static_cast<int>(threadIdx.x);
+    unsigned char* to = dst + (linear ^ (linear >> 3 & 0x70));
+    const int64_t left = 2 * a_.in.cols - static_cast<int64_t>(step) * (2 * kTileDepth);
+    const int end = left < 2 * kTileDepth ? static_cast<int>(left) : 2 * kTileDepth;
+    const int inside = end - (linear & 0x70), bytes = inside < 0 ? 0 : inside < 16 ? inside : 16;
     const uint16_t* from = in_ + static_cast<int64_t>(step) * kTileDepth;
-    const int bytes = step < whole_steps_ ? 16 : last_bytes_;
 #pragma unroll
     for (int i = 0; i < Kind::rows; i += at_once) {
       if constexpr (Kind::backward)
@@ -277,11 +269,9 @@ class TileBase {
 
   const TileArgs& a_;
   Runs<Kind::backward> runs_;
-  // What this thread copies of the activations: 16 bytes of every 32nd row.
-  const uint16_t* in_;  // of its first row, in step 0
-  int in_at_;           // where to, in the tile
-  int rows_left_, whole_steps_, last_bytes_;
-  int first_, end_;  // steps of this split
+  const uint16_t* in_;  // where this thread copies from: 16 bytes of every 32nd row
+  int rows_left_;       // from its first row
+  int first_, end_;     // steps of this split
   PendingScale scale_;
 };
 
@@ -291,14 +281,14 @@ class TileBase {
 template <class Kind>
 __device__ __forceinline__ void store_partial(const TileArgs& a, const TilePlace& place,
                                               const float (&sum)[Kind::m][Kind::n][4]) {
-  const TileThread<Kind> me(ptx::thread_again());
+  const TileThread<Kind> me;
 #pragma unroll
   for (int k = 0; k < Kind::m; ++k)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = place.row + me.row + 16 * k + 8 * half + me.g;
       if (row >= a.out.rows) continue;
-      float* dst = a.partial + (place.split * a.out.rows + row) * a.partial_pitch;
+      float* dst = a.partial + (blockIdx.y * a.out.rows + row) * a.partial_pitch;
 #pragma unroll
       for (int j = 0; j < Kind::n; ++j) {
         const int64_t output = place.output + me.output + 8 * j + 2 * me.t;
@@ -313,7 +303,7 @@ template <class Kind>
 __device__ __forceinline__ void round_sums(const TileArgs& a, const TilePlace& place,
                                            const float (&sum)[Kind::m][Kind::n][4],
                                            unsigned char* tile) {
-  const TileThread<Kind> me(ptx::thread_again());
+  const TileThread<Kind> me;
   float bias[2 * Kind::n] = {};
   if (a.bias.data) {
     const int64_t first = place.output + me.output + 2 * me.t, left = a.out.cols - first;
@@ -356,9 +346,10 @@ __device__ __forceinline__ void store_tile(const TileArgs& a, const TilePlace& p
 
 template <class Kind>
 __device__ __forceinline__ void finish(const TileArgs& a, const TilePlace& place,
-                                       const float (&sum)[Kind::m][Kind::n][4],
-                                       unsigned char* tile) {
+                                       const float (&sum)[Kind::m][Kind::n][4]) {
   if (a.partial) return store_partial<Kind>(a, place, sum);
+  unsigned char* tile = ptx::shared_memory();
+  __syncthreads();  // the steps are done with shared memory
   round_sums<Kind>(a, place, sum, tile);
   __syncthreads();
   store_tile<Kind>(a, place, tile);
@@ -376,26 +367,13 @@ template <class Kind>
 __global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
     tile_product(const TileArgs args) {
   const TilePlace place = locate<Kind>(args);
-  // Nothing during the steps needs it, and registers are short.
-  TilePlace* kept = reinterpret_cast<TilePlace*>(ptx::shared_memory());
-  if (threadIdx.x == 0) *kept = place;
+  TileBase<Kind> base(args, place);
   float sum[Kind::m][Kind::n][4] = {};
-  const bool has_adapter = args.adapter.s && place.split == 0;
-  if constexpr (Kind::starts_early) {
-    TileBase<Kind> base(args, place);
-    if (args.w.packed) base.start();
-    if (has_adapter) begin_with_adapter<Kind>(args, place, sum);
-    if (args.w.packed) base.run(sum);
-  } else {
-    if (has_adapter) begin_with_adapter<Kind>(args, place, sum);
-    __syncthreads();
-    TileBase<Kind> base(args, {kept->row, kept->output, place.split});
-    if (args.w.packed) base.start();
-    if (args.w.packed) base.run(sum);
-  }
+  if (args.w.packed) base.start();
+  if (args.adapter.s && blockIdx.y == 0) begin_with_adapter<Kind>(args, place, sum);
+  if (args.w.packed) base.run(sum);
   ptx::start_next_kernel();
-  __syncthreads();  // the steps are done with shared memory
-  finish<Kind>(args, *kept, sum, ptx::shared_memory() + Kind::place_bytes);
+  finish<Kind>(args, place, sum);
 }
 
 // out = Σ partial + bias, in the order of the splits; four columns per thread.

@@ -58,12 +58,11 @@ class Runs {
     const int row = backward ? (thread >> 1 & 3) + (thread >> 4) * 4 : thread >> 1;
     const int run = backward ? (thread & 1) + (thread >> 3 & 1) * 2 : thread & 1;
     chunk_at_ = row * (backward ? 2 * kTileOutputs : 2 * kTileDepth) + ((4 * run) ^ (row & 7)) * 16;
-    const int64_t n = (backward ? 0 : output) + row;
-    const int64_t k = (backward ? output : 0) + run * kRun;
+    // Beyond the last output any weight will do, as long as it is one.
+    const int64_t n = backward ? row : min64(output + row, w.N - 1);
+    const int64_t k = backward ? min64(output + run * kRun, w.K - kRun) : run * kRun;
     first_ = n * w.K + k;
-    const int64_t left = backward ? w.N - n : w.K - k;
-    const bool inside = backward ? k < w.K : n < w.N;
-    steps_ = inside && left > 0 ? static_cast<int>(ceil_div(left, kTileDepth)) : 0;
+    depth_ = backward ? row : run * kRun;
   }
 
   // Byte of this thread's raw weights, and of the first chunk of its run in the decoded tile: the
@@ -71,15 +70,15 @@ class Runs {
   __device__ int raw_at() const { return raw_at_; }
   __device__ int chunk_at() const { return chunk_at_; }
 
-  // Starts copying the run of a step; outside the weight, zeros come.
+  // Starts copying the run of a step; beyond the depth, zeros come.
   __device__ void copy(int step, unsigned char* raw) const {
-    const bool valid = step < steps_;
+    const bool valid = is_inside(step);
     ptx::copy_async(raw + raw_at_, w_.packed + (valid ? element(step) / 2 : 0), valid);
   }
 
   __device__ PendingScale scale(int step) const {
     PendingScale s;
-    const int64_t block = (step < steps_ ? element(step) : 0) >> w_.block_shift;
+    const int64_t block = (is_inside(step) ? element(step) : 0) >> w_.block_shift;
     if (w_.absmax) {
       s.absmax = ptx::load_const<float>(w_.absmax + block);
     } else {
@@ -89,25 +88,28 @@ class Runs {
     return s;
   }
 
-  // Zero outside the weight, where the nibbles are zeros too but their code may not be.
+  // Zero beyond the depth, where the nibbles are zeros too but their code may not be.
   __device__ float resolve(const PendingScale& s, int step, const unsigned char* tables) const {
     float scale = s.absmax;
     if (!w_.absmax) {
       const float* nested = reinterpret_cast<const float*>(tables + kCodeBytes);
       scale = __fadd_rn(__fmul_rn(nested[s.nested_code], scale), nested[256]);
     }
-    return step < steps_ ? scale : 0.0f;
+    return is_inside(step) ? scale : 0.0f;
   }
 
  private:
+  __device__ bool is_inside(int step) const {
+    return static_cast<int64_t>(step) * kTileDepth + depth_ < (backward ? w_.N : w_.K);
+  }
   __device__ int64_t element(int step) const {
     return first_ + static_cast<int64_t>(step) * kTileDepth * (backward ? w_.K : 1);
   }
 
   const Weight4& w_;
   int raw_at_, chunk_at_;
-  int64_t first_;  // element of step 0
-  int steps_;      // how many lie inside the weight
+  int depth_;      // of the contraction, where step 0 has this run
+  int64_t first_;  // element of the weight, in step 0
 };
 
 // The codes of eight nibbles in the order of the weights: the high one of each byte is the first.

@@ -32,9 +32,11 @@ int choose_splits(int64_t tiles, int steps, int tile_rows, int multiprocessors) 
   for (int splits = 1; splits <= kMostSplits; ++splits) {
     const int64_t split_steps = ceil_div(steps, splits);
     if (splits > 1 && (split_steps < kFewestSteps || (splits - 1) * split_steps >= steps)) continue;
-    // Two blocks that share a multiprocessor take less than twice the time of one.
+    // Two blocks that share a multiprocessor take less than twice the time of one. Those of 128
+    // rows run one after the other.
     const int64_t blocks = ceil_div(tiles * splits, std::max(multiprocessors, 1));
-    const int64_t cost = std::max<int64_t>(2 * blocks, 3) * (split_steps + fixed);
+    const int64_t shared = tile_rows < 128 ? std::max<int64_t>(2 * blocks, 3) : 2 * blocks;
+    const int64_t cost = shared * (split_steps + fixed);
     if (cost < best_cost) best = splits, best_cost = cost;
   }
   return best;
@@ -63,8 +65,8 @@ template <class T, bool backward, int rows>
 cudaError_t start(const char* name, const Launch& on, const TileArgs& args, int64_t tiles) {
   using Kind = TileKind<T, backward, rows>;
   const int bytes = args.w.packed ? Kind::shared_bytes : Kind::epilogue_bytes;
-  const Shape shape{dim3(static_cast<unsigned>(tiles)), dim3(kTileThreads),
-                    static_cast<size_t>(bytes)};
+  const Shape shape{dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(args.splits)),
+                    dim3(kTileThreads), static_cast<size_t>(bytes)};
   if (tiles > INT32_MAX)
     return failed(cudaErrorInvalidConfiguration, name, shape, on.device, "more than 2^31 tiles");
   return launch(name, on, shape, tile_product<Kind>, args);
@@ -87,8 +89,7 @@ cudaError_t run(const char* name, TileArgs args, const Launch& on) {
   args.steps = p.steps;
   args.partial_pitch = p.partial_pitch;
   if (p.splits > 1) args.partial = static_cast<float*>(on.workspace);
-  const int64_t tiles =
-      ceil_div(args.out.rows, p.rows) * ceil_div(args.out.cols, kTileOutputs) * p.splits;
+  const int64_t tiles = ceil_div(args.out.rows, p.rows) * ceil_div(args.out.cols, kTileOutputs);
   if (tiles == 0) return cudaSuccess;
   LK_TRY(args.in.dtype == DType::bf16 ? (start<Bf16, backward>(name, on, args, p.rows, tiles))
                                       : (start<F16, backward>(name, on, args, p.rows, tiles)));

@@ -52,7 +52,6 @@ inline void wait_for_previous_kernel() {}  // kernels run one after another
 inline void start_next_kernel() {}
 
 inline unsigned lane() { return static_cast<unsigned>(emulator::current->lane); }
-inline uint32_t thread_again() { return emulator::current->thread.x; }
 inline void barrier(int id, int threads) { emulator::barrier(id, threads); }
 
 struct Shuffle {
