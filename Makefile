@@ -128,7 +128,7 @@ EMULATOR := build/emulator/liblowrank_cuda_emulated.so
 EMULATOR_ASAN := build/emulator-asan/liblowrank_cuda_emulated.so
 # The tests under sanitizers: a share of those that run the kernels, one of the shards of each.
 EMULATOR_ASAN_SHARD ?= 0/6
-EMULATOR_ASAN_TESTS ?= python_tests/test_emulator.py -k 'order' \
+EMULATOR_ASAN_TESTS ?= python_tests/test_emulator.py \
 	$(filter-out %_build.py,$(wildcard python_tests/test_cuda_*.py))
 
 # Python links neither: AddressSanitizer must come first, and libstdc++ before it looks for throw.
