@@ -66,7 +66,8 @@ __device__ __forceinline__ uint32_t kept_of_fragment(const Dropout& d, uint64_t 
       philox(seed, row + g + (odd ? 8 : 0), static_cast<uint32_t>((output + 2 * t) >> 2));
   uint32_t kept = 0;  // of the row computed here, four outputs
 #pragma unroll
-  for (int i = 0; i < 4; ++i) kept |= (w.word[i] >= d.threshold ? 1u : 0u) << i;
+  for (int i = 0; i < 4; ++i)
+    if (w.word[i] >= d.threshold) kept |= 1u << i;
   const uint32_t other = __float_as_uint(ptx::shuffle_xor(__uint_as_float(kept), 1));
   return odd ? other >> 2 | (kept & 12) : (kept & 3) | (other & 3) << 2;
 }
