@@ -29,6 +29,11 @@ MUTANTS = {
     "half of the threads at a barrier": (
         "kernels/simt.cuh", BARRIER, "if (threadIdx.x >= 128) return; __syncthreads();"
     ),
+    "no code for the device": (
+        "launch.h",
+        "if (*problem == '\\0') return cudaSuccess;",
+        'return failed(cudaErrorNoKernelImageForDevice, name, shape, on.device, "");',
+    ),
     "a column too many": ("kernels/simt.cuh", "j0 + bj < cols", "j0 + bj <= cols"),
     "a row too many": ("kernels/simt.cuh", "i0 + ai < rows", "i0 + ai <= rows"),
 }  # fmt: skip
@@ -160,3 +165,12 @@ def test_a_read_past_the_end_is_found(build, mutant):
     assert "heap-buffer-overflow" in result.stderr and "simt" in result.stderr, result.stderr[
         -3000:
     ]
+
+
+def test_a_device_that_the_library_has_no_code_for(build):
+    """The error says what to build. (The emulator passes for an H200.)"""
+    result = run_on(build("no code for the device", False), 17, False)
+    assert result.returncode != 0
+    error = result.stderr.strip().splitlines()[-1]
+    assert "cudaErrorNoKernelImageForDevice in simt_product (S)" in error
+    assert 'the library has code for emulator: rebuild with TORCH_CUDA_ARCH_LIST="9.0a"' in error

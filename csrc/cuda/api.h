@@ -48,7 +48,6 @@ LK_CUDA_API lk::Plan lk_cuda_plan_linear_backward(const lk::BackwardArgs* args, 
 LK_CUDA_API int lk_cuda_linear_backward(const lk::BackwardArgs* args, const lk::Launch* launch);
 
 LK_CUDA_API const char* lk_cuda_failure(void);
-LK_CUDA_API const char* lk_cuda_error_name(int error);
 // Architectures compiled in, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0a 12.0+PTX".
 LK_CUDA_API const char* lk_cuda_architectures(void);
 LK_CUDA_API const char* lk_cuda_build_info(void);

@@ -27,8 +27,6 @@ struct Library {
   decltype(&lk_cuda_plan_linear_backward) plan_linear_backward = nullptr;
   decltype(&lk_cuda_linear_backward) linear_backward = nullptr;
   decltype(&lk_cuda_failure) failure = nullptr;
-  decltype(&lk_cuda_error_name) error_name = nullptr;
-  decltype(&lk_cuda_architectures) architectures = nullptr;
 
   explicit Library(const std::string& path) {
     if (access(path.c_str(), R_OK) != 0) {
@@ -54,8 +52,6 @@ struct Library {
     find(plan_linear_backward, "lk_cuda_plan_linear_backward");
     find(linear_backward, "lk_cuda_linear_backward");
     find(failure, "lk_cuda_failure");
-    find(error_name, "lk_cuda_error_name");
-    find(architectures, "lk_cuda_architectures");
   }
 };
 
@@ -230,13 +226,7 @@ class Cuda {
 
   void check(int error, const char* op, int64_t a, int64_t b, int64_t c) const {
     if (error == 0) return;
-    constexpr int kNoKernelImage = 209;
-    const std::string hint =
-        error == kNoKernelImage
-            ? std::string("; this library has code for ") + library_.architectures() +
-                  ": rebuild with TORCH_CUDA_ARCH_LIST set to the device's capability"
-            : "";
-    STD_TORCH_CHECK(false, op, " (", a, ", ", b, ", ", c, "): ", library_.failure(), hint);
+    STD_TORCH_CHECK(false, op, " (", a, ", ", b, ", ", c, "): ", library_.failure());
   }
 
   const Library& library_;

@@ -18,15 +18,11 @@
 // same order, so the bits of a row do not depend on how many rows come with it.
 #pragma once
 
-#include "cuda/elements.cuh"
+#include "cuda/kernels/decode_operands.cuh"
 
 namespace lk::cuda {
 
 constexpr int kDecodeThreads = 256, kDecodeWarps = 8, kDecodeSlices = 4, kDecodeGroups = 2;
-constexpr int kDecodeBlock = 64;   // columns summed before they are scaled
-constexpr int kDecodeChunk = 256;  // columns of one step of the ring
-constexpr int kChunkBlocks = 4;    // one per lane of a quad, for the scales
-constexpr int kChunkBytes = 128;   // of one row
 constexpr int kMaxDecodeRows = 64;
 
 // Shared memory while streaming; afterwards the sums of the slices and then the adapter take it.
@@ -73,169 +69,6 @@ struct DecodeTile {
   static constexpr int blocks_per_multiprocessor = token_tiles <= 2 ? 2 : 1;
 };
 
-// -- weights --------------------------------------------------------------------------------------
-
-// One warp's packed bytes. A chunk of a row is 8 pieces of 16 bytes; piece p of row r lies at
-// p ^ 2 (r & 3), so that 4 rows x 4 lanes of 8 bytes, half a warp's load, touch every bank once:
-//
-//   row 0   0 1 2 3 4 5 6 7
-//   row 1   2 3 0 1 6 7 4 5
-//   row 2   4 5 6 7 0 1 2 3
-//   row 3   6 7 4 5 2 3 0 1
-template <int row_tiles>
-struct PackedRing {
-  static constexpr int stage = row_tiles * 16 * kChunkBytes;
-
-  const uint8_t* source;        // this lane's piece of the next chunk in its first row
-  int left;                     // bytes of the row from there on, possibly negative
-  int64_t step;                 // bytes to the lane's next row, the fourth after it
-  int rows;                     // how many of its rows exist
-  unsigned char* target;        // where its piece goes, in stage 0
-  const unsigned char* packed;  // row g of stage 0
-  int swizzle;                  // where the lane's 8 bytes of block 0 are in it
-
-  __device__ PackedRing(const Weight4& w, int64_t row, int chunk, unsigned char* ring,
-                        unsigned lane) {
-    const unsigned first = lane / 8, piece = lane % 8, g = lane / 4;
-    const int64_t row_bytes = w.K / 2, column = int64_t{chunk} * kChunkBytes + 16 * piece;
-    const int64_t exist = ceil_div(w.N - row - first, 4);
-    source = w.packed + (row + first) * row_bytes + column;
-    left = static_cast<int>(row_bytes - column);
-    step = 4 * row_bytes;
-    rows = static_cast<int>(min64(exist, 4 * row_tiles));
-    target = ring + first * kChunkBytes + 16 * (piece ^ 2 * first);
-    packed = ring + g * kChunkBytes;
-    swizzle = 32 * (g & 3) + 8 * (lane % 4);
-  }
-
-  // The next chunk. Rows and columns that do not exist become zeros.
-  __device__ void fetch(int slot) {
-    const uint8_t* row = source;
-#pragma unroll
-    for (int i = 0; i < 4 * row_tiles; ++i) {
-      ptx::copy_async_once(target + slot * stage + 4 * i * kChunkBytes, row, left > 0 && i < rows);
-      row += step;
-    }
-    source += kChunkBytes;
-    left -= kChunkBytes;
-  }
-
-  // Bytes 8t.. of block `block` of row g + 8 half of row tile `tile`.
-  __device__ uint2 bytes(int slot, int block, int tile, int half) const {
-    return ptx::load<uint2>(packed + slot * stage + (swizzle ^ 32 * block) +
-                            (16 * tile + 8 * half) * kChunkBytes);
-  }
-};
-
-// The pair that byte `byte` of `word` stands for, from this lane's copies.
-__device__ __forceinline__ uint32_t lookup(const unsigned char* lane_pairs, uint32_t word,
-                                           unsigned byte) {
-  return ptx::load<uint32_t>(lane_pairs + 128 * ptx::permute(word, 0, 0x4440 + byte));
-}
-
-// Thread i writes the copies of entry i: the low half is the first element, the high nibble.
-template <class T>
-__device__ __forceinline__ void fill_pairs(const float* code, unsigned char* pairs) {
-  const int i = static_cast<int>(threadIdx.x);
-  const uint32_t pair = ptx::pack<T>(code[i >> 4], code[i & 15]);
-#pragma unroll
-  for (int j = 0; j < 8; ++j)  // neighbours start at different banks
-    ptx::store(pairs + 128 * i + 16 * ((i + j) & 7), make_uint4(pair, pair, pair, pair));
-}
-
-// -- scales ---------------------------------------------------------------------------------------
-
-// Lane t of a quad holds the scale of block t of the chunk for rows g and g + 8 of each row tile;
-// the others get it by a shuffle. Loaded a chunk ahead. What does not exist is left as it was: its
-// sums go nowhere.
-template <int row_tiles>
-struct Scales {
-  static constexpr int count = 2 * row_tiles;
-  int64_t first;  // block index of column 0 of row g
-  int row_blocks, rows;
-  float value[count] = {};  // absmax, or nested absmax
-  uint32_t quantized[count] = {};
-
-  __device__ Scales(const Weight4& w, int64_t row, unsigned lane) {
-    row_blocks = static_cast<int>(w.K >> w.block_shift);
-    first = (row + lane / 4) * row_blocks;
-    rows = static_cast<int>(min64(ceil_div(w.N - row - lane / 4, 8), count));
-  }
-
-  __device__ void fetch(const Weight4& w, int chunk, unsigned lane) {
-    const int block = (chunk * kChunkBlocks + static_cast<int>(lane % 4)) >> (w.block_shift - 6);
-    if (block >= row_blocks) return;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      if (i >= rows) break;
-      const int64_t at = first + block + int64_t{row_blocks} * (8 * i);
-      if (w.absmax) {
-        value[i] = ptx::load_const<float>(w.absmax + at);
-      } else {
-        quantized[i] = ptx::load_const<uint8_t>(w.absmax_u8 + at);
-        value[i] = ptx::load_const<float>(w.nested_absmax + (at >> kNestedShift));
-      }
-    }
-  }
-
-  // Product and sum rounded separately: see block_scale.
-  __device__ void take(const Weight4& w, const float* nested_code, float offset,
-                       float (&scale)[count]) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i)
-      scale[i] =
-          w.absmax ? value[i] : __fadd_rn(__fmul_rn(nested_code[quantized[i]], value[i]), offset);
-  }
-};
-
-// -- activations ----------------------------------------------------------------------------------
-
-// Lane (g, t) reads 16 columns, from 16 t, of token g: for step s of the block's four the lane's
-// operand is columns 4 s.. of these, and the weights' bytes 2 s and 2 s + 1 are the same columns.
-// The order of columns within a block is free as long as both operands have it.
-//
-// Operands are loaded `ahead` of their use, in the order (block, token tile). Tokens that do not
-// exist repeat the last one: their sums go nowhere.
-template <int token_tiles>
-struct Activations {
-  static constexpr int ahead = token_tiles == 4 ? 4 : 2;
-  static_assert(kChunkBlocks * token_tiles % ahead == 0);
-  const unsigned char* chunk;  // the lane's 32 bytes of the present chunk's block 0 in row 0
-  unsigned g, last, pitch;     // its token of tile 0, the last token, bytes between rows
-  uint4 operand[ahead][2];
-
-  __device__ Activations(const Matrix& x, int first_chunk, unsigned lane) {
-    chunk = static_cast<const unsigned char*>(x.data) + int64_t{first_chunk} * (2 * kDecodeChunk) +
-            32 * (lane % 4);
-    g = lane / 4;
-    last = static_cast<unsigned>(x.rows) - 1;
-    pitch = static_cast<unsigned>(x.stride) * 2;
-  }
-
-  // Where the operand of this block of the chunk and token tile is held.
-  __device__ static int slot(int block, int tile) {
-    return token_tiles % ahead == 0 ? tile % ahead : (block * token_tiles + tile) % ahead;
-  }
-
-  // Of the chunk's blocks `left` exist, or more.
-  __device__ void fetch(int block, int tile, int left) {
-    if (block >= left) return;
-    const unsigned wanted = 8 * tile + g, token = wanted < last ? wanted : last;
-    const unsigned char* p = chunk + uint64_t{token} * pitch + block * (2 * kDecodeBlock);
-    operand[slot(block, tile)][0] = ptx::load_const<uint4>(p);
-    operand[slot(block, tile)][1] = ptx::load_const<uint4>(p + 16);
-  }
-  __device__ void fetch_ahead(int block, int tile, int left) {
-    fetch(block + (tile + ahead) / token_tiles, (tile + ahead) % token_tiles, left);
-  }
-
-  __device__ void step(int block, int tile, int s, uint32_t (&b)[2]) const {
-    const uint4 v = operand[slot(block, tile)][s / 2];
-    b[0] = s % 2 ? v.z : v.x;
-    b[1] = s % 2 ? v.w : v.y;
-  }
-};
-
 // -- the product ----------------------------------------------------------------------------------
 
 // sums[row tile][token tile] of this warp's rows over chunks [begin, end).
@@ -249,7 +82,7 @@ struct DecodeWarp {
   const float offset;  // of double-quantized scales
   PackedRing<row_tiles> ring;
   Scales<row_tiles> scales;
-  Activations<token_tiles> x;
+  TokenRows<token_tiles> x;
   float sums[row_tiles][token_tiles][4] = {};
 
   __device__ DecodeWarp(const DecodeArgs& args, int64_t row, int begin_, int end_,
@@ -514,95 +347,6 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args,
       base[j] = __fadd_rn(base[j], args.parts[(part * args.x.rows + m) * args.w.N + n]);
   }
   finish<kFinishRows>(args, row0, base, reinterpret_cast<float*>(ptx::shared_memory()));
-}
-
-// -- S --------------------------------------------------------------------------------------------
-
-constexpr int kShrinkThreads = 512, kShrinkRanks = 4, kShrinkTokens = 4;
-constexpr int kShrinkShared = kShrinkThreads / 32 * kShrinkRanks * kShrinkTokens * 4;
-
-// Four 16-bit elements.
-__device__ __forceinline__ void widen_four(uint2 u, DType t, float (&v)[4]) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const uint16_t h = static_cast<uint16_t>((j < 2 ? u.x : u.y) >> (16 * (j % 2)));
-    v[j] = t == DType::bf16 ? ptx::widen<Bf16>(h) : ptx::widen<F16>(h);
-  }
-}
-
-// Four elements from element i.
-__device__ __forceinline__ void load_four(const Matrix& m, int64_t i, bool aligned, float (&v)[4]) {
-  if (!aligned) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[j] = load_one(m.data, m.dtype, i + j);
-  } else if (m.dtype == DType::f32) {
-    const float4 f = ptx::load_const<float4>(static_cast<const float*>(m.data) + i);
-    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
-  } else {
-    widen_four(ptx::load_const<uint2>(static_cast<const uint16_t*>(m.data) + i), m.dtype, v);
-  }
-}
-
-// S = dropout(x) Aᵀ for 4 ranks x 4 tokens per block, in float32. Threads share the columns by
-// fours, two fours at a time, so that up to 4096 columns are one trip to memory.
-__global__ void __launch_bounds__(kShrinkThreads)
-    decode_shrink(Matrix x, Matrix A, Dropout dropout, bool aligned, float* s) {
-  ptx::start_next_kernel();
-  constexpr int fours = 2, span = 4 * kShrinkThreads;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int64_t r0 = int64_t{blockIdx.x} * kShrinkRanks, m0 = int64_t{blockIdx.y} * kShrinkTokens;
-  const int tokens = static_cast<int>(min64(kShrinkTokens, x.rows - m0));
-  float sum[kShrinkTokens][kShrinkRanks] = {};
-  for (int64_t k0 = 4 * thread; k0 < x.cols; k0 += fours * span) {
-    float a[fours][kShrinkRanks][4] = {};
-    uint2 packed_x[fours][kShrinkTokens] = {};
-#pragma unroll
-    for (int f = 0; f < fours; ++f) {
-      const int64_t k = k0 + f * span;
-      if (k >= x.cols) break;
-#pragma unroll
-      for (int r = 0; r < kShrinkRanks; ++r)  // ranks that do not exist repeat the last
-        load_four(A, min64(r0 + r, A.rows - 1) * A.stride + k, aligned, a[f][r]);
-#pragma unroll
-      for (int m = 0; m < kShrinkTokens; ++m)
-        if (m < tokens)
-          packed_x[f][m] = ptx::load_const<uint2>(static_cast<const uint16_t*>(x.data) +
-                                                  (m0 + m) * x.stride + k);
-    }
-#pragma unroll
-    for (int f = 0; f < fours; ++f)
-#pragma unroll
-      for (int m = 0; m < kShrinkTokens; ++m) {
-        if (m >= tokens || k0 + f * span >= x.cols) break;
-        float v[4];
-        widen_four(packed_x[f][m], x.dtype, v);
-        drop_four(dropout, m0 + m, k0 + f * span, v);
-#pragma unroll
-        for (int r = 0; r < kShrinkRanks; ++r)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sum[m][r] = __fmaf_rn(v[j], a[f][r][j], sum[m][r]);
-      }
-  }
-
-  float* const warps = reinterpret_cast<float*>(ptx::shared_memory());  // [warp][token][rank]
-#pragma unroll
-  for (int m = 0; m < kShrinkTokens; ++m) {
-    if (m >= tokens) break;
-#pragma unroll
-    for (int r = 0; r < kShrinkRanks; ++r) {
-#pragma unroll
-      for (int other = 16; other > 0; other /= 2)
-        sum[m][r] = __fadd_rn(sum[m][r], ptx::shuffle_xor(sum[m][r], other));
-      if (lane == 0) warps[(warp * kShrinkTokens + m) * kShrinkRanks + r] = sum[m][r];
-    }
-  }
-  __syncthreads();
-  const int m = thread / kShrinkRanks, r = thread % kShrinkRanks;
-  if (m >= tokens || r0 + r >= A.rows) return;
-  float total = 0.0f;
-  for (int i = 0; i < kShrinkThreads / 32; ++i)
-    total = __fadd_rn(total, warps[i * kShrinkTokens * kShrinkRanks + thread]);
-  s[(m0 + m) * A.rows + r0 + r] = dropout.threshold ? __fmul_rn(total, dropout.scale) : total;
 }
 
 }  // namespace lk::cuda

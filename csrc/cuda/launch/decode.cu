@@ -1,5 +1,6 @@
 #include "cuda/kernels/decode.cuh"
 
+#include "cuda/kernels/decode_shrink.cuh"
 #include "cuda/launchers.h"
 
 namespace lk::cuda {

@@ -13,12 +13,21 @@ thread_local char failure[512];
 cudaError_t failed(cudaError_t error, const char* kernel, const Shape& shape, int device,
                    const char* detail) {
   const DeviceInfo info = device_info(device);
+  char hint[160] = "";
+  if (error == cudaErrorNoKernelImageForDevice) {
+    // An H100 has instructions of its own (9.0a), which code for 9.0 leaves aside.
+    const char* variant = info.major == 9 && info.minor == 0 ? "a" : "";
+    std::snprintf(hint, sizeof hint,
+                  "; the library has code for %s: rebuild with TORCH_CUDA_ARCH_LIST=\"%d.%d%s\" "
+                  "LOWRANK_BUILD_CUDA=1",
+                  lk_cuda_architectures(), info.major, info.minor, variant);
+  }
   std::snprintf(failure, sizeof failure,
                 "%s in %s, grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of shared memory, "
-                "device %d of capability %d.%d%s%s",
+                "device %d of capability %d.%d%s%s%s",
                 cudaGetErrorName(error), kernel, shape.blocks.x, shape.blocks.y, shape.blocks.z,
                 shape.threads.x, shape.threads.y, shape.threads.z, shape.shared_bytes, device,
-                info.major, info.minor, *detail ? ": " : "", detail);
+                info.major, info.minor, *detail ? ": " : "", detail, hint);
   return error;
 }
 
@@ -38,10 +47,6 @@ DeviceInfo device_info([[maybe_unused]] int device) {
 }  // namespace lk::cuda
 
 const char* lk_cuda_failure(void) { return lk::cuda::failure; }
-
-const char* lk_cuda_error_name(int error) {
-  return cudaGetErrorName(static_cast<cudaError_t>(error));
-}
 
 const char* lk_cuda_architectures(void) {
 #if defined(LOWRANK_EMULATOR)
