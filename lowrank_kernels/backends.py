@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from . import reference
+from . import cuda_library, reference
 from .schema import NAMESPACE, OPS
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -196,8 +196,16 @@ def use_isa(name: str) -> Iterator[None]:
         host.isa_set(previous)
 
 
+def _cuda_build() -> str:
+    """Compiler and architectures of the CUDA library; no GPU is touched."""
+    try:
+        return cuda_library.build_info() or "not built"
+    except OSError as error:
+        return f"cannot be opened: {error}"
+
+
 def report() -> dict[str, object]:
-    """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, build."""
+    """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds."""
     native = _host is not None
     return {
         "active": _active,
@@ -206,6 +214,7 @@ def report() -> dict[str, object]:
         "isas_supported": isas() if native else [],
         "threads": torch.get_num_threads(),
         "build": _host.build_info() if native else f"not built: {_native_error}",
+        "cuda": _cuda_build(),
         "torch": torch.__version__,
     }
 

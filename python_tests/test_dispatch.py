@@ -181,6 +181,7 @@ def test_report():
     native = "cpu" in report["available"]
     assert report["isas_supported"] == (lk.backends.isas() if native else [])
     assert isinstance(report["build"], str) and report["build"]
+    assert (report["cuda"] == "not built") == ("cuda" not in report["available"])
 
 
 # -- environment -----------------------------------------------------------------------------------

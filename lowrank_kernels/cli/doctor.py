@@ -15,8 +15,8 @@ from . import machine
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
-# Largest relative error of a self-test. In 16 bits every result is rounded to 8 bits of mantissa,
-# and some kernels round S to 16 bits as well.
+# Largest relative error of a self-test. bfloat16 has 8 significant bits, to which every result and, on
+# tensor cores, every weight is rounded.
 _BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
