@@ -4,21 +4,18 @@ operators reach: every tile and its edges, splits of the columns, and bits that 
 On the emulator, where the order of a block's threads can be chosen.
 """
 
-import contextlib
-import ctypes
-import os
-
 import pytest
 import torch
 
 import cases
 import tolerance
 from cases import BF16, F16, F32, Case
-from conftest import entered
+from conftest import KERNELS, entered
+from emulator import thread_order
 from lowrank_kernels.schema import ops
 
 pytestmark = pytest.mark.skipif(
-    not os.environ.get("LOWRANK_EMULATOR"), reason="needs the emulator: make emulator"
+    "emulator" not in KERNELS, reason="LOWRANK_BACKEND or LOWRANK_TEST_DEVICE is set"
 )
 OP = "lora_linear_4bit"
 # Up to so many rows share one size of tile.
@@ -26,22 +23,9 @@ TILES = (8, 16, 32, 64)
 
 
 @pytest.fixture(autouse=True)
-def emulator():
+def on_the_emulator():
     with entered("emulator"):
         yield
-
-
-@contextlib.contextmanager
-def order(kind: int, seed: int = 0):
-    """Threads of a block run forward (0), in reverse (1) or shuffled (2)."""
-    library = ctypes.CDLL(os.environ["LOWRANK_EMULATOR"])
-    set_order = library.lk_emulator_set_order
-    set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
-    set_order(kind, seed)
-    try:
-        yield
-    finally:
-        set_order(0, 0)
 
 
 def run(case: Case, op: str = OP):
@@ -88,7 +72,7 @@ def test_tall_tiles(M):
 @pytest.mark.parametrize("M", [1, 5, 13, 40])
 def test_columns_cut_for_several_blocks(M):
     args, outputs = run(Case(M, 35, 8192 + 64, "nf4", 64, True, BF16, F32, R=12, dropout_p=0.25))
-    with order(2, 5):
+    with thread_order(2, 5):
         tolerance.assert_same_bits("outputs", getattr(ops, OP)(*args), outputs)
 
 
@@ -125,7 +109,7 @@ def test_bits_do_not_depend_on_the_order_of_threads(case):
         args = rows(cases.make(OP, case), slice(M))
         expected = getattr(ops, OP)(*args)
         for kind, seed in ((1, 0), (2, 1), (2, 2)):
-            with order(kind, seed):
+            with thread_order(kind, seed):
                 tolerance.assert_same_bits("outputs", getattr(ops, OP)(*args), expected)
 
 

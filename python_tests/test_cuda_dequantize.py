@@ -4,7 +4,6 @@ The operators ask for rectangles of large weights only, so the library is called
 """
 
 import ctypes
-import os
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 import cases
 import conftest
 import tolerance
+from emulator import library
 from lowrank_kernels import reference
 
 pytestmark = pytest.mark.skipif("emulator" not in conftest.KERNELS, reason="needs the emulator")
@@ -52,13 +52,13 @@ def dequantize(args, row, column, out):
         N, K, blocksize.bit_length() - 1,
     )  # fmt: skip
     matrix = MutMatrix(out.data_ptr(), DTYPES.index(out.dtype), *out.shape, out.stride(0))
-    library = ctypes.CDLL(os.environ["LOWRANK_EMULATOR"])
-    library.lk_cuda_dequantize.argtypes = (
+    run = library().lk_cuda_dequantize
+    run.argtypes = (
         *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
         *(ctypes.c_void_p, ctypes.c_void_p),
     )
     by = ctypes.byref
-    assert library.lk_cuda_dequantize(by(weight), row, column, by(matrix), by(Launch())) == 0
+    assert run(by(weight), row, column, by(matrix), by(Launch())) == 0
 
 
 # The piece of a warp is 512 elements of float32, 1024 of 16 bits: less than one, and more than two.

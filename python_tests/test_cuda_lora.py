@@ -3,10 +3,7 @@
 The kernels take tiles of 32 rows x 256 columns and 16 ranks a pass.
 """
 
-import contextlib
-import ctypes
 import itertools
-import os
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import torch
 import cases
 import conftest
 import tolerance
+from emulator import thread_order
 from lowrank_kernels.schema import ops
 
 KERNELS = [k for k in conftest.KERNELS if k == "emulator"]
@@ -42,18 +40,6 @@ FEW = [
 def backend(request):
     with conftest.entered(request.param) as name:
         yield name
-
-
-@contextlib.contextmanager
-def order(kind, seed=0):
-    """Fibers of the emulator run 0 forward, 1 in reverse, 2 shuffled."""
-    set_order = ctypes.CDLL(os.environ["LOWRANK_EMULATOR"]).lk_emulator_set_order
-    set_order.argtypes = (ctypes.c_int, ctypes.c_uint64)
-    set_order(kind, seed)
-    try:
-        yield
-    finally:
-        set_order(0, 0)
 
 
 def problem(case):
@@ -100,7 +86,7 @@ def test_the_order_of_threads_does_not_show(case):
     forward, backward = problem(case)
     expected = (ops.lora_linear(*forward)[1], *gradients(backward))
     for kind, seed in ((1, 0), (2, 1), (2, 2)):
-        with order(kind, seed):
+        with thread_order(kind, seed):
             actual = (ops.lora_linear(*forward)[1], *gradients(backward))
         tolerance.assert_same_bits(f"order {kind}, {seed}", actual, expected)
 

@@ -4,9 +4,7 @@ Edges of the tile shapes (16, 64 and 128 rows, 128 outputs, steps of 64), splits
 of dy, synchronisation under other orders of the threads, bits of a row among others.
 """
 
-import contextlib
 import ctypes
-import os
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import cases
 import conftest
 import tolerance
 from cases import BF16, F16, F32
+from emulator import library, thread_order
 from lowrank_kernels.schema import ops
 
 pytestmark = pytest.mark.skipif(
@@ -25,25 +24,9 @@ DX = "linear_4bit_dx"
 
 
 @pytest.fixture(autouse=True)
-def emulator():
+def on_the_emulator():
     with conftest.entered("emulator") as name:
         yield name
-
-
-@contextlib.contextmanager
-def thread_order(order, seed=0):
-    """0: forward, 1: reverse, 2: shuffled by the seed."""
-    set_order = library().lk_emulator_set_order
-    set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
-    set_order(order, seed)
-    try:
-        yield
-    finally:
-        set_order(0, 0)
-
-
-def library():
-    return ctypes.CDLL(os.environ["LOWRANK_EMULATOR"])
 
 
 def check(op, args, c=tolerance.C_ZERO_MEAN):

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-
 import pytest
 
 import cases
 import conftest
 import tolerance
+from emulator import ORDERS, thread_order
 from lowrank_kernels.schema import OPS, ops
-
-ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled again": (2, 2)}
 
 pytestmark = pytest.mark.skipif(
     "emulator" not in conftest.KERNELS, reason="LOWRANK_BACKEND or LOWRANK_TEST_DEVICE is set"
 )
-
-
-def emulator_library():
-    library = ctypes.CDLL(os.environ["LOWRANK_EMULATOR"])
-    library.lk_emulator_set_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
-    return library
-
-
-@pytest.fixture
-def set_order():
-    library = emulator_library()
-    yield library.lk_emulator_set_order
-    library.lk_emulator_set_order(0, 0)
 
 
 # One of each kernel family at the edges of its tiles, in both 16-bit types.
@@ -45,13 +28,13 @@ CASES = [
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", CASES)
-def test_order_of_the_threads_does_not_matter(op, case, set_order):
+def test_order_of_the_threads_does_not_matter(op, case):
     args = cases.make(op, case)
     with conftest.entered("emulator"):
         expected = None
         for name, order in ORDERS.items():
-            set_order(*order)
-            outputs = getattr(ops, op)(*args)
+            with thread_order(*order):
+                outputs = getattr(ops, op)(*args)
             expected = outputs if expected is None else expected
             tolerance.assert_same_bits(f"{op}, {name}", outputs, expected)
 

@@ -42,16 +42,15 @@ MUTANTS = {
 RUN = """
 import sys
 sys.path.insert(0, {tests!r})
-import torch, cases, conftest, tolerance, test_emulator
+import torch, cases, conftest, tolerance, emulator
 from lowrank_kernels.schema import ops
 torch.manual_seed(0)
 case = cases.Case(M={M}, N=33, K=96, R=8)
 args = cases.make("lora_linear_4bit", case)
-library = test_emulator.emulator_library()
 with conftest.entered("emulator"):
-    for order in test_emulator.ORDERS.values():
-        library.lk_emulator_set_order(*order)
-        tolerance.check("lora_linear_4bit", args, ops.lora_linear_4bit(*args))
+    for order in emulator.ORDERS.values():
+        with emulator.thread_order(*order):
+            tolerance.check("lora_linear_4bit", args, ops.lora_linear_4bit(*args))
 print("passed")
 """
 

@@ -30,6 +30,10 @@ struct DeviceInfo {
 // Of an H200 on the emulator. Asked of the runtime each time; all zero if that fails.
 DeviceInfo device_info(int device);
 
+inline bool is_aligned(const void* p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
+}
+
 template <class T>
 struct AsIs {
   using type = T;

@@ -18,8 +18,6 @@ int64_t parts_of(const Weight4& w, int device) {
   return parts > 1 ? parts : 1;
 }
 
-bool aligned(const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 template <class T, int token_tiles, int row_tiles>
 cudaError_t product(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
   const int64_t blocks = ceil_div(args.w.N, DecodeTile<token_tiles, row_tiles>::rows);
@@ -47,7 +45,7 @@ cudaError_t product(const DecodeArgs& args, int64_t parts, bool after_shrink, co
 
 cudaError_t shrink(const LinearArgs& a, const Launch& on) {
   const Matrix& A = a.lora.A;
-  const bool vectors = A.stride % 4 == 0 && aligned(A.data, 4 * element_size(A.dtype));
+  const bool vectors = A.stride % 4 == 0 && is_aligned(A.data, 4 * element_size(A.dtype));
   const Shape shape{dim3(static_cast<unsigned>(ceil_div(A.rows, kShrinkRanks)),
                          static_cast<unsigned>(ceil_div(a.x.rows, kShrinkTokens))),
                     dim3(kShrinkThreads), kShrinkShared};
@@ -63,7 +61,7 @@ bool decode_takes(const LinearArgs& a) {
   const Weight4& w = *a.base.quantized;
   return a.x.dtype != DType::f32 && a.x.rows >= 1 && a.x.rows <= kMaxDecodeRows && w.N > 0 &&
          w.K > 0 && w.K <= INT32_MAX && w.K % kDecodeBlock == 0 && w.block_shift >= 6 &&
-         blocks_fit_rows(w) && aligned(w.packed, 16) && aligned(a.x.data, 16) &&
+         blocks_fit_rows(w) && is_aligned(w.packed, 16) && is_aligned(a.x.data, 16) &&
          a.x.stride % 8 == 0 && ceil_div(w.N, 16 * kDecodeGroups) <= INT32_MAX;
 }
 

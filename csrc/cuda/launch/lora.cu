@@ -15,9 +15,8 @@ constexpr int64_t kMaxRank = 256, kMaxColumns = 1 << 30;
 constexpr int64_t kRowPartialBytes = 32 << 20;
 
 bool takes(const Matrix& act) {
-  const auto address = reinterpret_cast<uintptr_t>(act.data);
   return act.dtype != DType::f32 && act.cols > 0 && act.cols <= kMaxColumns && act.cols % 8 == 0 &&
-         address % 16 == 0 && (act.rows <= 1 || act.stride % 8 == 0);
+         is_aligned(act.data, 16) && (act.rows <= 1 || act.stride % 8 == 0);
 }
 bool takes_rank(const Lora& lora) { return 1 <= lora.A.rows && lora.A.rows <= kMaxRank; }
 

@@ -32,9 +32,6 @@ cudaError_t double_quantize(const DoubleQuantizeArgs& a, const Launch& on) {
 template <class T>
 bool is_in_runs(const Weight4& w, int64_t column, const MutMatrix& out) {
   constexpr int64_t length = kRunLength<T>;
-  const auto is_aligned = [](const void* p, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-  };
   return w.K % length == 0 && column % length == 0 && out.cols % length == 0 &&
          out.stride % length == 0 && is_aligned(out.data, 16) && is_aligned(w.packed, length / 2) &&
          out.rows * out.cols / length <= INT32_MAX && w.N * w.K >> 5 <= UINT32_MAX;

@@ -100,14 +100,12 @@ cudaError_t run(const char* name, TileArgs args, const Launch& on) {
   return launch("add_splits", on, shape, add_splits, args);
 }
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 bool takes(const Matrix& in, const Base& base, const MutMatrix& out) {
   if (in.dtype == DType::f32 || out.dtype != in.dtype || base.dense) return false;
   if (!base.quantized) return true;
   const Weight4& w = *base.quantized;
-  return w.N > 0 && w.K > 0 && blocks_fit_rows(w) && is_aligned(w.packed) && is_aligned(in.data) &&
-         in.stride % 8 == 0;
+  return w.N > 0 && w.K > 0 && blocks_fit_rows(w) && is_aligned(w.packed, 16) &&
+         is_aligned(in.data, 16) && in.stride % 8 == 0;
 }
 
 TileAdapter adapter(const float* s, const Matrix& factor, int64_t rank) {
