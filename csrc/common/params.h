@@ -109,6 +109,78 @@ struct BackwardArgs {
   MutMatrix dx, dA, dB, dbias;
 };
 
+// -- many adapters in one batch -------------------------------------------------------------------
+// Adapters live in pages of page_rank ranks. A page has an id, the same in every module of a model:
+//
+//   A    page 0: | page_rank rows of K | page 1: | ... |      rank-major, as A is
+//   B    page 0: | page_rank rows of N | page 1: | ... |      rank-major: B transposed
+//
+// Rank r of an adapter whose pages are ids[0], ids[1], ... is row
+// ids[r / page_rank] * page_rank + r % page_rank of both. Rows past its rank are never used.
+
+struct Pages {
+  Matrix A, B;  // [pages * page_rank, K], [pages * page_rank, N], rows without gaps
+  int64_t page_rank = 8;
+  int64_t slots = 0;
+  const int32_t* ranks = nullptr;     // [slots]; 0: the adapter does not cover this module
+  const float* scalings = nullptr;    // [slots]
+  const double* dropout_p = nullptr;  // [slots]
+  const uint64_t* seed = nullptr;     // null: no dropout, whatever dropout_p says
+};
+
+// Up to BatchPlan::tile_rows rows of the batch that share an adapter: plan.rows[row0 .. row0+rows).
+// Its pages are plan.page_ids[page0 ..]. The tiles of one slot follow one another, and so do their
+// rows; tiles with rows == 0 are padding and come last.
+struct Tile {
+  int32_t slot, row0, rows, page0;
+};
+
+// Which row of x[M, K] has which adapter; the same for every module of a model.
+struct BatchPlan {
+  const int32_t* rows = nullptr;         // row numbers by slot, ascending within a slot
+  const Tile* tiles = nullptr;           // [tile_count]
+  const int32_t* tile_of_row = nullptr;  // [M]; -1: the row has no adapter
+  const int32_t* page_ids = nullptr;
+  int64_t row_count = 0, tile_count = 0, page_count = 0;  // sizes of rows, tiles, page_ids
+  int tile_rows = 16;                                     // 16, 32, 64 or 128
+  int max_rank = 0;                                       // of any adapter of the plan, in any module
+};
+
+// y = x Wᵀ + bias + Δ, or without a base y += Δ; for a row m of slot u
+//   S[m] = dropout_u(x)[m] A_uᵀ,  Δ[m] = scaling_u S[m] B_uᵀ.
+// One rounding into y. S is float32 [M, s_stride], s_stride >= max_rank, in the order of x; it is
+// zero past a row's rank and where a row has no adapter.
+struct MultiArgs {
+  Matrix x;
+  const Weight4* base = nullptr;
+  BatchPlan plan;
+  Pages pages;
+  Vector bias;  // only with a base
+  MutMatrix y;
+  float* s = nullptr;
+  int64_t s_stride = 0;
+};
+
+// dS[m] = scaling_u dy[m] B_u (scratch ds, laid out as S); dx = dy W + mask_u (dS A_u), without a
+// base only the second term, zero where a row has no adapter. For each slot with grad_rows[u] >= 0,
+// into rows grad_rows[u] .. + ranks[u]:
+//   dA[r] = Σ_m dS[m, r] dropout_u(x)[m],  dB[r] = scaling_u Σ_m S[m, r] dy[m]    (B transposed)
+// over its rows in their order; zero if it has no row in the batch.
+struct MultiBackwardArgs {
+  Matrix dy, x;
+  const Weight4* base = nullptr;
+  BatchPlan plan;
+  Pages pages;
+  const float* s = nullptr;
+  float* ds = nullptr;
+  int64_t s_stride = 0;
+  MutMatrix dx;
+  const int32_t* grad_rows = nullptr;  // [slots]; -1: no gradient wanted
+  int64_t grad_rank = 0;               // rows of dA and dB; 0: no gradients wanted
+  float *dA = nullptr, *dB = nullptr;  // [grad_rank, K], [grad_rank, N]
+  MutMatrix dbias;
+};
+
 struct QuantizeArgs {
   const void* weight = nullptr;
   DType dtype = DType::f32;
