@@ -1,14 +1,17 @@
 """Every operator in plain PyTorch, float64 inside: the oracle of the tests and the ``reference`` backend.
 
 Readable, never clever. Each function takes its operator's arguments and returns unrounded float64
-(dequantize: the exact float32 products), so that a test can bound the rounding of a kernel.
+(dequantize: the exact float32 products), so that a test can bound the rounding of a kernel. No function writes
+to its arguments: one whose operator does (a name that ends in ``_``) returns what that argument becomes first.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from .schema import NESTED_BLOCKSIZE
+from .schema import NESTED_BLOCKSIZE, RANK_STEP
 
 
 def midpoint_nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -144,3 +147,95 @@ def lora_linear_4bit(x, *args):
 def lora_linear_4bit_backward(dy, x, s, *args):
     """:func:`lora_linear_backward` on the dequantized weight."""
     return lora_linear_backward(dy, x, s, dequantize_4bit(*args[:9]), *args[9:])
+
+
+# -- many adapters in one batch ------------------------------------------------------------------------------
+
+
+class _Adapter:
+    """The adapter of one row: A and B (transposed) float64 ``[rank, K]``, ``[rank, N]``; its mask ``[K]``."""
+
+    def __init__(self, m, x, plan, pages):
+        tiles, page_ids, tile_of_row, _rows, _tile_rows, _max_rank = plan
+        A_pages, B_pages, ranks, scalings, dropout_p, seed = pages
+        self.slot, _row0, _count, page0 = tiles[tile_of_row[m]].tolist()
+        self.rank, self.scaling = int(ranks[self.slot]), scalings[self.slot].double()
+        ids = page_ids[page0 : page0 + -(-self.rank // A_pages.shape[1])].long()
+        self.A, self.B = (p[ids].flatten(0, 1)[: self.rank].double() for p in (A_pages, B_pages))
+        p = 0.0 if seed is None else float(dropout_p[self.slot])
+        self.mask = _mask_row(m, x.shape[1], p, seed).to(x.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _masks(M: int, K: int, dropout_p: float, seed: int) -> torch.Tensor:
+    return dropout_mask(M, K, dropout_p, torch.tensor([seed]))
+
+
+def _mask_row(m: int, K: int, dropout_p: float, seed: torch.Tensor | None) -> torch.Tensor:
+    if dropout_p == 0.0:
+        return torch.ones(K, dtype=torch.float64)
+    rows = 1 << m.bit_length()  # one table serves the rows of a batch
+    return _masks(rows, K, dropout_p, int(seed))[m]
+
+
+def _adapters_of_rows(x, plan, pages):
+    """(row, adapter) of every row that has one; what ``tiles`` and ``rows`` say besides is not looked at."""
+    for m, tile in enumerate(plan[2].tolist()):
+        if tile >= 0:
+            yield m, _Adapter(m, x, plan, pages)
+
+
+def multi_lora_(y, x, *plan_and_pages):
+    """y[m] + scaling S[m] Bᵀ with S[m] = dropout(x[m]) Aᵀ, row by row, each with its own adapter; and S."""
+    plan, pages = plan_and_pages[:6], plan_and_pages[6:]
+    x = x.double()
+    y = y.double().clone()
+    s = x.new_zeros(x.shape[0], -(-plan[5] // RANK_STEP) * RANK_STEP)
+    for m, adapter in _adapters_of_rows(x, plan, pages):
+        s[m, : adapter.rank] = (x[m] * adapter.mask) @ adapter.A.T
+        y[m] += adapter.scaling * (s[m, : adapter.rank] @ adapter.B)
+    return y, s
+
+
+def multi_lora_backward(dy, x, s, *args):
+    """dS = scaling dy B;  dx = mask (dS A);  dA[u] = Σ dSᵀ dropout(x), dB[u]ᵀ = scaling Σ Sᵀ dy over rows of u."""
+    plan, pages, (grad_rows, grad_rank, need_dx) = args[:6], args[6:12], args[12:]
+    dy, x, s = dy.double(), x.double(), s.double()
+    dx = x.new_zeros(x.shape if need_dx else 0)
+    dA, dB = (x.new_zeros(grad_rank, t.shape[1]) for t in (x, dy))
+    for m, adapter in _adapters_of_rows(x, plan, pages):
+        ds = adapter.scaling * (dy[m] @ adapter.B.T)
+        if need_dx:
+            dx[m] = adapter.mask * (ds @ adapter.A)
+        if (first := int(grad_rows[adapter.slot])) >= 0:
+            dA[first : first + adapter.rank] += torch.outer(ds, x[m] * adapter.mask)
+            dB[first : first + adapter.rank] += adapter.scaling * torch.outer(
+                s[m, : adapter.rank], dy[m]
+            )
+    return dx, dA, dB
+
+
+def multi_lora_linear(x, weight, *args):
+    """x Wᵀ + bias plus the rows' adapters, and S; on a dense weight (the operator has a 4-bit one)."""
+    bias = args[12]
+    y = x.double() @ weight.double().T
+    return multi_lora_(y if bias is None else y + bias.double(), x, *args[:12])
+
+
+def multi_lora_linear_backward(dy, x, s, weight, *args):
+    """The gradients of :func:`multi_lora_linear`: those of :func:`multi_lora_backward`, dy W, Σ dy."""
+    _bias, grad_rows, grad_rank, need_dx, need_dbias = args[12:]
+    dx, dA, dB = multi_lora_backward(dy, x, s, *args[:12], grad_rows, grad_rank, need_dx)
+    if need_dx:
+        dx = dx + dy.double() @ weight.double()
+    return dx, dA, dB, dy.double().sum(0) if need_dbias else dx.new_empty(0)
+
+
+def multi_lora_linear_4bit(x, *args):
+    """:func:`multi_lora_linear` on the dequantized weight."""
+    return multi_lora_linear(x, dequantize_4bit(*args[:9]), *args[9:])
+
+
+def multi_lora_linear_4bit_backward(dy, x, s, *args):
+    """:func:`multi_lora_linear_backward` on the dequantized weight."""
+    return multi_lora_linear_backward(dy, x, s, dequantize_4bit(*args[:9]), *args[9:])

@@ -13,6 +13,24 @@ A 4-bit weight travels as nine flat arguments (``WEIGHT``), made by :meth:`Weigh
 ``nested_offset``     float32, one element, or None
 ``N, K, blocksize``   integers
 ====================  =========================================================================================
+
+A batch with many adapters travels as a plan (``PLAN``: which row has which adapter, the same for every module;
+made by :class:`multi_lora.Plan`) and as the pages of one module (``PAGES``, :class:`multi_lora.ModulePages`):
+
+====================  =========================================================================================
+``tiles``             int32 ``[tiles, 4]``: slot, row0, rows, page0; up to ``tile_rows`` rows that share an adapter,
+                      ``rows[row0 : row0 + rows]``, with pages ``page_ids[page0:]``. Tiles of one slot are adjacent
+``page_ids``          int32: the pages of each adapter of the batch
+``tile_of_row``       int32 ``[M]``: the tile of each row; -1: it has no adapter
+``rows``              int32: row numbers by slot, ascending within a slot
+``tile_rows``         16, 32, 64 or 128
+``max_rank``          of any adapter of the plan in any module
+``A_pages, B_pages``  floating ``[pages, page_rank, K]`` and ``[pages, page_rank, N]`` (B transposed), contiguous.
+                      Rank r of an adapter is row ``r % page_rank`` of its page ``r // page_rank``
+``ranks``             int32 ``[slots]``; 0: the adapter does not cover this module
+``scalings``          float32 ``[slots]``
+``dropout_p``         float64 ``[slots]``; in force only where there is a ``seed``
+====================  =========================================================================================
 """
 
 from __future__ import annotations
@@ -33,6 +51,13 @@ WEIGHT = (
 LORA = "Tensor A, Tensor B, float scaling"
 DROPOUT = "float dropout_p, Tensor? seed"
 NEEDS = "bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
+PLAN = (
+    "Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int tile_rows, int max_rank"
+)
+PAGES = (
+    "Tensor A_pages, Tensor B_pages, Tensor ranks, Tensor scalings, Tensor dropout_p, Tensor? seed"
+)
+RANK_STEP = 8  # S is as many columns wide as whole steps of ranks hold max_rank
 
 
 class Op(NamedTuple):
@@ -117,7 +142,59 @@ def _lora_linear_backward(
     return _lora_backward(dy, weight.shape[1], A, B, bias, (need_dx, need_dA, need_dB, need_dbias))
 
 
+def _s_of_plan(x, max_rank):
+    return x.new_empty(
+        (x.shape[0], ceil_div(max_rank, RANK_STEP) * RANK_STEP), dtype=torch.float32
+    )
+
+
+def _multi_lora_(
+    y, x, tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
+    A_pages, B_pages, ranks, scalings, dropout_p, seed,
+):  # fmt: skip
+    return _s_of_plan(x, max_rank)
+
+
+def _multi_gradients(A_pages, B_pages, grad_rank):
+    return (
+        A_pages.new_empty((grad_rank, A_pages.shape[2]), dtype=torch.float32),
+        B_pages.new_empty((grad_rank, B_pages.shape[2]), dtype=torch.float32),
+    )
+
+
+def _multi_lora_backward(
+    dy, x, s, tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
+    A_pages, B_pages, ranks, scalings, dropout_p, seed, grad_rows, grad_rank, need_dx,
+):  # fmt: skip
+    dx = dy.new_empty((dy.shape[0], A_pages.shape[2]) if need_dx else 0)
+    return dx, *_multi_gradients(A_pages, B_pages, grad_rank)
+
+
+def _multi_lora_linear_4bit(
+    x, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize,
+    tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
+    A_pages, B_pages, ranks, scalings, dropout_p, seed, bias,
+):  # fmt: skip
+    return x.new_empty((x.shape[0], N)), _s_of_plan(x, max_rank)
+
+
+def _multi_lora_linear_4bit_backward(
+    dy, x, s, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize,
+    tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
+    A_pages, B_pages, ranks, scalings, dropout_p, seed, bias,
+    grad_rows, grad_rank, need_dx, need_dbias,
+):  # fmt: skip
+    return (
+        dy.new_empty((dy.shape[0], K) if need_dx else 0),
+        *_multi_gradients(A_pages, B_pages, grad_rank),
+        (dy if bias is None else bias).new_empty(N if need_dbias else 0),
+    )
+
+
 # An output that is not needed (need_* False) is returned with zero elements. S is float32 [M, R].
+# multi_lora_ adds to y in place. Of many adapters, S is [M, max_rank rounded up to RANK_STEP], zero past a
+# row's rank, and gradients are float32 with the ranks of slot u in rows grad_rows[u] on (int32; -1: none),
+# grad_rank rows in all: dA [grad_rank, K], and dB [grad_rank, N], transposed as the pages are.
 OPS: dict[str, Op] = {
     "quantize_4bit": Op(
         "(Tensor weight, Tensor code, int blocksize) -> (Tensor, Tensor)", _quantize_4bit
@@ -145,6 +222,22 @@ OPS: dict[str, Op] = {
         f"(Tensor dy, Tensor x, Tensor s, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _lora_linear_backward,
+    ),
+    "multi_lora_": Op(f"(Tensor(a!) y, Tensor x, {PLAN}, {PAGES}) -> Tensor", _multi_lora_),
+    "multi_lora_backward": Op(
+        f"(Tensor dy, Tensor x, Tensor s, {PLAN}, {PAGES}, Tensor grad_rows, int grad_rank, bool need_dx)"
+        " -> (Tensor, Tensor, Tensor)",
+        _multi_lora_backward,
+    ),
+    "multi_lora_linear_4bit": Op(
+        f"(Tensor x, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias) -> (Tensor, Tensor)",
+        _multi_lora_linear_4bit,
+    ),
+    "multi_lora_linear_4bit_backward": Op(
+        f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias, "
+        "Tensor grad_rows, int grad_rank, bool need_dx, bool need_dbias)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
+        _multi_lora_linear_4bit_backward,
     ),
 }
 

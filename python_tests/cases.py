@@ -17,7 +17,7 @@ import torch
 import lowrank_kernels as lk
 from lowrank_kernels import Weight4bit
 from lowrank_kernels.formats import BLOCKSIZES, code_of, dynamic_code
-from lowrank_kernels.schema import NESTED_BLOCKSIZE, ceil_div
+from lowrank_kernels.schema import NESTED_BLOCKSIZE, RANK_STEP, ceil_div, ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 _SHORT = {F32: "f32", BF16: "bf16", F16: "f16", torch.uint8: "u8", None: "none"}
@@ -286,6 +286,108 @@ def _lora_backward(op, case):
     return dy, x, s, *rest, True, True, True, case.bias is not None
 
 
+# -- many adapters ---------------------------------------------------------------------------------
+
+SLOTS = 6  # of the tables; a batch uses some of them
+
+
+def plan_args(
+    slots: list[int], tokens: list[int], pages: dict[int, list[int]], max_rank: int
+) -> tuple:
+    """The plan's arguments for sequences with these slots (-1: no adapter) and numbers of tokens."""
+    slot_of_row = [slot for slot, count in zip(slots, tokens) for _ in range(count)]
+    rows_of = {u: [m for m, s in enumerate(slot_of_row) if s == u] for u in sorted({*slot_of_row})}
+    rows_of.pop(-1, None)
+    most = max(map(len, rows_of.values()), default=0)
+    tile_rows = next((size for size in (16, 32, 64, 128) if size >= most), 128)
+    tiles, page_ids, tile_of_row, rows = [], [], [-1] * len(slot_of_row), []
+    for slot, of_slot in rows_of.items():
+        for start in range(0, len(of_slot), tile_rows):
+            part = of_slot[start : start + tile_rows]
+            for m in part:
+                tile_of_row[m] = len(tiles)
+            tiles.append((slot, len(rows), len(part), len(page_ids)))
+            rows += part
+        page_ids += pages[slot]
+
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32)
+
+    return (
+        ints(tiles).view(-1, 4), ints(page_ids), ints(tile_of_row), ints(rows), tile_rows, max_rank,
+    )  # fmt: skip
+
+
+def _sequences(M: int, slots: int) -> tuple[list[int], list[int]]:
+    """M rows cut into sequences, some empty, each with a slot or -1."""
+    cuts = sorted(random.randrange(M + 1) for _ in range(random.choice((0, 1, 4, 9))))
+    tokens = [b - a for a, b in zip((0, *cuts), (*cuts, M))]
+    return [random.randrange(-1, slots) for _ in tokens], tokens
+
+
+def multi_args(case: Case, slots: list[int] | None = None, tokens: list[int] | None = None):
+    """(plan, pages): six adapters with ranks up to case.R, one of which does not cover the module."""
+    page_rank = random.choice((8, 16))
+    ranks = [random.randint(1, case.R) for _ in range(SLOTS)]
+    ranks[random.randrange(SLOTS)] = 0
+    ranks[random.randrange(SLOTS)] = case.R
+    free = list(range(SLOTS * ceil_div(case.R, page_rank) + 2))
+    random.shuffle(free)
+    # A module that an adapter does not cover has its pages all the same; so may a smaller rank.
+    pages = {u: [free.pop() for _ in range(max(1, ceil_div(r, page_rank)))] for u, r in enumerate(ranks)}
+    if slots is None:
+        slots, tokens = _sequences(case.M, SLOTS)
+    shape = (SLOTS * ceil_div(case.R, page_rank) + 2, page_rank)
+    A = random_tensor(*shape, case.K, dtype=case.adapter, scale=case.K**-0.5)
+    B = random_tensor(*shape, case.N, dtype=case.adapter, scale=case.R**-0.5)
+    used = {(pages[u][r // page_rank], r % page_rank) for u in pages for r in range(ranks[u])}
+    for page, r in itertools.product(range(shape[0]), range(page_rank)):
+        if (page, r) not in used:  # nobody may look there
+            A[page, r], B[page, r] = torch.nan, torch.nan
+    scalings = case.scaling * torch.tensor([random.choice((1.0, 0.5, 2.0)) for _ in ranks])
+    dropout = [random.choice((case.dropout_p, case.dropout_p, 0.0)) for _ in ranks]
+    seed = random_seed() if case.dropout_p else None
+    return plan_args(slots, tokens, pages, max(ranks)), (
+        A, B, torch.tensor(ranks, dtype=torch.int32), scalings.float(),
+        torch.tensor(dropout, dtype=torch.float64), seed,
+    )  # fmt: skip
+
+
+def grad_args(ranks: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(grad_rows, grad_rank): most slots want gradients, in any order, with a gap."""
+    rows, first = [-1] * len(ranks), random.choice((0, 3))
+    for u in random.sample(range(len(ranks)), len(ranks)):
+        if random.random() < 0.75:
+            rows[u], first = first, first + int(ranks[u])
+    return torch.tensor(rows, dtype=torch.int32), first
+
+
+def _multi(op, case):
+    plan, pages = multi_args(case)
+    y = random_tensor(case.M, case.N, dtype=case.dtype)
+    return y, random_tensor(case.M, case.K, dtype=case.dtype), *plan, *pages
+
+
+def _multi_backward(op, case):
+    plan, pages = multi_args(case)
+    dy, x = (random_tensor(case.M, n, dtype=case.dtype) for n in (case.N, case.K))
+    s = random_tensor(case.M, ceil_div(plan[-1], RANK_STEP) * RANK_STEP, dtype=F32)
+    return dy, x, s, *plan, *pages, *grad_args(pages[2]), True
+
+
+def _multi_linear(op, case):
+    x = random_tensor(case.M, case.K, dtype=case.dtype)
+    plan, pages = multi_args(case)
+    return x, *_base(op, case), *plan, *pages, _bias(case)
+
+
+def _multi_linear_backward(op, case):
+    dy, x, s, *rest = _multi_backward(op, case)
+    *plan_and_pages, grad_rows, grad_rank, need_dx = rest
+    needs = (grad_rows, grad_rank, need_dx, case.bias is not None)
+    return dy, x, s, *_base(op, case), *plan_and_pages, _bias(case), *needs
+
+
 MAKE = {
     "quantize_4bit": _quantize,
     "double_quantize": _double_quantize,
@@ -296,7 +398,22 @@ MAKE = {
     "lora_linear_4bit_backward": _lora_backward,
     "lora_linear": _lora,
     "lora_linear_backward": _lora_backward,
+    "multi_lora_": _multi,
+    "multi_lora_backward": _multi_backward,
+    "multi_lora_linear_4bit": _multi_linear,
+    "multi_lora_linear_4bit_backward": _multi_linear_backward,
 }
+
+
+def run(op: str, args: tuple) -> tuple[torch.Tensor, ...]:
+    """The outputs of ``torch.ops.lowrank_kernels.<op>``; one that writes to its first argument gets a copy of it,
+    which is then the first output."""
+    function = getattr(ops, op)
+    if not op.endswith("_"):
+        outputs = function(*args)
+        return outputs if isinstance(outputs, tuple | list) else (outputs,)
+    first = args[0].detach().clone()
+    return first, function(first, *args[1:])
 
 
 def call(op: str, args: tuple, case: Case) -> torch.Tensor:

@@ -90,8 +90,8 @@ def evaluate(op: str, args: tuple) -> tuple[tuple[torch.Tensor, ...], tuple[torc
         magnitudes = magnitudes if bias is None else magnitudes + bias.double().abs()
     elif op == "linear_4bit_dx":
         magnitudes = args[0].double().abs() @ reference.dequantize_4bit(*args[1:10]).double().abs()
-    elif op in ("lora_linear_4bit", "lora_linear_4bit_backward"):
-        start = 1 if op == "lora_linear_4bit" else 3
+    elif "lora_linear_4bit" in op:
+        start = 3 if op.endswith("backward") else 1
         weight = reference.dequantize_4bit(*args[start : start + 9])
         dense = (*args[:start], weight, *args[start + 9 :])
         magnitudes = getattr(reference, op.replace("_4bit", ""))(*map(_absolute, dense))
@@ -113,6 +113,10 @@ OUTPUTS = {
     "lora_linear": ("y", "s"),
     "lora_linear_4bit_backward": ("dx", "dA", "dB", "dbias"),
     "lora_linear_backward": ("dx", "dA", "dB", "dbias"),
+    "multi_lora_": ("y", "s"),
+    "multi_lora_backward": ("dx", "dA", "dB"),
+    "multi_lora_linear_4bit": ("y", "s"),
+    "multi_lora_linear_4bit_backward": ("dx", "dA", "dB", "dbias"),
 }
 
 

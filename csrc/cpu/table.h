@@ -12,6 +12,8 @@ struct KernelTable {
   void (*dequantize)(const DequantizeArgs&, const Parallel&);
   void (*linear)(const LinearArgs&, const Parallel&);
   void (*linear_backward)(const BackwardArgs&, const Parallel&);
+  void (*multi)(const MultiArgs&, const Parallel&);
+  void (*multi_backward)(const MultiBackwardArgs&, const Parallel&);
 };
 
 extern const KernelTable kScalarTable;

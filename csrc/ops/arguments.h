@@ -131,6 +131,83 @@ class Unpack {
     return w;
   }
 
+  // The integers of a plan were made by the planner for these very tensors. A CPU checks them all the
+  // same, in the time of reading them once; those of another device cannot be read here.
+  BatchPlan plan(const Tensor& tiles, const Tensor& page_ids, const Tensor& tile_of_row,
+                 const Tensor& rows, int64_t tile_rows, int64_t max_rank, int64_t M) const {
+    STD_TORCH_CHECK(tile_rows == 16 || tile_rows == 32 || tile_rows == 64 || tile_rows == 128,
+                    "tile_rows: expected 16, 32, 64 or 128, got ", tile_rows);
+    STD_TORCH_CHECK(max_rank >= 0 && max_rank < (1 << 24), "max_rank: expected a rank, got ",
+                    max_rank);
+    BatchPlan p;
+    p.row_count = rows.numel();
+    p.tile_count = tiles.numel() / 4;
+    p.page_count = page_ids.numel();
+    p.tiles = reinterpret_cast<const Tile*>(
+        data<int32_t>("tiles", tiles, ScalarType::Int, p.tile_count * 4));
+    p.page_ids = data<int32_t>("page_ids", page_ids, ScalarType::Int, p.page_count);
+    p.tile_of_row = data<int32_t>("tile_of_row", tile_of_row, ScalarType::Int, M);
+    p.rows = data<int32_t>("rows", rows, ScalarType::Int, p.row_count);
+    p.tile_rows = static_cast<int>(tile_rows);
+    p.max_rank = static_cast<int>(max_rank);
+    return p;
+  }
+
+  Pages pages(const Tensor& A_pages, const Tensor& B_pages, const Tensor& ranks,
+              const Tensor& scalings, const Tensor& dropout_p, const MaybeTensor& seed, int64_t N,
+              int64_t K) const {
+    STD_TORCH_CHECK(A_pages.dim() == 3 && B_pages.dim() == 3,
+                    "A_pages, B_pages: expected [pages, page_rank, K] and [pages, page_rank, N]");
+    Pages p;
+    const int64_t count = A_pages.size(0);
+    p.page_rank = A_pages.size(1);
+    STD_TORCH_CHECK(p.page_rank > 0 && p.page_rank % 8 == 0,
+                    "page_rank: expected a multiple of 8, got ", p.page_rank);
+    p.A = page_matrix("A_pages", A_pages, count, p.page_rank, K);
+    p.B = page_matrix("B_pages", B_pages, count, p.page_rank, N);
+    STD_TORCH_CHECK(p.A.dtype == p.B.dtype, "B_pages: expected the dtype of A_pages");
+    p.slots = ranks.numel();
+    p.ranks = data<int32_t>("ranks", ranks, ScalarType::Int, p.slots);
+    p.scalings = data<float>("scalings", scalings, ScalarType::Float, p.slots);
+    p.dropout_p = data<double>("dropout_p", dropout_p, ScalarType::Double, p.slots);
+    if (seed) p.seed = data<uint64_t>("seed", *seed, ScalarType::Long, 1);
+    return p;
+  }
+
+  // On a CPU: that every index of the plan is inside of what it points into.
+  void check_indices(const BatchPlan& plan, const Pages& pages, int64_t M) const {
+    if (!is_cpu_) return;
+    const int64_t page_count = pages.A.rows / pages.page_rank;
+    bool ok = true;
+    int64_t next = 0;
+    for (int64_t i = 0; i < plan.tile_count && ok; ++i) {
+      const Tile& t = plan.tiles[i];
+      if (t.rows == 0) continue;
+      ok = t.slot >= 0 && t.slot < pages.slots && t.rows > 0 && t.rows <= plan.tile_rows &&
+           t.row0 == next && t.row0 + t.rows <= plan.row_count && t.page0 >= 0;
+      if (!ok) break;
+      next += t.rows;
+      const int64_t rank = pages.ranks[t.slot];
+      ok = rank >= 0 && rank <= plan.max_rank &&
+           t.page0 + ceil_div(rank, pages.page_rank) <= plan.page_count;
+    }
+    for (int64_t i = 0; i < next && ok; ++i) ok = plan.rows[i] >= 0 && plan.rows[i] < M;
+    for (int64_t i = 0; i < plan.page_count && ok; ++i)
+      ok = plan.page_ids[i] >= 0 && plan.page_ids[i] < page_count;
+    for (int64_t m = 0; m < M && ok; ++m) {
+      const int32_t t = plan.tile_of_row[m];
+      ok = t == -1 || (t >= 0 && t < plan.tile_count && plan.tiles[t].rows > 0);
+    }
+    STD_TORCH_CHECK(ok, "plan: its indices do not fit these pages and rows");
+  }
+
+  void check_grad_rows(const int32_t* grad_rows, const Pages& pages, int64_t grad_rank) const {
+    if (!is_cpu_) return;
+    for (int64_t u = 0; u < pages.slots; ++u)
+      STD_TORCH_CHECK(grad_rows[u] < 0 || grad_rows[u] + pages.ranks[u] <= grad_rank,
+                      "grad_rows: expected rows below grad_rank = ", grad_rank);
+  }
+
   Dropout dropout(double p, const MaybeTensor& seed) const {
     Dropout d;
     if (p == 0.0) return d;
@@ -143,6 +220,15 @@ class Unpack {
   }
 
  private:
+  Matrix page_matrix(const char* name, const Tensor& t, int64_t pages, int64_t page_rank,
+                     int64_t cols) const {
+    STD_TORCH_CHECK(t.size(0) == pages && t.size(1) == page_rank && t.size(2) == cols &&
+                        t.is_contiguous(),
+                    name, ": expected contiguous [", pages, ", ", page_rank, ", ", cols, "]");
+    check_device(name, t);
+    return {t.const_data_ptr(), dtype_of(name, t), pages * page_rank, cols, cols};
+  }
+
   bool is_cpu_;
   int index_;
 };

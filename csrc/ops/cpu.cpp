@@ -29,6 +29,10 @@ struct Cpu {
   void linear_backward(const BackwardArgs& a, const Tensor&, const Tensor*, Tensor&) const {
     lk_kernels()->linear_backward(a, pool());
   }
+  void multi(const MultiArgs& a, const Tensor&, Tensor&) const { lk_kernels()->multi(a, pool()); }
+  void multi_backward(const MultiBackwardArgs& a, const Tensor&, Tensor&) const {
+    lk_kernels()->multi_backward(a, pool());
+  }
 };
 
 }  // namespace

@@ -176,6 +176,13 @@ class Cuda {
     }
   }
 
+  void multi(const MultiArgs&, const Tensor&, Tensor&) const {
+    STD_TORCH_CHECK(false, "multi_lora: under construction");
+  }
+  void multi_backward(const MultiBackwardArgs&, const Tensor&, Tensor&) const {
+    STD_TORCH_CHECK(false, "multi_lora: under construction");
+  }
+
   void linear_backward(BackwardArgs a, const Tensor& dy, const Tensor* weight, Tensor& dx) const {
     const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
     const Plan plan = library_.plan_linear_backward(&a, launch_.device);

@@ -1,8 +1,8 @@
 // The operators, once for every backend; the order of arguments is that of schema.py.
 //
 // A Backend is made for each call from its first tensor, checks where that is, and runs the plain
-// structs: quantize, double_quantize, dequantize, linear, linear_backward. The linear ones get the
-// tensors behind the struct too (the dense weight may be null), for a backend that hands part of
+// structs: quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward. The
+// linear ones get the tensors behind the struct too (the dense weight may be null), for a backend that hands part of
 // the work back to torch.
 #pragma once
 
@@ -15,6 +15,12 @@ namespace lk {
       MaybeTensor nested_offset, int64_t N, int64_t K, int64_t blocksize
 #define LK_WEIGHT \
   in.weight4(packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize)
+
+#define LK_PLAN_PARAMS                                                                       \
+  Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int64_t tile_rows, int64_t max_rank
+#define LK_PAGES_PARAMS                                                                  \
+  Tensor A_pages, Tensor B_pages, Tensor ranks, Tensor scalings, Tensor dropout_p, \
+      MaybeTensor seed
 
 template <class Backend>
 struct Operators {
@@ -129,7 +135,125 @@ struct Operators {
                     need_dA, need_dB, need_dbias);
   }
 
+  static Tensor multi_lora_(Tensor y_in, Tensor x, LK_PLAN_PARAMS, LK_PAGES_PARAMS) {
+    const Backend backend(x);
+    const Unpack in(x);
+    STD_TORCH_CHECK(x.dim() == 2 && y_in.dim() == 2, "x, y: expected matrices");
+    STD_TORCH_CHECK(y_in.scalar_type() == x.scalar_type(), "y: expected the dtype of x");
+    Tensor y = in.rows_of("y", y_in);
+    const int64_t M = x.size(0), N = y.size(1), K = x.size(1);
+    MultiArgs a;
+    a.plan = in.plan(tiles, page_ids, tile_of_row, rows, tile_rows, max_rank, M);
+    a.pages = in.pages(A_pages, B_pages, ranks, scalings, dropout_p, seed, N, K);
+    const Matrix out = in.matrix("y", y, M, N);
+    a.y = {y.mutable_data_ptr(), out.dtype, M, N, out.stride};
+    const Tensor s = multi_forward(backend, in, x, a, y);
+    if (y.get() != y_in.get()) torch::stable::copy_(y_in, y);
+    return s;
+  }
+
+  static std::tuple<Tensor, Tensor> multi_lora_linear_4bit(Tensor x, LK_WEIGHT_PARAMS,
+                                                           LK_PLAN_PARAMS, LK_PAGES_PARAMS,
+                                                           MaybeTensor bias_in) {
+    const Backend backend(x);
+    const Unpack in(x);
+    STD_TORCH_CHECK(x.dim() == 2, "x: expected a matrix");
+    const Weight4 w = LK_WEIGHT;
+    const int64_t M = x.size(0);
+    Tensor y = empty(x, {M, N});
+    MultiArgs a;
+    a.base = &w;
+    a.plan = in.plan(tiles, page_ids, tile_of_row, rows, tile_rows, max_rank, M);
+    a.pages = in.pages(A_pages, B_pages, ranks, scalings, dropout_p, seed, N, K);
+    MaybeTensor bias;
+    if (bias_in) {
+      bias = torch::stable::contiguous(*bias_in);
+      a.bias = in.vector("bias", *bias, N);
+    }
+    a.y = output(y, M, N);
+    return {y, multi_forward(backend, in, x, a, y)};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> multi_lora_backward(Tensor dy, Tensor x, Tensor s,
+                                                                LK_PLAN_PARAMS, LK_PAGES_PARAMS,
+                                                                Tensor grad_rows, int64_t grad_rank,
+                                                                bool need_dx) {
+    const Backend backend(dy);
+    const Unpack in(dy);
+    STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "dy, x: expected matrices");
+    MultiBackwardArgs a;
+    a.plan = in.plan(tiles, page_ids, tile_of_row, rows, tile_rows, max_rank, dy.size(0));
+    a.pages = in.pages(A_pages, B_pages, ranks, scalings, dropout_p, seed, dy.size(1), x.size(1));
+    const Gradients g = multi_gradients(backend, in, dy, x, s, a, std::nullopt, grad_rows,
+                                        grad_rank, need_dx, false);
+    return {std::get<0>(g), std::get<1>(g), std::get<2>(g)};
+  }
+
+  static Gradients multi_lora_linear_4bit_backward(Tensor dy, Tensor x, Tensor s, LK_WEIGHT_PARAMS,
+                                                   LK_PLAN_PARAMS, LK_PAGES_PARAMS,
+                                                   MaybeTensor bias, Tensor grad_rows,
+                                                   int64_t grad_rank, bool need_dx,
+                                                   bool need_dbias) {
+    const Backend backend(dy);
+    const Unpack in(dy);
+    STD_TORCH_CHECK(dy.dim() == 2 && x.dim() == 2, "dy, x: expected matrices");
+    const Weight4 w = LK_WEIGHT;
+    MultiBackwardArgs a;
+    a.base = &w;
+    a.plan = in.plan(tiles, page_ids, tile_of_row, rows, tile_rows, max_rank, dy.size(0));
+    a.pages = in.pages(A_pages, B_pages, ranks, scalings, dropout_p, seed, N, K);
+    return multi_gradients(backend, in, dy, x, s, a, bias, grad_rows, grad_rank, need_dx,
+                           need_dbias);
+  }
+
  private:
+  static int64_t s_width(const BatchPlan& plan) { return ceil_div(plan.max_rank, 8) * 8; }
+
+  // S; y is in `a` already.
+  static Tensor multi_forward(const Backend& backend, const Unpack& in, const Tensor& x_in,
+                              MultiArgs& a, Tensor& y) {
+    const Tensor x = in.rows_of("x", x_in);
+    const int64_t M = x.size(0);
+    a.x = in.matrix("x", x, M, a.pages.A.cols);
+    in.check_indices(a.plan, a.pages, M);
+    a.s_stride = s_width(a.plan);
+    Tensor s = empty(x, {M, a.s_stride}, ScalarType::Float);
+    a.s = static_cast<float*>(s.mutable_data_ptr());
+    backend.multi(a, x, y);
+    return s;
+  }
+
+  // dx, dA, dB, dbias; one that is not needed is empty.
+  static Gradients multi_gradients(const Backend& backend, const Unpack& in, const Tensor& dy_in,
+                                   const Tensor& x_in, const Tensor& s_in, MultiBackwardArgs& a,
+                                   const MaybeTensor& bias, const Tensor& grad_rows,
+                                   int64_t grad_rank, bool need_dx, bool need_dbias) {
+    const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
+                 s = torch::stable::contiguous(s_in);
+    const int64_t M = dy.size(0), N = a.pages.B.cols, K = a.pages.A.cols;
+    STD_TORCH_CHECK(grad_rank >= 0, "grad_rank: expected at least 0, got ", grad_rank);
+    in.check_indices(a.plan, a.pages, M);
+    a.dy = in.matrix("dy", dy, M, N);
+    a.x = in.matrix("x", x, M, K);
+    a.s_stride = s_width(a.plan);
+    a.s = in.template data<float>("s", s, ScalarType::Float, M * a.s_stride);
+    a.grad_rows = in.template data<int32_t>("grad_rows", grad_rows, ScalarType::Int, a.pages.slots);
+    in.check_grad_rows(a.grad_rows, a.pages, grad_rank);
+    a.grad_rank = grad_rank;
+    Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
+    const Tensor dA = empty(dy, {grad_rank, K}, ScalarType::Float),
+                 dB = empty(dy, {grad_rank, N}, ScalarType::Float),
+                 dbias = empty(bias ? *bias : dy, {need_dbias ? N : 0}),
+                 ds = empty(dy, {M, a.s_stride}, ScalarType::Float);
+    a.ds = static_cast<float*>(ds.mutable_data_ptr());
+    a.dA = static_cast<float*>(dA.mutable_data_ptr());
+    a.dB = static_cast<float*>(dB.mutable_data_ptr());
+    if (need_dx) a.dx = output(dx, M, K);
+    if (need_dbias) a.dbias = output(dbias, 1, N);
+    backend.multi_backward(a, dy, dx);
+    return {dx, dA, dB, dbias};
+  }
+
   // y and S of either base; without an adapter S is empty.
   static std::tuple<Tensor, Tensor> forward(const Backend& backend, const Unpack& in,
                                             const Tensor& x_in, const Base& base,
@@ -185,6 +309,8 @@ struct Operators {
 
 #undef LK_WEIGHT
 #undef LK_WEIGHT_PARAMS
+#undef LK_PLAN_PARAMS
+#undef LK_PAGES_PARAMS
 
 // Registers all of them; `library` is the argument of STABLE_TORCH_LIBRARY_IMPL.
 template <class Backend, class Library>
@@ -199,6 +325,11 @@ void implement(Library& library) {
   library.impl("lora_linear_4bit_backward", TORCH_BOX(&Ops::lora_linear_4bit_backward));
   library.impl("lora_linear", TORCH_BOX(&Ops::lora_linear));
   library.impl("lora_linear_backward", TORCH_BOX(&Ops::lora_linear_backward));
+  library.impl("multi_lora_", TORCH_BOX(&Ops::multi_lora_));
+  library.impl("multi_lora_backward", TORCH_BOX(&Ops::multi_lora_backward));
+  library.impl("multi_lora_linear_4bit", TORCH_BOX(&Ops::multi_lora_linear_4bit));
+  library.impl("multi_lora_linear_4bit_backward",
+               TORCH_BOX(&Ops::multi_lora_linear_4bit_backward));
 }
 
 }  // namespace lk

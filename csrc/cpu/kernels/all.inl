@@ -13,6 +13,8 @@ struct Constant {
 #include "cpu/kernels/panel4.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/linear.inl"
+#include "cpu/kernels/multi.inl"
 #include "cpu/kernels/quantize.inl"
 
-#define LK_KERNEL_TABLE(name) {name, quantize, double_quantize, dequantize, linear, linear_backward}
+#define LK_KERNEL_TABLE(name) \
+  {name, quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward}
