@@ -20,15 +20,16 @@ using Int32Array = py::array_t<int32_t, py::array::c_style>;
 
 // By hand: for two lists of some hundred numbers, pybind11's own way takes longer than planning.
 std::vector<int64_t> integers(const char* argument, const py::handle& values) {
-  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(values.ptr(), ""));
+  // A tuple, as an item's __index__ could change a list.
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(values.ptr()));
   if (!items) {
     PyErr_Clear();
     throw py::type_error(std::string(argument) + ": expected a sequence of ints, got " +
                          py::repr(values).cast<std::string>());
   }
-  std::vector<int64_t> result(static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr())));
+  std::vector<int64_t> result(static_cast<size_t>(PyTuple_GET_SIZE(items.ptr())));
   for (size_t i = 0; i < result.size(); ++i) {
-    PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
+    PyObject* item = PyTuple_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
     int overflow = 0;
     result[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
     if (result[i] != -1 || (!overflow && !PyErr_Occurred())) continue;
