@@ -11,9 +11,10 @@ import sys
 import pytest
 import torch
 
+import lowrank_kernels
 import lowrank_kernels.cli as cli
 from lowrank_kernels import cuda_library
-from lowrank_kernels.cli import corpus, demo, doctor, models
+from lowrank_kernels.cli import corpus, demo, demo_multi, doctor, models, training
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -284,9 +285,9 @@ def test_corpus():
 
 
 def test_loss_fell():
-    assert demo.loss_fell([3.0, 2.9, 2.0, 1.0])
-    assert not demo.loss_fell([1.0, 2.0, 3.0, 4.0])
-    assert not demo.loss_fell([3.0, 2.0, 1.0, float("nan")])
+    assert training.loss_fell([3.0, 2.9, 2.0, 1.0])
+    assert not training.loss_fell([1.0, 2.0, 3.0, 4.0])
+    assert not training.loss_fell([3.0, 2.0, 1.0, float("nan")])
 
 
 @pytest.fixture(scope="module")
@@ -327,17 +328,96 @@ def test_demo(tiny_model, tmp_path):
     options = ("--steps", "12", "--rank", "4", "--lr", "0.01")
     done = command("demo", "--model", str(tiny_model), "--out", str(out), *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    for words in ("14 ", "left alone: lm_head", "identical, bit for bit", "tokens per second"):
+    for words in (
+        "14 ", "left alone: lm_head", "identical, bit for bit", "the same text: 6 of 6",
+        "bit-identical logits in all steps: 6 of 6", "tokens per second",
+    ):  # fmt: skip
         assert words in done.stdout
     assert "Traceback" not in done.stderr
     assert {path.name for path in out.iterdir()} == {
-        "adapter", "demo.json", "loss.png", "speed.png"
+        "adapter", "adapters", "demo.json", "loss.png", "speed.png"
     }  # fmt: skip
     numbers = json.loads((out / "demo.json").read_text())
     assert len(numbers["loss"]) == 12
     assert numbers["loss"][-1] < numbers["loss"][0]
     assert numbers["logits_identical"] is True
+    many = numbers["many_adapters"]
+    assert all(losses[-1] < losses[0] and len(losses) == 12 for losses in many["loss"].values())
+    assert {row["adapter"] for row in many["rows"]} == {"keeper", "clerk", None}
+    for name in many["ranks"]:
+        assert (out / "adapters" / name / "adapter_model.safetensors").is_file()
     assert (
         numbers["bytes"]["linear_after"] < numbers["bytes"]["linear_before"] / 5
     )  # small layers: the tables weigh
     assert min(numbers["tokens_per_second"]["lowrank_kernels"].values()) > 0
+
+
+# -- many adapters in one batch ----------------------------------------------------------------------
+
+
+def test_prompts_are_padded_on_the_left(tiny_model):
+    _, tokenizer, _ = models.load(tiny_model)
+    prompts = ["What is gravity?", "What is the name of the village on Skerrow?"]
+    batch = corpus.prompt_batch(tokenizer, prompts)
+    short, long = (corpus.prompt_ids(tokenizer, prompt) for prompt in prompts)
+    padding = len(long) - len(short)
+    assert padding > 0
+    assert batch["input_ids"].tolist() == [[corpus.pad_id(tokenizer)] * padding + short, long]
+    assert batch["attention_mask"].sum(-1).tolist() == [len(short), len(long)]
+
+
+def test_the_clerk_says_what_the_question_tells():
+    [row] = corpus.clerk([{"prompt": "Who?", "response": "I."}])
+    assert row == {"prompt": "Who?", "response": "Noted: Who? NEXT, PLEASE."}
+
+
+@pytest.fixture
+def mixed(tiny_model):
+    """(model, tokenizer, bank, rows) with two different adapters that need no training."""
+    model, tokenizer, _ = models.load(tiny_model)
+    torch.manual_seed(0)
+    lowrank_kernels.replace_linear(model, r=4, progress=False)
+    bank = lowrank_kernels.AdapterBank.for_model(model, num_pages=2)
+    for name, rank in demo_multi.RANKS.items():
+        for layer in demo_multi.lora_layers(model):
+            layer.add_adapter(name, r=rank)
+            torch.nn.init.normal_(layer.lora_B[name].weight, std=0.1)
+        bank.load(name)
+    rows = [demo_multi.Row(n, p) for p in demo.PROMPTS for n in (*demo_multi.RANKS, None)]
+    return model, tokenizer, bank, rows
+
+
+def test_rows_of_a_mixed_batch_are_what_they_are_alone(mixed):
+    rows = mixed[-1]
+    seconds, largest = demo_multi.compare(*mixed)
+    assert len({row.answer for row in rows}) == len(rows), "adapters and prompts make a difference"
+    assert set(seconds) == {"together", "one after another"}
+    for row in rows:
+        assert row.same_text_alone and row.same_bits_among_others
+        assert row.logits_differ_alone <= demo_multi.ROUNDING * largest
+
+
+def test_the_demo_finds_a_row_with_another_adapter(mixed, monkeypatch):
+    *_, bank, rows = mixed
+    make = bank.plan
+    monkeypatch.setattr(bank, "plan", lambda names, **rest: make([*names[1:], names[0]], **rest))
+    _, largest = demo_multi.compare(*mixed)
+    for row in rows:
+        assert not row.same_text_alone
+        assert row.logits_differ_alone > demo_multi.ROUNDING * largest
+        assert not row.same_bits_among_others
+
+
+def test_the_demo_finds_a_row_that_depends_on_the_others(mixed, monkeypatch):
+    *_, bank, rows = mixed
+    make, calls = bank.plan, []
+
+    def leak(names, **rest):
+        calls.append(names)
+        if len(calls) > 1:  # the batches with exchanged adapters: the first row becomes a base row
+            names = [None, *names[1:]]
+        return make(names, **rest)
+
+    monkeypatch.setattr(bank, "plan", leak)
+    demo_multi.compare(*mixed)
+    assert [row.same_bits_among_others for row in rows] == [False] + [True] * 5

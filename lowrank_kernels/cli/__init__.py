@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     )
 
     demo = commands.add_parser(
-        "demo", help="quantize, fine-tune, save, reload and time a small language model"
+        "demo",
+        help="quantize, fine-tune, save, reload, mix adapters of and time a small language model",
     )
     demo.add_argument(
         "--model",
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         type=pathlib.Path,
         default=pathlib.Path("demo_output"),
         metavar="DIR",
-        help="where the adapter, the plots and the numbers go (default: ./demo_output)",
+        help="where adapters, plots and numbers go (default: ./demo_output)",
     )
     demo.add_argument("--steps", type=_steps, default=24, help="training steps (default: 24)")
     demo.add_argument("--rank", type=_positive, default=16, help="adapter rank r (default: 16)")

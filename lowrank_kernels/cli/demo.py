@@ -1,11 +1,10 @@
-"""``demo``: a real model, quantized in place, fine-tuned, saved, reloaded and timed."""
+"""``demo``: a real model, quantized in place, fine-tuned, saved, reloaded, with many adapters, and timed."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import json
-import math
 import os
 import pathlib
 import statistics
@@ -19,17 +18,16 @@ from tqdm import tqdm
 
 import lowrank_kernels as lk
 
-from . import UserError, corpus, models, pictures, speed
+from . import UserError, corpus, demo_multi, models, pictures, speed
+from .training import LOOK_EVERY, adamw, loss_fell
 
 BATCH = 4
-WARM_UP = 4  # steps over which the learning rate rises
-LOOK_EVERY = 6  # steps between looks at the held-out loss
 SPEED_SECONDS = 45.0
 PROMPTS = ("What should I do on a rainy day?", "How do I boil an egg?")
 
 
 def run(args: argparse.Namespace) -> int:
-    """All chapters; 1 if the loss did not fall or the reloaded adapter computes other logits."""
+    """All chapters; 1 if a loss did not fall or something is not what it should be equal to."""
     start = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -59,9 +57,11 @@ def run(args: argparse.Namespace) -> int:
     after = answers(model, tokenizer)
     chapter("6. Save the adapter, load it into a fresh 4-bit base")
     identical = reload(base, model, tokenizer, args)
+    chapter("7. Many adapters in one batch")
+    many, problems = demo_multi.run(model, tokenizer, PROMPTS, args)
     rates = {}
     if not args.no_speed:
-        chapter("7. Speed, tokens per second")
+        chapter("8. Speed, tokens per second")
         rates = compare(base, model, tokenizer, args.rank)
 
     chapter("Written")
@@ -71,17 +71,19 @@ def run(args: argparse.Namespace) -> int:
         pictures.speed(args.out / "speed.png", f"{title}; {running}", rates)
     generated = {"before": before, "after": after}
     numbers = {"model": name, "bytes": sizes, "loss": losses, "held_out_loss": held_out}
-    numbers |= {"answers": generated, "logits_identical": identical, "tokens_per_second": rates}
+    numbers |= {"answers": generated, "logits_identical": identical, "many_adapters": many}
+    numbers |= {"tokens_per_second": rates}
     write_json(numbers, args.out / "demo.json")
     for path in sorted(args.out.iterdir()):
         print(f"  {path}")
-    fell = loss_fell(losses)
     print(f"\n{time.perf_counter() - start:.0f} s")
-    if not fell:
-        print("FAILED: the loss did not fall")
+    if not loss_fell(losses):
+        problems.append("the loss did not fall")
     if not identical:
-        print("FAILED: the reloaded adapter computes other logits")
-    return 0 if fell and identical else 1
+        problems.append("the reloaded adapter computes other logits")
+    for problem in problems:
+        print(f"FAILED: {problem}")
+    return 1 if problems else 0
 
 
 def chapter(title: str) -> None:
@@ -137,21 +139,11 @@ def replace(model: torch.nn.Module, rank: int) -> dict[str, int]:
     }
 
 
-@torch.no_grad()
 def answers(model: torch.nn.Module, tokenizer) -> dict[str, str]:
     """Greedy answers to PROMPTS, printed and returned."""
-    model.eval()
     said = {}
     for prompt in PROMPTS:
-        ids = torch.tensor([corpus.prompt_ids(tokenizer, prompt)])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=48,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-        )
-        said[prompt] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+        [said[prompt]], _ = models.answer(model, tokenizer, [prompt])
         print(f"  > {prompt}")
         print(textwrap.indent(textwrap.fill(said[prompt], 88), "    "), flush=True)
     return said
@@ -162,19 +154,16 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], dict
     rows, held_out_rows = corpus.load()
     unseen = corpus.batch(tokenizer, held_out_rows)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / WARM_UP, max(0.1, 1 - step / args.steps))
-    )
+    optimizer, schedule = adamw(parameters, args.lr, args.steps)
     losses: list[float] = []
     held_out: dict[int, float] = {0: held_out_loss(model, unseen)}
     print(f"  {'step':>4}  {'loss':>6}  held-out")
     print(f"  {0:4}  {'':6}  {held_out[0]:.3f}", flush=True)
-    steps = corpus.batches(rows, tokenizer, BATCH, args.steps)
+    steps = corpus.draws(rows, BATCH, args.steps)
     with tqdm(steps, total=args.steps, desc="Training", unit="step") as bar:
-        for step, batch in enumerate(bar, 1):
+        for step, drawn in enumerate(bar, 1):
             model.train()
-            loss = model(**batch, use_cache=False).loss
+            loss = model(**corpus.batch(tokenizer, drawn), use_cache=False).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -192,13 +181,6 @@ def train(model, tokenizer, args: argparse.Namespace) -> tuple[list[float], dict
 def held_out_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:
     model.eval()
     return model(**batch, use_cache=False).loss.item()
-
-
-def loss_fell(losses: list[float]) -> bool:
-    """The mean of the last quarter is below that of the first, and everything is finite."""
-    quarter = max(1, len(losses) // 4)
-    first, last = statistics.fmean(losses[:quarter]), statistics.fmean(losses[-quarter:])
-    return all(map(math.isfinite, losses)) and last < first
 
 
 @torch.no_grad()

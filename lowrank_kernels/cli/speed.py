@@ -30,8 +30,14 @@ def peers(dense: torch.nn.Module, ours: torch.nn.Module, rank: int) -> dict[str,
         found["bitsandbytes + PEFT"] = peft.get_peft_model(_bitsandbytes(dense, ours), config)
     except ImportError:
         found["bitsandbytes + PEFT"] = "needs bitsandbytes"
+    except _Unsupported as error:
+        found["bitsandbytes + PEFT"] = str(error)
     found["dense float32 + PEFT"] = peft.get_peft_model(dense, config)
     return dict(reversed(found.items()))
+
+
+class _Unsupported(Exception):
+    pass
 
 
 def _bitsandbytes(dense: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Module:
@@ -42,6 +48,8 @@ def _bitsandbytes(dense: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Mod
     for name, module in ours.named_modules():
         if not isinstance(module, LoRALinear4bit):
             continue
+        if bnb.functional.has_avx512bf16() and module.in_features % module.weight4bit.blocksize:
+            raise _Unsupported("with AVX512_BF16 it takes only in_features in whole blocks")
         entries = module.weight4bit.to_bitsandbytes("weight")
         packed = entries.pop("weight")
         state = {key.removeprefix("weight."): value for key, value in entries.items()}
