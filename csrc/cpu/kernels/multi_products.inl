@@ -115,6 +115,9 @@ inline void read_rows(const Matrix& m, const RowOf& row_of, int64_t count, int64
       continue;
     }
     float* copy = copies + i * (kDotDepth + kPad);
+    const char* next = static_cast<const char*>(m.data) + (offset + n) * element_size(m.dtype);
+    for (int64_t byte = 0; byte < n * element_size(m.dtype); byte += 64)
+      __builtin_prefetch(next + byte, 0, 2);
     load_row(copy, m.data, m.dtype, offset, n);
     for (int64_t c = n; c % W != 0; ++c) copy[c] = 0.0f;
     to[i] = copy;
