@@ -87,7 +87,8 @@ inline void dot_tile(const float* const* act, const float* const* page, int64_t 
       if (Rows > 1) __builtin_prefetch(act[Rows + i] + c);
     }
     for (int r = 0; r < Ranks; ++r) {
-      const vf p = load(page[r] + c);
+      vf p = load(page[r] + c);
+      in_register(p);
       if (Rows == 1) __builtin_prefetch(page[r] + c + kDotAhead);
       for (int i = 0; i < Rows; ++i) sum[i][r] = fma(a[i], p, sum[i][r]);
     }
@@ -261,7 +262,7 @@ struct Expansion {
       return {rank > 0 ? ceil_div(P.cols, kWidth) : 0, (kStreamCost + tile.rows) * rank};
     };
     for_units(plan, pool, load_of, [&](int64_t t, int64_t begin, int64_t end) {
-      constexpr int64_t kAtOnce = 2 * MR;  // rows whose c stays in the first-level cache
+      constexpr int64_t kAtOnce = 4 * MR;  // rows whose c stays in the first-level cache
       const Segment of(plan, pages, t);
       float* c = static_cast<float*>(scratch(Slot::accumulator, kAtOnce * kWidth * sizeof(float)));
       for (int64_t j0 = begin * kWidth; j0 < min64(end * kWidth, P.cols); j0 += kWidth)
