@@ -27,8 +27,8 @@ enum class Family : int {
 };
 struct Plan {
   Family family = Family::simt;
+  bool has_rest = true;   // matmul: there is something that the product is added to
   int64_t workspace = 0;  // bytes
-  bool has_rest = true;   // matmul: there is something for the product to be added to
 };
 
 }  // namespace lk

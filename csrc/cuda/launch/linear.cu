@@ -62,12 +62,12 @@ using namespace lk;
 Plan lk_cuda_plan_linear(const LinearArgs* args, int device) {
   LinearArgs a = *args;
   const Family family = cuda::family(a);
-  if (family == Family::decode) return {family, cuda::decode_workspace(a, device)};
+  const bool has_rest = a.lora.A.data || a.bias.data;
+  if (family == Family::decode) return {family, has_rest, cuda::decode_workspace(a, device)};
   if (family == Family::matmul) a.base = {};
-  return {family,
+  return {family, has_rest,
           std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0),
-          a.lora.A.data || a.bias.data};
+                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
 }
 
 int lk_cuda_linear(const LinearArgs* args, const Launch* on) {
@@ -78,10 +78,9 @@ Plan lk_cuda_plan_linear_backward(const BackwardArgs* args, int device) {
   BackwardArgs a = *args;
   const Family family = cuda::family(a);
   if (family == Family::matmul) a.base = {};
-  return {family,
+  return {family, a.lora.A.data != nullptr,
           std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0),
-          a.lora.A.data != nullptr};
+                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
 }
 
 int lk_cuda_linear_backward(const BackwardArgs* args, const Launch* on) {
