@@ -42,8 +42,11 @@ constexpr int multi_stages(int rows) {
 constexpr size_t multi_shrink_bytes(int tile_rows) {
   return kLoraPBytes + kLoraSumBytes + multi_stages(tile_rows) * kLoraTileBytes;
 }
+// One slot may be all of a batch, and few blocks have to ask for what fills the memory's pipes.
+constexpr int kGradientStages = 5;
 // | Q, two | ring |
-constexpr size_t kMultiGradientBytes = 2 * kLoraQBytes + kLoraStages * kLoraTileBytes;
+constexpr size_t kGradientBytes = 2 * kLoraQBytes + kGradientStages * kLoraTileBytes;
+static_assert(kGradientBytes <= 99 << 10, "fits every GPU");
 static_assert(kMultiPass == kLoraPass, "a pass is 16 ranks");
 
 // A block: tile x plane x pass, numbered pass first: blocks that read the same activations run at
@@ -115,11 +118,11 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_shrink(ShrinkArgs args)
 // A block: slot x 256 columns of one of the two jobs x pass, numbered pass first. It goes through
 // all rows of the slot in their order. The slot is that of a tile; only its first tile counts.
 template <class T>
-__global__ void __launch_bounds__(kLoraThreads, 3) multi_gradients(GradientArgs args) {
+__global__ void __launch_bounds__(kLoraThreads, 2) multi_gradients(GradientArgs args) {
   ptx::start_next_kernel();
   float* q = reinterpret_cast<float*>(ptx::shared_memory());
   unsigned char* ring = reinterpret_cast<unsigned char*>(q + 2 * kLoraQBytes / 4);
-  const auto slot = [ring](int step) { return ring + step % kLoraStages * kLoraTileBytes; };
+  const auto slot = [ring](int step) { return ring + step % kGradientStages * kLoraTileBytes; };
 
   const unsigned passes = static_cast<unsigned>(args.passes);
   const unsigned strips0 = static_cast<unsigned>(args.job[0].strips);
@@ -129,11 +132,10 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_gradients(GradientArgs 
   const int column0 = static_cast<int>(strip < strips0 ? strip : strip - strips0) * kLoraColumns;
   const int r0 = static_cast<int>(blockIdx.x % passes) * kLoraPass;
   const MultiTile tile(args.plan, args.pages, index);
-  if (r0 >= tile.rank) return;
+  if (r0 >= tile.rank) return ptx::wait_for_previous_kernel();
   const int64_t grad_row = args.grad_rows[tile.slot];
-  if (grad_row < 0) return;
-  const int rows = tile.rows_of_slot(args.plan, index);
-  if (rows == 0) return;
+  const int rows = grad_row < 0 ? 0 : tile.rows_of_slot(args.plan, index);
+  if (rows == 0) return ptx::wait_for_previous_kernel();
   const int32_t* numbers = args.plan.rows + tile.first;
   const int steps = (rows + kLoraRows - 1) / kLoraRows;
   const Dropout dropout = job.dropped ? dropout_of(args.pages, tile.slot) : Dropout{};
@@ -142,7 +144,7 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_gradients(GradientArgs 
   const Copier copier(job.act, column0, rows);
 
 #pragma unroll
-  for (int s = 0; s < kLoraStages - 1; ++s) {
+  for (int s = 0; s < kGradientStages - 1; ++s) {
     if (s < steps) copier.issue(slot(s), numbers, s * kLoraRows);
     ptx::copy_async_commit();
   }
@@ -155,7 +157,7 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_gradients(GradientArgs 
     const int row0 = step * kLoraRows;
     float* q_tile = q + step % 2 * (kLoraQBytes / 4);
     queued.store(q_tile);
-    ptx::copy_async_wait<kLoraStages - 2>();
+    ptx::copy_async_wait<kGradientStages - 2>();
     if (dropout.threshold)
       copier.drop(
           slot(step),
@@ -164,7 +166,7 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_gradients(GradientArgs 
           },
           seed, dropout.threshold);
     __syncthreads();  // the tile is there; the one before it has been used by all
-    const int ahead = step + kLoraStages - 1;
+    const int ahead = step + kGradientStages - 1;
     if (ahead < steps) copier.issue(slot(ahead), numbers, ahead * kLoraRows);
     ptx::copy_async_commit();
     if (step + 1 < steps) queued.load(coefficients, row0 + kLoraRows, rows, r0);

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kExpandThreads, 2) multi_expand(ExpandArgs arg
   const int64_t column0 = int64_t{blockIdx.x % strips} * kExpandColumns;
   const int row0 = static_cast<int>(blockIdx.x / strips % parts) * rows;
   const MultiTile tile(args.plan, args.pages, blockIdx.x / strips / parts);
-  if (row0 >= tile.rows || (args.accumulate && tile.rank == 0)) return;
+  if (row0 >= tile.rows || (args.accumulate && tile.rank == 0))
+    return ptx::wait_for_previous_kernel();
   const int32_t* numbers = args.plan.rows + tile.first;
   const ExpandAdapter adapter{args,
                               tile,

@@ -83,11 +83,10 @@ __global__ void __launch_bounds__(kSimtThreads, 3)
   const int64_t i0 = blockIdx.x % ranks * kSimtTile;
   const int64_t j0 = int64_t{strip < strips0 ? strip : strip - strips0} * kSimtTile;
   const MultiTile tile(args.plan, args.pages, index);
-  if (i0 >= tile.rank) return;
+  if (i0 >= tile.rank) return ptx::wait_for_previous_kernel();
   const int64_t grad_row = args.grad_rows[tile.slot];
-  if (grad_row < 0) return;
-  const int rows = tile.rows_of_slot(args.plan, index);
-  if (rows == 0) return;
+  const int rows = grad_row < 0 ? 0 : tile.rows_of_slot(args.plan, index);
+  if (rows == 0) return ptx::wait_for_previous_kernel();
   const int32_t* numbers = args.plan.rows + tile.first;
   const Dropout dropout = job.dropped ? dropout_of(args.pages, tile.slot) : Dropout{};
   const Matrix coefficients{job.coefficients, DType::f32, 0, args.s_stride, args.s_stride};

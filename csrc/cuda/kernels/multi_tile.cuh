@@ -8,7 +8,8 @@
 //   gradients  G[r, c]   = scale Σ_m C[m, r] act[m, c]        dA (dS, x), dB (S, dy)
 //
 // Blocks belong to tiles of the plan, never to pairs of rows and adapters; those of padding tiles,
-// and of ranks that the tile's adapter does not have, end at once.
+// and of ranks that the tile's adapter does not have, end at once. But not before the kernel ahead
+// has: who waits for this one counts on that one as well.
 #pragma once
 
 #include "cuda/elements.cuh"

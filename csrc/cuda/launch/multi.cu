@@ -94,7 +94,7 @@ cudaError_t gradients(const MultiBackwardArgs& a, Sequence& sequence) {
   g.job[1] = {a.dy, a.s, false, a.dB, static_cast<int>(ceil_div(a.dy.cols, columns))};
   const int64_t blocks = a.plan.tile_count * (int64_t{g.job[0].strips} + g.job[1].strips);
   if (tensor_cores)
-    return sequence.run("multi_gradients", blocks * g.passes, kLoraThreads, kMultiGradientBytes,
+    return sequence.run("multi_gradients", blocks * g.passes, kLoraThreads, kGradientBytes,
                         a.x.dtype == DType::bf16 ? multi_gradients<Bf16> : multi_gradients<F16>, g);
   const int rank_blocks = static_cast<int>(ceil_div(a.plan.max_rank, kSimtTile));
   return sequence.run("multi_gradients_simt", blocks * rank_blocks, kSimtThreads, kSimtShared,
