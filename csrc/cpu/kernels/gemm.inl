@@ -21,24 +21,28 @@ constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
 
 // -- operand --------------------------------------------------------------------------------------
 
-// a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i].
+// a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i]. With `order`, row i of m
+// is its row order[i].
 template <bool Transposed>
 struct Operand {
   Matrix m;
   const Dropout* dropout = nullptr;
+  const int32_t* order = nullptr;
+
+  int64_t row_of(int64_t i) const { return order ? order[i] : i; }
 
   void pack(int64_t i0, int rows, int64_t p0, int64_t depth, float* dst) const {
     if constexpr (Transposed) {
       float values[64];  // at least MR
       for (int64_t p = 0; p < depth; ++p) {
-        load_row(values, m.data, m.dtype, (p0 + p) * m.stride + i0, rows);
+        load_row(values, m.data, m.dtype, row_of(p0 + p) * m.stride + i0, rows);
         for (int i = 0; i < rows; ++i) dst[i * (kDepth + kPad) + p] = values[i];
       }
     } else {
       for (int i = 0; i < rows; ++i) {
         float* row = dst + i * (kDepth + kPad);
-        load_row(row, m.data, m.dtype, (i0 + i) * m.stride + p0, depth);
-        if (dropout) apply_dropout(*dropout, i0 + i, p0, depth, row);
+        load_row(row, m.data, m.dtype, row_of(i0 + i) * m.stride + p0, depth);
+        if (dropout) apply_dropout(*dropout, row_of(i0 + i), p0, depth, row);
       }
     }
   }
@@ -48,7 +52,8 @@ struct Operand {
     if constexpr (!Transposed) {
       const int64_t size = element_size(m.dtype);
       for (int i = 0; i < rows; ++i) {
-        const char* row = static_cast<const char*>(m.data) + ((i0 + i) * m.stride + p0) * size;
+        const char* row =
+            static_cast<const char*>(m.data) + (row_of(i0 + i) * m.stride + p0) * size;
         for (int64_t byte = 0; byte < depth * size; byte += 64)
           __builtin_prefetch(row + byte, 0, 2);
       }

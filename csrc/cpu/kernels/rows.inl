@@ -126,13 +126,15 @@ struct Dense {
   }
 };
 
-// Rows of x under dropout.
+// Rows of x under dropout. With `order`, row r is row order[r] of x.
 struct Dropped {
   Matrix m;
   const Dropout& dropout;
+  const int32_t* order = nullptr;
 
   void row(int64_t r, int64_t begin, int64_t n, float* dst) const {
-    load_row(dst, m.data, m.dtype, r * m.stride + begin, n);
-    apply_dropout(dropout, r, begin, n, dst);
+    const int64_t m_row = order ? order[r] : r;
+    load_row(dst, m.data, m.dtype, m_row * m.stride + begin, n);
+    apply_dropout(dropout, m_row, begin, n, dst);
   }
 };

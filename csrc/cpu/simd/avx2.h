@@ -4,6 +4,8 @@
 constexpr int W = 8;
 constexpr int MR = 6;
 constexpr int NV = 2;
+constexpr int DR = 3;
+constexpr int DC = 4;
 
 typedef __m256 vf;
 typedef __m256i vi;

@@ -4,6 +4,8 @@
 constexpr int W = 16;
 constexpr int MR = 14;
 constexpr int NV = 2;
+constexpr int DR = 3;
+constexpr int DC = 8;
 
 typedef __m512 vf;
 typedef __m512i vi;

@@ -5,6 +5,8 @@
 constexpr int W = 4;   // lanes
 constexpr int MR = 4;  // register tile of the GEMM: MR rows x NV vectors
 constexpr int NV = 2;
+constexpr int DR = 3;  // register tile of dot products: DR rows x DC rows
+constexpr int DC = 4;
 
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vi __attribute__((vector_size(16)));
