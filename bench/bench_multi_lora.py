@@ -68,7 +68,7 @@ PROVIDERS = {
 def providers_of(case: Case) -> dict:
     """Outside of the grid also a faster loop, and what padding costs where ranks are mixed."""
     of_op = PROVIDERS[case.op]
-    if case.op != "multi_lora_" or (case.N, case.K) != cases.SHAPES[0]:
+    if case.op != "multi_lora_" or cases.SHAPES[0] != (case.N, case.K):
         return of_op
     return of_op | IN_PLACE | (PADDED if case.mixed else {})
 

@@ -96,8 +96,10 @@ class Case:
 
     @property
     def groups(self) -> int:
-        """How many batches with adapters of their own the pool of adapters is good for."""
-        return 1 if self.mixed or self.cache == "hot" else max(1, POOL // len(self.rows))
+        """How many batches with adapters of their own take turns; in training the weights are enough."""
+        if self.mixed or self.cache == "hot" or self.op.endswith("fwd_bwd"):
+            return 1
+        return max(1, POOL // len(self.rows))
 
     @property
     def torch_dtype(self) -> torch.dtype:

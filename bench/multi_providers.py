@@ -77,6 +77,13 @@ def _segments(case: Case) -> list[slice]:
     return [slice(end - rows, end) for end, rows in zip(ends, case.rows)]
 
 
+def of_group(case: Case, group: int) -> list[tuple]:
+    """(rows, A, B) of each adapter of a group, A and B in float32."""
+    pool = adapters_of(pool_of(case))
+    pairs = [pool[u] for u in group_of(case, group)]
+    return [(rows, A.float(), B.float()) for rows, (A, B) in zip(_segments(case), pairs)]
+
+
 def _y_of(case: Case) -> torch.Tensor:
     return torch.zeros(case.M, case.N, dtype=case.torch_dtype, device=case.device)
 
@@ -110,9 +117,7 @@ def _planned(case: Case, rank: int = 0) -> list[tuple]:
     """(plan, pages) of every turn."""
     count = _copies(case, rank)
     bank = _bank(pool_of(case), count, rank)
-    plans = [
-        bank.plan([str(u) for u in group_of(case, g)], case.rows) for g in range(case.groups)
-    ]
+    plans = [bank.plan([str(u) for u in group_of(case, g)], case.rows) for g in range(case.groups)]
     return [(plans[group], bank[f"layer{c}"]) for c, group in _turns(case, count)]
 
 
