@@ -16,12 +16,8 @@ void multi(const MultiArgs& a, const Parallel& pool) {
     linear.y = a.y;
     return linear_with(linear, &delta, pool);
   }
-  delta.all(pool, [&](int64_t m, int64_t j0, int64_t columns, const float* c) {
-    float y[kWidth];
-    const int64_t offset = m * a.y.stride + j0;
-    load_row(y, a.y.data, a.y.dtype, offset, columns);
-    for (int64_t j = 0; j < columns; ++j) y[j] += c[j];
-    store_row(a.y.data, a.y.dtype, offset, y, columns);
+  delta.all(pool, [&](const Segment& of, int64_t m, int64_t j0, int64_t columns, const float* c) {
+    add_to_row(a.y.data, a.y.dtype, m * a.y.stride + j0, of.scaling, c, columns);
   });
 }
 
@@ -104,7 +100,8 @@ void multi_backward(const MultiBackwardArgs& a, const Parallel& pool) {
     for (int64_t m = 0; m < M; ++m)
       for (int64_t k = 0; k < a.dx.cols && !expansion.has_adapter(m); k += kWidth)
         store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + k, zeros, min64(kWidth, a.dx.cols - k));
-    expansion.all(pool, [&](int64_t m, int64_t j0, int64_t columns, const float* c) {
+    expansion.all(pool, [&](const Segment& of, int64_t m, int64_t j0, int64_t columns, float* c) {
+      apply_dropout(of.dropout, m, j0, columns, c);
       store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + j0, c, columns);
     });
   }

@@ -82,9 +82,13 @@ inline void dot_tile(const float* const* act, const float* const* page, int64_t 
     for (int r = 0; r < Ranks; ++r) sum[i][r] = load(acc + i * acc_stride + r * W);
   for (int64_t c = 0; c < n; c += W) {
     vf a[Rows];
-    for (int i = 0; i < Rows; ++i) a[i] = load(act[i] + c);
+    for (int i = 0; i < Rows; ++i) {
+      a[i] = load(act[i] + c);
+      if (Rows > 1) __builtin_prefetch(act[Rows + i] + c);
+    }
     for (int r = 0; r < Ranks; ++r) {
-      const vf p = load(page[r] + c);
+      vf p = load(page[r] + c);
+      in_register(p);
       if (Rows == 1) __builtin_prefetch(page[r] + c + kDotAhead);
       for (int i = 0; i < Rows; ++i) sum[i][r] = fma(a[i], p, sum[i][r]);
     }
@@ -135,7 +139,7 @@ inline void shrink_ranks(const Segment& of, const Matrix& act, bool dropout, con
   float* rows =
       static_cast<float*>(scratch(Slot::operand, kMaxTileRows * copy_size * sizeof(float)));
   float* ranks = static_cast<float*>(scratch(Slot::panel, DC * copy_size * sizeof(float)));
-  const float *row[kMaxTileRows], *rank[DC];
+  const float *row[kMaxTileRows + DR], *rank[DC];
   for (int64_t i = 0; i < of.count * width; ++i) store(acc + i * W, zero());
   dropout = dropout && of.dropout.threshold != 0;
   for (int64_t c0 = 0; c0 < act.cols; c0 += kDotDepth) {
@@ -144,6 +148,7 @@ inline void shrink_ranks(const Segment& of, const Matrix& act, bool dropout, con
     if (dropout)
       for (int64_t i = 0; i < of.count; ++i)
         apply_dropout(of.dropout, of.rows[i], c0, n, rows + i * copy_size);
+    for (int i = 0; i < DR; ++i) row[of.count + i] = row[of.count - 1];  // to be prefetched
     for (int64_t r = 0; r < width; r += DC) {
       const int64_t last = r1 - r0 - 1 - r;  // a missing rank repeats the last one
       const bool half = last < DC / 2;
@@ -229,14 +234,6 @@ struct Expansion {
                int64_t columns, float* c) const {
     accumulate<false>(Operand<false>{C, nullptr, order}, PageRows{P, of}, first, rows, j0, columns,
                       of.rank, c);
-    for (int64_t i = 0; i < rows; ++i) {
-      float* row = c + i * kWidth;
-      if (backward)
-        apply_dropout(of.dropout, order ? order[first + i] : first + i, j0, columns, row);
-      else
-        for (int64_t j = 0; j < kWidth; j += W)
-          store(row + j, mul(load(row + j), set1(of.scaling)));
-    }
   }
 
   // Into a zeroed tile of rows [i0, i0 + rows). Rows without an adapter stay zero.
@@ -244,13 +241,19 @@ struct Expansion {
     const int32_t* tile = plan.tile_of_row + i0;
     for (int64_t i = 0, end; i < rows; i = end) {
       for (end = i + 1; end < rows && tile[end] == tile[i];) ++end;
-      if (has_adapter(i0 + i))
-        product(Segment(plan, pages, tile[i]), nullptr, i0 + i, end - i, j0, columns,
-                c + i * kWidth);
+      if (!has_adapter(i0 + i)) continue;
+      const Segment of(plan, pages, tile[i]);
+      product(of, nullptr, i0 + i, end - i, j0, columns, c + i * kWidth);
+      if (backward)
+        for (int64_t k = i; k < end; ++k)
+          apply_dropout(of.dropout, i0 + k, j0, columns, c + k * kWidth);
+      else
+        for (int64_t k = i * kWidth; k < end * kWidth; k += W)
+          store(c + k, mul(load(c + k), set1(of.scaling)));
     }
   }
 
-  // For every row that has an adapter: put(row, j0, columns, its part).
+  // For every row that has an adapter: put(segment, row, j0, columns, c) with c[j] the product alone.
   template <class Put>
   void all(const Parallel& pool, const Put& put) const {
     const auto load_of = [&](int64_t t) -> Load {
@@ -259,15 +262,16 @@ struct Expansion {
       return {rank > 0 ? ceil_div(P.cols, kWidth) : 0, (kStreamCost + tile.rows) * rank};
     };
     for_units(plan, pool, load_of, [&](int64_t t, int64_t begin, int64_t end) {
+      constexpr int64_t kAtOnce = 4 * MR;  // rows whose c stays in the first-level cache
       const Segment of(plan, pages, t);
-      float* c =
-          static_cast<float*>(scratch(Slot::accumulator, kMaxTileRows * kWidth * sizeof(float)));
-      for (int64_t j0 = begin * kWidth; j0 < min64(end * kWidth, P.cols); j0 += kWidth) {
-        const int64_t columns = min64(kWidth, P.cols - j0);
-        for (int64_t k = 0; k < of.count * kWidth; k += W) store(c + k, zero());
-        product(of, of.rows, 0, of.count, j0, columns, c);
-        for (int64_t i = 0; i < of.count; ++i) put(of.rows[i], j0, columns, c + i * kWidth);
-      }
+      float* c = static_cast<float*>(scratch(Slot::accumulator, kAtOnce * kWidth * sizeof(float)));
+      for (int64_t j0 = begin * kWidth; j0 < min64(end * kWidth, P.cols); j0 += kWidth)
+        for (int64_t i = 0; i < of.count; i += kAtOnce) {
+          const int64_t columns = min64(kWidth, P.cols - j0), rows = min64(kAtOnce, of.count - i);
+          for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
+          product(of, of.rows, i, rows, j0, columns, c);
+          for (int64_t k = 0; k < rows; ++k) put(of, of.rows[i + k], j0, columns, c + k * kWidth);
+        }
     });
   }
 };

@@ -58,6 +58,24 @@ inline void store_row(void* dst, DType t, int64_t offset, const float* src, int6
   for (; i < n; ++i) store_one(dst, t, offset + i, src[i]);
 }
 
+// dst[offset, offset + n) += scale * src[0, n), rounded once.
+inline void add_to_row(void* dst, DType t, int64_t offset, float scale, const float* src,
+                       int64_t n) {
+  int64_t i = 0;
+  const vf scales = set1(scale);
+  if (t == DType::f32) {
+    float* p = static_cast<float*>(dst) + offset;
+    for (; i + W <= n; i += W) store(p + i, fma(scales, load(src + i), load(p + i)));
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(dst) + offset;
+    if (t == DType::bf16)
+      for (; i + W <= n; i += W) store_bf16(p + i, fma(scales, load(src + i), load_bf16(p + i)));
+    else
+      for (; i + W <= n; i += W) store_f16(p + i, fma(scales, load(src + i), load_f16(p + i)));
+  }
+  for (; i < n; ++i) store_one(dst, t, offset + i, load_one(dst, t, offset + i) + scale * src[i]);
+}
+
 // -- scales of the 4-bit weight -------------------------------------------------------------------
 
 inline float block_scale(const Weight4& w, int64_t block) {

@@ -41,6 +41,8 @@ inline vi as_bits(vf v) { return (vi)v; }
 inline vf add(vf a, vf b) { return a + b; }
 inline vf mul(vf a, vf b) { return a * b; }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // two roundings; -ffp-contract=off
+// A loaded v is used from a register: g++ would load it again for each use.
+inline void in_register(vf&) {}
 inline float hsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 template <int S>
 inline vi shr(vi v) {
