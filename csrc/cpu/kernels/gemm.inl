@@ -204,8 +204,8 @@ void for_tiles(const Parallel& pool, int64_t I, int64_t J, int64_t group, const 
   const int64_t height = ceil_div(I, chunks);
   chunks = ceil_div(I, height);
   parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
-    float* c =
-        static_cast<float*>(scratch(Slot::accumulator, group * kRows * kWidth * sizeof(float)));
+    const int64_t size = (group > 1 ? group * height : kRows) * kWidth;
+    float* c = static_cast<float*>(scratch(Slot::accumulator, size * sizeof(float)));
     for (int64_t t = begin, ready; t < end; t = ready) {
       const int64_t panel = t % panels, i0 = t / panels * height, rows = min64(height, I - i0);
       ready = min64(end, t + min64(group, panels - panel));

@@ -223,7 +223,7 @@ inline void fill_natural(const PageRows& source, int64_t j0, int64_t columns, in
 
 // Panels that an adapter's part is computed for at once: short runs of its pages are slow to come
 // from memory.
-constexpr int64_t kExpandPanels = 4;
+constexpr int64_t kExpandPanels = 8;
 
 // The adapters' part of an output: in forward Δ, scaled (C = S, P = B); in backward the mask times
 // dS A (C = dS, P = A).
