@@ -74,7 +74,7 @@ struct Deltas {
   void fill(const Expansion& many, int64_t begin, int64_t columns) {
     n0 = begin;
     for (int64_t k = 0; k < M * kWidth; k += W) store(sums + k, zero());
-    many.rows(0, M, n0, columns, sums);
+    many.rows(0, M, n0, columns, true, sums);
     for (int m = 0; m < M; ++m) to[m] = many.has_adapter(m) ? sums + m * kWidth : nullptr;
   }
 };
@@ -221,7 +221,7 @@ inline void add_adapters(const Expansion& many, int64_t m, int64_t k_begin, int6
   for (int64_t k = k_begin; k < k_end; k += kWidth) {
     float sums[kWidth] = {};
     const int64_t columns = min64(kWidth, k_end - k);
-    many.rows(m, 1, k, columns, sums);
+    many.rows(m, 1, k, columns, true, sums);
     for (int64_t j = 0; j < columns; ++j) base[k - k_begin + j] += sums[j];
   }
 }

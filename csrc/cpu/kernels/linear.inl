@@ -31,13 +31,12 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
                    const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, N = a.y.cols, R = a.lora.A.rows;
   const Operand<false> x{a.x}, s{Matrix{a.s, DType::f32, M, R, R}};
-  for_tiles(pool, M, N, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
       for (int64_t k = 0; k < rows * kWidth; k += W)
         store(c + k, mul(load(c + k), set1(a.lora.scaling)));
     }
-    if (many) many->rows(i0, rows, j0, columns, c);
     accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
     if (a.bias.data) {
       float bias[kWidth];
@@ -46,7 +45,8 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
         for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
     }
     store_tile(a.y, i0, rows, j0, columns, c);
-  });
+  };
+  for_tiles_of(many, pool, M, N, body);
 }
 
 // With the adapter of a, or those of `many`, or none.
@@ -67,16 +67,16 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* man
                const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols, R = a.lora.A.rows;
   const Operand<false> dy{a.dy}, ds{Matrix{a.ds, DType::f32, M, R, R}};
-  for_tiles(pool, M, K, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
       for (int64_t i = 0; i < rows; ++i)
         apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
     }
-    if (many) many->rows(i0, rows, j0, columns, c);
     accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
     store_tile(a.dx, i0, rows, j0, columns, c);
-  });
+  };
+  for_tiles_of(many, pool, M, K, body);
 }
 
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.

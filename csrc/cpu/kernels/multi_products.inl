@@ -199,22 +199,31 @@ void shrink(const BatchPlan& plan, const Pages& pages, const Matrix& act, bool d
 struct PageRows {
   const Matrix& P;
   const Segment& of;
+  bool streamed;  // the next columns are read next
+
+  void prefetch(int64_t r, int64_t j0, int64_t columns) const {
+    const int64_t size = element_size(P.dtype);
+    const char* p = static_cast<const char*>(P.data) + (of.page_row(r) * P.stride + j0) * size;
+    for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  }
 };
 
-// Overload of gemm.inl's: no detour, and the next columns on their way from memory.
+// Overload of gemm.inl's, without a detour.
 inline void fill_natural(const PageRows& source, int64_t j0, int64_t columns, int64_t p0,
                          int64_t depth, float* panel) {
   const Matrix& P = source.P;
-  const int64_t size = element_size(P.dtype);
   for (int64_t p = 0; p < depth; ++p) {
+    if (source.streamed) source.prefetch(p0 + p, j0 + columns, columns);
     const int64_t offset = source.of.page_row(p0 + p) * P.stride + j0;
-    const char* next = static_cast<const char*>(P.data) + (offset + columns) * size;
-    for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(next + byte, 0, 2);
     for (int64_t j = 0; j < columns; j += kTile)
       load_row(panel + j / kTile * (kDepth * kTile) + p * kTile, P.data, P.dtype, offset + j,
                min64(kTile, columns - j));
   }
 }
+
+// Panels that an adapter's part is computed for at once: short runs of its pages are slow to come
+// from memory.
+constexpr int64_t kExpandPanels = 8;
 
 // The adapters' part of an output: in forward Δ, scaled (C = S, P = B); in backward the mask times
 // dS A (C = dS, P = A).
@@ -231,29 +240,35 @@ struct Expansion {
 
   // c[i, j] += Σ_r C[i, r] P[r, j0 + j] of a segment; row i of C is order[first + i], or first + i.
   void product(const Segment& of, const int32_t* order, int64_t first, int64_t rows, int64_t j0,
-               int64_t columns, float* c) const {
-    accumulate<false>(Operand<false>{C, nullptr, order}, PageRows{P, of}, first, rows, j0, columns,
-                      of.rank, c);
+               int64_t columns, bool streamed, float* c) const {
+    accumulate<false>(Operand<false>{C, nullptr, order}, PageRows{P, of, streamed}, first, rows, j0,
+                      columns, of.rank, c);
   }
 
-  // Into a zeroed tile of rows [i0, i0 + rows). Rows without an adapter stay zero.
-  void rows(int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) const {
+  // Into zeroed tiles of rows [i0, i0 + rows), one for each kWidth of the columns. Rows without an
+  // adapter stay zero. more: the columns that follow come next.
+  void rows(int64_t i0, int64_t rows, int64_t j0, int64_t columns, bool more, float* c) const {
     const int32_t* tile = plan.tile_of_row + i0;
     for (int64_t i = 0, end; i < rows; i = end) {
       for (end = i + 1; end < rows && tile[end] == tile[i];) ++end;
       if (!has_adapter(i0 + i)) continue;
       const Segment of(plan, pages, tile[i]);
-      product(of, nullptr, i0 + i, end - i, j0, columns, c + i * kWidth);
-      if (backward)
-        for (int64_t k = i; k < end; ++k)
-          apply_dropout(of.dropout, i0 + k, j0, columns, c + k * kWidth);
-      else
-        for (int64_t k = i * kWidth; k < end * kWidth; k += W)
-          store(c + k, mul(load(c + k), set1(of.scaling)));
+      for (int64_t j = 0; j < columns; j += kWidth) {
+        const int64_t n = min64(kWidth, columns - j);
+        float* part = c + j * rows + i * kWidth;
+        product(of, nullptr, i0 + i, end - i, j0 + j, n, more || j + n < columns, part);
+        if (backward)
+          for (int64_t k = i; k < end; ++k)
+            apply_dropout(of.dropout, i0 + k, j0 + j, n, part + (k - i) * kWidth);
+        else
+          for (int64_t k = 0; k < (end - i) * kWidth; k += W)
+            store(part + k, mul(load(part + k), set1(of.scaling)));
+      }
     }
   }
 
-  // For every row that has an adapter: put(segment, row, j0, columns, c) with c[j] the product alone.
+  // For every row that has an adapter: put(segment, row, j0, columns, c) with c[j] the product
+  // alone.
   template <class Put>
   void all(const Parallel& pool, const Put& put) const {
     const auto load_of = [&](int64_t t) -> Load {
@@ -269,9 +284,22 @@ struct Expansion {
         for (int64_t i = 0; i < of.count; i += kAtOnce) {
           const int64_t columns = min64(kWidth, P.cols - j0), rows = min64(kAtOnce, of.count - i);
           for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
-          product(of, of.rows, i, rows, j0, columns, c);
+          product(of, of.rows, i, rows, j0, columns, i == 0, c);
           for (int64_t k = 0; k < rows; ++k) put(of, of.rows[i + k], j0, columns, c + k * kWidth);
         }
     });
   }
 };
+
+// for_tiles, where c has the part of the adapters of `many` in it, if any.
+template <class Body>
+void for_tiles_of(const Expansion* many, const Parallel& pool, int64_t I, int64_t J,
+                  const Body& body) {
+  if (!many) return for_tiles(pool, I, J, body);
+  for_tiles(
+      pool, I, J, kExpandPanels,
+      [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+        many->rows(i0, rows, j0, columns, false, c);
+      },
+      body);
+}
