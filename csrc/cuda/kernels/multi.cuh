@@ -78,7 +78,6 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_shrink(ShrinkArgs args)
 #pragma unroll 1
   for (int column0 = begin; column0 < end; column0 += kLoraColumns) {
     const Copier copier(args.act, column0, tile.rows);
-    if (column0 > begin) __syncthreads();  // P and the ring have been used by all
 #pragma unroll
     for (int s = 0; s < kLoraStages - 1; ++s) {
       if (s < steps) copier.issue(slot(s), numbers, s * kLoraRows);
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kLoraThreads, 3) multi_shrink(ShrinkArgs args)
         Tile<T>::add_rows(rows, slot(step), p, args.exact);
         leave_rows(rows, sums);
       }
-      __syncthreads();
+      __syncthreads();  // P and the tile have been used by all: the next strip may come
       write_rows(sums, tile.rows - row0, [&](int i, int r, float2 v) {
         float* to = args.planes.at(plane, pass, number(i)) + r;
         if (column0 > begin) {
