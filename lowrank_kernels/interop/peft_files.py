@@ -396,9 +396,7 @@ def _assign(layer: LoRALinear4bit, name: str, loaded: AdapterLayer) -> None:
         if layer.r[name] == loaded.r:
             kept = layer.lora_A[name], layer.lora_B[name]
         layer.delete_adapter(name)
-    layer.add_adapter(
-        name, loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.use_rslora
-    )
+    layer.add_adapter(name, loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.use_rslora)
     if kept:
         layer.lora_A[name], layer.lora_B[name] = kept
     layer.lora_A[name].weight.copy_(loaded.A)

@@ -52,7 +52,7 @@ class ModulePages:
 
     def dropout(self, plan: Plan) -> float:
         """The largest dropout probability of the plan's adapters: 0.0 if none has any."""
-        return max((self._dropout[slot] for slot in plan.slots), default=0.0)
+        return max([0.0, *[self._dropout[slot] for slot in plan.slots]])
 
     # -- what the pages hold -----------------------------------------------------------------------
 
@@ -279,7 +279,9 @@ class AdapterBank:
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
         if name in self._slots:
-            raise ValueError(f"name: expected a new one, got {name!r}, which is loaded; evict it first")
+            raise ValueError(
+                f"name: expected a new one, got {name!r}, which is loaded; evict it first"
+            )
         layers = {module: pages.layer for module, pages in self._modules.items()}
         if source is None:
             adapters = {m: layer_of(layer, name) for m, layer in layers.items() if name in layer.r}
@@ -340,7 +342,9 @@ class AdapterBank:
         try:
             return [-1 if name is None else self._slots[name] for name in names]
         except (KeyError, TypeError):
-            unknown = next(n for n in names if not isinstance(n, str | None) or n not in self._slots)
+            unknown = next(
+                n for n in names if not isinstance(n, str | None) or n not in self._slots
+            )
             raise ValueError(
                 f"names: expected loaded adapters, of {list(self._slots)}, or None, got {unknown!r}"
             ) from None

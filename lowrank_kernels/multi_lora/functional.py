@@ -218,7 +218,9 @@ def _check_batch(x: torch.Tensor, plan: Plan, pages: ModulePages, N: int, K: int
         raise TypeError(f"plan: expected a Plan of AdapterBank.plan, got {type(plan).__name__}")
     _check_pages(pages)
     if pages.bank is not plan.bank:
-        raise ValueError("pages: expected those of the plan's bank, got those of another AdapterBank")
+        raise ValueError(
+            "pages: expected those of the plan's bank, got those of another AdapterBank"
+        )
     if pages.shape != (N, K):
         raise ValueError(
             f"pages: expected those of a module [N, K] = {(N, K)}, got those of "

@@ -12,7 +12,9 @@ from .. import backends
 if TYPE_CHECKING:
     from .bank import AdapterBank
 
-_FIXED_TILE_ROWS = 16  # of plans that must fit any later batch: decode steps have few rows per adapter
+_FIXED_TILE_ROWS = (
+    16  # of plans that must fit any later batch: decode steps have few rows per adapter
+)
 _active: Plan | None = None  # set by AdapterBank.using, for the whole process
 
 
@@ -97,7 +99,9 @@ class Plan:
         if not self.fixed:
             raise ValueError("update: expected a plan made with fixed=True")
         if active() is self:
-            raise RuntimeError("update: the plan is in use; leave its `with bank.using(plan)` first")
+            raise RuntimeError(
+                "update: the plan is in use; leave its `with bank.using(plan)` first"
+            )
         new = Plan(self.bank, names, tokens_per_sequence, True, None)
         if new.tokens != self.tokens:
             raise ValueError(
