@@ -25,17 +25,17 @@ pytestmark = pytest.mark.skipif(
 # What is wrong, file, text that occurs once or several times (the first is changed), text in its place.
 BARRIER = "__syncthreads();"
 MUTANTS = {
-    "no barrier before the tiles are read": ("kernels/simt.cuh", BARRIER, ""),
+    "no barrier before the tiles are read": ("kernels/simt_tile.cuh", BARRIER, ""),
     "half of the threads at a barrier": (
-        "kernels/simt.cuh", BARRIER, "if (threadIdx.x >= 128) return; __syncthreads();"
+        "kernels/simt_tile.cuh", BARRIER, "if (threadIdx.x >= 128) return; __syncthreads();"
     ),
     "no code for the device": (
         "launch.h",
         "if (*problem == '\\0') return cudaSuccess;",
         'return failed(cudaErrorNoKernelImageForDevice, name, shape, on.device, "");',
     ),
-    "a column too many": ("kernels/simt.cuh", "j0 + bj < cols", "j0 + bj <= cols"),
-    "a row too many": ("kernels/simt.cuh", "i0 + ai < rows", "i0 + ai <= rows"),
+    "a column too many": ("kernels/simt_tile.cuh", "j0 + bj < cols", "j0 + bj <= cols"),
+    "a row too many": ("kernels/simt_tile.cuh", "i0 + ai < rows", "i0 + ai <= rows"),
 }  # fmt: skip
 
 # Runs one operator that the fault is in, on every order, and says how it failed.
@@ -78,19 +78,20 @@ def build_mutant(folder: pathlib.Path, mutant: str | None, flags: list[str]) -> 
     return library
 
 
-UNITS = ("library", "quantize", "simt", "linear", "none")
+UNITS = ("library", "quantize", "simt", "linear", "multi", "none")
 NO_FAST_KERNELS = """
 #include "cuda/launchers.h"
 namespace lk::cuda {
 bool decode_takes(const LinearArgs&) { return false; }
 int64_t decode_workspace(const LinearArgs&, int) { return 0; }
-cudaError_t decode_linear(const LinearArgs&, const Launch&) { return cudaErrorInvalidValue; }
+cudaError_t decode_linear(const LinearArgs&, const Addend&, const Launch&) { return cudaErrorInvalidValue; }
 bool tile_takes(const LinearArgs&) { return false; }
 int64_t tile_workspace(const LinearArgs&, int) { return 0; }
-cudaError_t tile_linear(const LinearArgs&, const Launch&) { return cudaErrorInvalidValue; }
+cudaError_t tile_linear(const LinearArgs&, const Addend&, const Launch&) { return cudaErrorInvalidValue; }
 bool tile_takes(const BackwardArgs&) { return false; }
 int64_t tile_workspace(const BackwardArgs&, int) { return 0; }
-cudaError_t tile_dx(const BackwardArgs&, const Launch&) { return cudaErrorInvalidValue; }
+cudaError_t tile_dx(const BackwardArgs&, const Addend&, const Launch&) { return cudaErrorInvalidValue; }
+bool lora_takes(const Matrix&) { return false; }
 bool lora_takes(const LinearArgs&) { return false; }
 int64_t lora_workspace(const LinearArgs&, int) { return 0; }
 cudaError_t lora_shrink(const LinearArgs&, const Launch&) { return cudaErrorInvalidValue; }
