@@ -1,0 +1,121 @@
+"""The kernel of all linear operators: one tile of base + adapter + bias, in float32, rounded once.
+
+    forward   y  = x W^T + scaling S Bᵀ + bias
+    backward  dx = dy W  + mask (dS A)
+
+A sum that is too long for few programs is split: then each part is written in float32, and a second kernel adds
+the parts in their order. The first part has adapter and bias.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..schema import ceil_div
+from . import base
+from .adapter import Adapter, adapter_tile, add_parts
+from .arguments import DTYPES, Weight, pairs
+from .elements import rounded
+from .launch import has_prmt, launch
+
+
+class Config(NamedTuple):
+    """Sides of a tile, steps of a sum, how many programs share one, and how a program is compiled."""
+
+    rows: int
+    columns: int
+    depth: int
+    split: int
+    warps: int
+    stages: int
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    x, w, adapter, bias, out, M, N, K, x_stride, w_stride, out_stride,
+    dtype: tl.constexpr, BASE: tl.constexpr, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
+    PRMT: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """x is dy where ``BACKWARD``, then columns are inputs and the depth are outputs. Rows run fastest over the programs:
+    those that read the same part of the weight run at the same time."""
+    J, depth = (K, N) if BACKWARD else (N, K)
+    tiles_m = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    m0, j0 = pid % tiles_m * BM, pid // tiles_m % tl.cdiv(J, BJ) * BJ
+    part = pid // tiles_m // tl.cdiv(J, BJ)
+    steps = tl.cdiv(tl.cdiv(depth, BD), SPLIT)
+    begin, end = part * steps, tl.minimum(part * steps + steps, tl.cdiv(depth, BD))
+    m, j = m0 + tl.arange(0, BM), j0 + tl.arange(0, BJ)
+    if BACKWARD:
+        acc = base.backward(
+            x, w, x_stride, w_stride, m, j0, M, N, K, begin, end, dtype, BASE, SHIFT, BM, BJ, BD
+        )
+    else:
+        acc = base.forward(
+            x, w, x_stride, w_stride, m, j, M, N, K, begin, end, dtype, BASE, SHIFT, PRMT, BM, BJ, BD
+        )  # fmt: skip
+    if part == 0:
+        if adapter is not None:
+            acc += adapter_tile(adapter, m, j0, M, J, BM, BJ)
+        if bias is not None:
+            acc += tl.load(bias + j, j < J, 0.0).to(tl.float32)[None, :]
+    row = m.to(tl.int64) + part.to(tl.int64) * M
+    at = row[:, None] * out_stride + j[None, :]
+    tl.store(out + at, rounded(acc, out.dtype.element_ty), (m < M)[:, None] & (j < J)[None, :])
+
+
+def kind_of(w: Weight | torch.Tensor, K: int, blocksize: int | None) -> str:
+    """How a base is read, see base.py."""
+    if isinstance(w, torch.Tensor):
+        return "dense"
+    return "elements" if K % blocksize else "runs"
+
+
+def default_config(kind: str, dtype: torch.dtype, M: int, J: int, depth: int, block: int) -> Config:
+    """``block``: the block size of ``runs``, which bounds the side of a tile that lies along a row."""
+    if kind != "runs" or dtype == torch.float32:
+        rows = 16 if M <= 16 else 64
+        split = max(1, min(8, 256 // ceil_div(J, 64), depth // 256)) if M <= 64 else 1
+        return Config(rows, 64, 32, split, 4, 2)
+    rows = next((limit for limit in (16, 32, 64) if limit >= M), 128)
+    split = max(1, min(8, 512 // ceil_div(J, 64), depth // 512)) if M <= 64 else 1
+    return Config(rows, 64 if M <= 64 else 128, min(64, block), split, 4 if M <= 64 else 8, 3)
+
+
+def product(
+    x: torch.Tensor,
+    w: Weight | torch.Tensor,
+    N: int,
+    K: int,
+    blocksize: int | None = None,
+    adapter: Adapter | None = None,
+    bias: torch.Tensor | None = None,
+    backward: bool = False,
+) -> torch.Tensor:
+    """base + adapter + bias for the rows of x (of dy, where ``backward``)."""
+    M, J, depth = x.shape[0], *((K, N) if backward else (N, K))
+    out = x.new_empty((M, J))
+    if out.numel() == 0:
+        return out
+    kind = kind_of(w, K, blocksize)
+    config = default_config(kind, x.dtype, M, J, depth, blocksize or 0)
+    rows, columns, step, split, warps, stages = config
+    if kind == "runs" and backward:
+        columns = min(columns, blocksize)
+    left = pairs(x) if kind == "runs" and not backward else x
+    target = out if split == 1 else out.new_empty((split, M, J), dtype=torch.float32)
+    launch(
+        _product, ceil_div(M, rows) * ceil_div(J, columns) * split,
+        left, w, adapter, bias, target, M, N, K,
+        left.stride(0), 0 if isinstance(w, Weight) else w.stride(0), J,
+        dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, SHIFT=(blocksize or 1).bit_length() - 1,
+        PRMT=kind == "runs" and x.dtype != torch.float32 and has_prmt(),
+        BM=rows, BJ=columns, BD=step, SPLIT=split, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if split > 1:
+        add_parts(target, out)
+    return out
