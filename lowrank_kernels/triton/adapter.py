@@ -164,7 +164,7 @@ def skinny(
         launch(
             _skinny, ceil_div(I, 64) * ceil_div(R, br) * parts, act, factor, target, dropout,
             I, P, R, *act.stride(), *factor.stride(), *strides, scale, span,
-            X_ROWS=x_rows, BI=64, BP=64, BR=br, num_warps=4, num_stages=2,
+            X_ROWS=x_rows, BI=64, BP=32, BR=br, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     _in_parts(out, P, span, run)

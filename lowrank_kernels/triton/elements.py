@@ -17,8 +17,10 @@ def dot(a, b, acc):
     Two operands of one 16-bit type go to tensor cores; others are multiplied in float32, never in tf32.
     """
     if a.dtype == b.dtype and a.dtype != tl.float32 and not INTERPRETED:
-        return tl.dot(a, b, acc)
-    return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc)
+    else:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -28,18 +30,20 @@ def rounded(value, dtype: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(value != value, (bits >> 16) | 0x40, nearest)
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(dtype)
+        result = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(dtype)
+    return result
 
 
 @triton.jit
 def split_pairs(pair, dtype: tl.constexpr):
     """The even and the odd elements of what was read two at a time (arguments.pairs)."""
     if dtype == tl.float32:
-        odd = (pair >> 32).to(tl.int32)
-        return pair.to(tl.int32).to(tl.float32, bitcast=True), odd.to(tl.float32, bitcast=True)
-    odd = (pair >> 16).to(tl.int16)
-    return pair.to(tl.int16).to(dtype, bitcast=True), odd.to(dtype, bitcast=True)
+        even, odd = pair.to(tl.int32), (pair >> 32).to(tl.int32)
+    else:
+        even, odd = pair.to(tl.int16), (pair >> 16).to(tl.int16)
+    return even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True)
 
 
 # -- a weight in 4 bits ----------------------------------------------------------------------------
@@ -49,10 +53,12 @@ def split_pairs(pair, dtype: tl.constexpr):
 def block_scale(w, block, mask):
     """The float32 scale of each block: product, then sum, each rounded (launches turn fusion off)."""
     if w.nested_absmax is None:
-        return tl.load(w.absmax + block, mask, 0.0)
-    index = tl.load(w.absmax + block, mask, 0).to(tl.int32)
-    nested = tl.load(w.nested_absmax + (block >> 8), mask, 0.0)
-    return tl.load(w.nested_code + index) * nested + tl.load(w.nested_offset)
+        scale = tl.load(w.absmax + block, mask, 0.0)
+    else:
+        index = tl.load(w.absmax + block, mask, 0).to(tl.int32)
+        nested = tl.load(w.nested_absmax + (block >> 8), mask, 0.0)
+        scale = tl.load(w.nested_code + index) * nested + tl.load(w.nested_offset)
+    return scale
 
 
 @triton.jit
@@ -127,9 +133,11 @@ def code_pairs(packed, code, words, dtype: tl.constexpr, PRMT: tl.constexpr):
             is_pure=True,
             pack=4,
         )
-        return even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True)
-    even, odd = tl.load(code + (packed >> 4)), tl.load(code + (packed & 15))
-    return rounded(even, dtype), rounded(odd, dtype)
+        even, odd = even.to(dtype, bitcast=True), odd.to(dtype, bitcast=True)
+    else:
+        even = rounded(tl.load(code + (packed >> 4)), dtype)
+        odd = rounded(tl.load(code + (packed & 15)), dtype)
+    return even, odd
 
 
 # -- dropout ---------------------------------------------------------------------------------------

@@ -78,12 +78,12 @@ def kind_of(w: Weight | torch.Tensor, K: int, blocksize: int | None) -> str:
 def default_config(kind: str, dtype: torch.dtype, M: int, J: int, depth: int, block: int) -> Config:
     """``block``: the block size of ``runs``, which bounds the side of a tile that lies along a row."""
     if kind != "runs" or dtype == torch.float32:
-        rows = 16 if M <= 16 else 64
+        rows = 16 if M <= 16 else 32
         split = max(1, min(8, 256 // ceil_div(J, 64), depth // 256)) if M <= 64 else 1
-        return Config(rows, 64, 32, split, 4, 2)
+        return Config(rows, 64, 32, split, 4 if M <= 16 else 8, 2)
     rows = next((limit for limit in (16, 32, 64) if limit >= M), 128)
     split = max(1, min(8, 512 // ceil_div(J, 64), depth // 512)) if M <= 64 else 1
-    return Config(rows, 64 if M <= 64 else 128, min(64, block), split, 4 if M <= 64 else 8, 3)
+    return Config(rows, 64, min(64, block), split, 4 if M <= 64 else 8, 3)
 
 
 def product(

@@ -120,9 +120,9 @@ def _double_quantize(absmax, nested_code, offset, quantized, nested_absmax, nume
     # How many of the 255 midpoints between sorted codes lie below the value.
     below = tl.zeros((256,), tl.int32)
     for bit in tl.static_range(8):
-        step: tl.constexpr = 128 >> bit
-        low, high = (tl.load(nested_code + (below + step - 1)), tl.load(nested_code + (below + step)))
-        below = tl.where(value > (low + high) * 0.5, below + step, below)
+        middle = below + (128 >> bit)
+        low, high = tl.load(nested_code + (middle - 1)), tl.load(nested_code + middle)
+        below = tl.where(value > (low + high) * 0.5, middle, below)
     tl.store(quantized + i, below.to(tl.uint8), mask)
 
 
