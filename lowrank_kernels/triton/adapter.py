@@ -14,7 +14,7 @@ import triton.language as tl
 from ..schema import ceil_div
 from .arguments import Dropout
 from .elements import dot, kept, rounded
-from .launch import launch
+from .launch import launch, precision_of
 
 
 class Adapter(NamedTuple):
@@ -44,7 +44,7 @@ def backward_adapter(ds: torch.Tensor, A: torch.Tensor, dropout: Dropout | None)
 
 
 @triton.jit
-def adapter_tile(a, m, j0, M, J, BM: tl.constexpr, BJ: tl.constexpr):
+def adapter_tile(a, m, j0, M, J, PRECISION: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr):
     """What one adapter adds to rows m and columns j0 .. j0 + BJ: more steps of the sum, 16 ranks each."""
     j = j0 + tl.arange(0, BJ)
     acc = tl.zeros((BM, BJ), tl.float32)
@@ -54,7 +54,7 @@ def adapter_tile(a, m, j0, M, J, BM: tl.constexpr, BJ: tl.constexpr):
         left = tl.load(a.rows + at, (m < M)[:, None] & (r < a.R)[None, :], 0.0)
         at = r.to(tl.int64)[:, None] * a.stride_r + j.to(tl.int64)[None, :] * a.stride_j
         right = tl.load(a.factor + at, (r < a.R)[:, None] & (j < J)[None, :], 0.0)
-        acc = dot(left, right, acc)
+        acc = dot(left, right, acc, PRECISION)
     acc *= a.scaling
     if a.seed is not None:
         acc = tl.where(kept(a.seed, a.threshold, m, j0, BJ), acc * a.keep_scale, 0.0)
@@ -67,7 +67,8 @@ def adapter_tile(a, m, j0, M, J, BM: tl.constexpr, BJ: tl.constexpr):
 @triton.jit(do_not_specialize=["I", "P", "span"])
 def _skinny(
     act, factor, out, dropout, I, P, R, act_i, act_p, factor_p, factor_r, out_part, out_i, out_r,
-    scale, span, X_ROWS: tl.constexpr, BI: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
+    scale, span, X_ROWS: tl.constexpr, PRECISION: tl.constexpr, BI: tl.constexpr,
+    BP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """out[part, i, r] = scale Σ_p act[i, p] factor[p, r] over one span of p.
 
@@ -90,7 +91,7 @@ def _skinny(
             left = tl.where(keep, left, 0.0)
         at = p.to(tl.int64)[:, None] * factor_p + r.to(tl.int64)[None, :] * factor_r
         right = tl.load(factor + at, (p < P)[:, None] & (r < R)[None, :], 0.0)
-        acc = dot(left, right, acc)
+        acc = dot(left, right, acc, PRECISION)
     if dropout is not None:
         acc *= dropout.scale
     at = i.to(tl.int64)[:, None] * out_i + r.to(tl.int64)[None, :] * out_r + part.to(tl.int64) * out_part
@@ -164,7 +165,7 @@ def skinny(
         launch(
             _skinny, ceil_div(I, 64) * ceil_div(R, br) * parts, act, factor, target, dropout,
             I, P, R, *act.stride(), *factor.stride(), *strides, scale, span,
-            X_ROWS=x_rows, BI=64, BP=32, BR=br, num_warps=4, num_stages=2,
+            X_ROWS=x_rows, PRECISION=precision_of(act.dtype), BI=64, BP=32, BR=br, num_warps=4, num_stages=2,
         )  # fmt: skip
 
     _in_parts(out, P, span, run)

@@ -20,8 +20,8 @@ from .elements import block_scale, code_pairs, code_words, dot, rounded, split_p
 @triton.jit
 def forward(
     x, w, x_stride, w_stride, m, n, M, N, K, begin, end,
-    dtype: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr, PRMT: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    dtype: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    PRMT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x[m] W[n]ᵀ over the steps [begin, end) of BK inputs each; of ``runs``, x comes in pairs."""
     acc = tl.zeros((BM, BN), tl.float32)
@@ -37,8 +37,8 @@ def forward(
             packed = tl.load(w_at + step * (BK // 2), cols, 0)
             x_even, x_odd = split_pairs(pair, dtype)
             w_even, w_odd = code_pairs(packed, w.code, words, dtype, PRMT)
-            part = dot(x_even, w_even, tl.zeros((BM, BN), tl.float32))
-            part = dot(x_odd, w_odd, part)
+            part = dot(x_even, w_even, tl.zeros((BM, BN), tl.float32), PRECISION)
+            part = dot(x_odd, w_odd, part, PRECISION)
             scale = block_scale(w, block + (step * BK >> SHIFT), n < N)
             acc = tl.fma(part, tl.broadcast_to(scale[None, :], (BM, BN)), acc)
     else:
@@ -48,17 +48,17 @@ def forward(
             inside = (k < K)[:, None] & cols
             if BASE == "dense":
                 at = n.to(tl.int64)[None, :] * w_stride + k[:, None]
-                acc = dot(left, tl.load(w + at, inside, 0.0), acc)
+                acc = dot(left, tl.load(w + at, inside, 0.0), acc, PRECISION)
             else:
                 at = n.to(tl.int64)[None, :] * K + k[:, None]
-                acc = dot(left, weight_elements(w, at, inside, SHIFT), acc)
+                acc = dot(left, weight_elements(w, at, inside, SHIFT), acc, PRECISION)
     return acc
 
 
 @triton.jit
 def backward(
     dy, w, dy_stride, w_stride, m, k0, M, N, K, begin, end,
-    dtype: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr,
+    dtype: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dy[m] W[:, k0 : k0 + BK] over the steps [begin, end) of BN outputs each."""
@@ -73,8 +73,10 @@ def backward(
             inside = (n < N)[:, None] & (byte < K // 2)[None, :]
             packed = tl.load(w.packed + (row * (K // 2))[:, None] + byte[None, :], inside, 0)
             scale = block_scale(w, row * (K >> SHIFT) + (k0 >> SHIFT), n < N)[:, None]
-            even = dot(left, rounded(tl.load(w.code + (packed >> 4)) * scale, dtype), even)
-            odd = dot(left, rounded(tl.load(w.code + (packed & 15)) * scale, dtype), odd)
+            w_even = rounded(tl.load(w.code + (packed >> 4)) * scale, dtype)
+            w_odd = rounded(tl.load(w.code + (packed & 15)) * scale, dtype)
+            even = dot(left, w_even, even, PRECISION)
+            odd = dot(left, w_odd, odd, PRECISION)
         acc = tl.interleave(even, odd)
     else:
         acc = tl.zeros((BM, BK), tl.float32)
@@ -85,8 +87,8 @@ def backward(
             inside = (n < N)[:, None] & (k < K)[None, :]
             if BASE == "dense":
                 at = n.to(tl.int64)[:, None] * w_stride + k[None, :]
-                acc = dot(left, tl.load(w + at, inside, 0.0), acc)
+                acc = dot(left, tl.load(w + at, inside, 0.0), acc, PRECISION)
             else:
                 at = n.to(tl.int64)[:, None] * K + k[None, :]
-                acc = dot(left, weight_elements(w, at, inside, SHIFT), acc)
+                acc = dot(left, weight_elements(w, at, inside, SHIFT), acc, PRECISION)
     return acc

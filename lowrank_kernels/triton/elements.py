@@ -11,15 +11,13 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def dot(a, b, acc):
-    """acc + a b, every product exact or rounded to float32.
-
-    Two operands of one 16-bit type go to tensor cores; others are multiplied in float32, never in tf32.
-    """
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32 accuracy: products of two operands of one 16-bit type are exact on tensor cores, others
+    are made in float32 as ``PRECISION`` says (launch.precision_of)."""
     if a.dtype == b.dtype and a.dtype != tl.float32 and not INTERPRETED:
         acc = tl.dot(a, b, acc)
     else:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 

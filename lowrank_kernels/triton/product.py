@@ -18,9 +18,10 @@ import triton.language as tl
 from ..schema import ceil_div
 from . import base
 from .adapter import Adapter, adapter_tile, add_parts
+from .adapters import Adapters, adapters_tile
 from .arguments import DTYPES, Weight, pairs
 from .elements import rounded
-from .launch import has_prmt, launch
+from .launch import launch, on_nvidia, precision_of
 
 
 class Config(NamedTuple):
@@ -37,8 +38,9 @@ class Config(NamedTuple):
 @triton.jit(do_not_specialize=["M"])
 def _product(
     x, w, adapter, bias, out, M, N, K, x_stride, w_stride, out_stride,
-    dtype: tl.constexpr, BASE: tl.constexpr, BACKWARD: tl.constexpr, SHIFT: tl.constexpr,
-    PRMT: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+    dtype: tl.constexpr, BASE: tl.constexpr, BACKWARD: tl.constexpr, MANY: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr, PRMT: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """x is dy where ``BACKWARD``, then columns are inputs and the depth are outputs. Rows run fastest over the programs:
     those that read the same part of the weight run at the same time."""
@@ -52,15 +54,18 @@ def _product(
     m, j = m0 + tl.arange(0, BM), j0 + tl.arange(0, BJ)
     if BACKWARD:
         acc = base.backward(
-            x, w, x_stride, w_stride, m, j0, M, N, K, begin, end, dtype, BASE, SHIFT, BM, BJ, BD
-        )
+            x, w, x_stride, w_stride, m, j0, M, N, K, begin, end, dtype, BASE, SHIFT, PRECISION, BM, BJ, BD
+        )  # fmt: skip
     else:
         acc = base.forward(
-            x, w, x_stride, w_stride, m, j, M, N, K, begin, end, dtype, BASE, SHIFT, PRMT, BM, BJ, BD
+            x, w, x_stride, w_stride, m, j, M, N, K, begin, end, dtype, BASE, SHIFT, PRECISION, PRMT,
+            BM, BJ, BD,
         )  # fmt: skip
     if part == 0:
-        if adapter is not None:
-            acc += adapter_tile(adapter, m, j0, M, J, BM, BJ)
+        if MANY:
+            acc += adapters_tile(adapter, m, j0, M, J, PRECISION, BM, BJ)
+        elif adapter is not None:
+            acc += adapter_tile(adapter, m, j0, M, J, PRECISION, BM, BJ)
         if bias is not None:
             acc += tl.load(bias + j, j < J, 0.0).to(tl.float32)[None, :]
     row = m.to(tl.int64) + part.to(tl.int64) * M
@@ -75,15 +80,15 @@ def kind_of(w: Weight | torch.Tensor, K: int, blocksize: int | None) -> str:
     return "elements" if K % blocksize else "runs"
 
 
-def default_config(kind: str, dtype: torch.dtype, M: int, J: int, depth: int, block: int) -> Config:
-    """``block``: the block size of ``runs``, which bounds the side of a tile that lies along a row."""
+def default_config(kind: str, dtype: torch.dtype, M: int, J: int, depth: int) -> Config:
+    """A tile that spills nowhere, and enough programs to keep a large GPU busy."""
     if kind != "runs" or dtype == torch.float32:
         rows = 16 if M <= 16 else 32
         split = max(1, min(8, 256 // ceil_div(J, 64), depth // 256)) if M <= 64 else 1
         return Config(rows, 64, 32, split, 4 if M <= 16 else 8, 2)
     rows = next((limit for limit in (16, 32, 64) if limit >= M), 128)
     split = max(1, min(8, 512 // ceil_div(J, 64), depth // 512)) if M <= 64 else 1
-    return Config(rows, 64, min(64, block), split, 4 if M <= 64 else 8, 3)
+    return Config(rows, 64, 64 if M <= 16 else 32, split, 4 if M <= 16 else 8, 3)
 
 
 def product(
@@ -92,7 +97,7 @@ def product(
     N: int,
     K: int,
     blocksize: int | None = None,
-    adapter: Adapter | None = None,
+    adapter: Adapter | Adapters | None = None,
     bias: torch.Tensor | None = None,
     backward: bool = False,
 ) -> torch.Tensor:
@@ -102,18 +107,20 @@ def product(
     if out.numel() == 0:
         return out
     kind = kind_of(w, K, blocksize)
-    config = default_config(kind, x.dtype, M, J, depth, blocksize or 0)
-    rows, columns, step, split, warps, stages = config
-    if kind == "runs" and backward:
+    rows, columns, step, split, warps, stages = default_config(kind, x.dtype, M, J, depth)
+    if kind == "runs" and backward:  # the side of a tile along a row is within a block
         columns = min(columns, blocksize)
+    elif kind == "runs":
+        step = min(step, blocksize)
     left = pairs(x) if kind == "runs" and not backward else x
     target = out if split == 1 else out.new_empty((split, M, J), dtype=torch.float32)
     launch(
         _product, ceil_div(M, rows) * ceil_div(J, columns) * split,
         left, w, adapter, bias, target, M, N, K,
         left.stride(0), 0 if isinstance(w, Weight) else w.stride(0), J,
-        dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, SHIFT=(blocksize or 1).bit_length() - 1,
-        PRMT=kind == "runs" and x.dtype != torch.float32 and has_prmt(),
+        dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, MANY=isinstance(adapter, Adapters),
+        SHIFT=(blocksize or 1).bit_length() - 1, PRECISION=precision_of(x.dtype),
+        PRMT=kind == "runs" and not backward and x.dtype != torch.float32 and on_nvidia(),
         BM=rows, BJ=columns, BD=step, SPLIT=split, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     if split > 1:
