@@ -49,10 +49,10 @@ format: $(VENV)/.lint ## rewrite the sources in that style
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-asan: ## run the kernels' self-test under AddressSanitizer and UBSan (needs no Python)
-	@$(MAKE) --no-print-directory -j$(JOBS) build/asan/selftest
+asan: ## run the C++ self-tests under AddressSanitizer and UBSan (needs no Python)
+	@$(MAKE) --no-print-directory -j$(JOBS) $(ASAN_TESTS)
 	@echo '[asan] run'
-	@UBSAN_OPTIONS=print_stacktrace=1 build/asan/selftest
+	@for test in $(ASAN_TESTS); do UBSAN_OPTIONS=print_stacktrace=1 $$test || exit 1; done
 
 cuda: $(VENV)/.requirements ## compile the CUDA library for all architectures; none may spill
 	@echo '[cuda] compile'
@@ -105,13 +105,16 @@ build/.installed: $(VENV)/.requirements $(SOURCES)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@mkdir -p build && touch $@
 
-# ---- The self-test: the kernels and csrc/cpu/selftest.cpp in one program, with no Python ----
+# ---- The self-tests, with no Python: csrc/cpu/selftest.cpp with the kernels, csrc/host/selftest.cpp
+# with what the Python module binds ----
 
 # (Without -Wuninitialized: with sanitizers, g++ 12 warns of its own immintrin.h.)
 ASAN_FLAGS := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-uninitialized \
 	-Wno-maybe-uninitialized -Icsrc -pthread
+ASAN_TESTS := build/asan/selftest build/asan/selftest_host
 ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/cpu/*.cpp csrc/cpu/isa/*.cpp))
+ASAN_HOST_OBJECTS := $(patsubst %,build/asan/csrc/host/%.o,page_pool planner selftest)
 
 build/asan/%.o: %.cpp Makefile
 	@echo '[asan] compile $<'
@@ -119,6 +122,8 @@ build/asan/%.o: %.cpp Makefile
 	@$(CXX) $(ASAN_FLAGS) -MMD -MP -c $< -o $@
 
 build/asan/selftest: $(ASAN_OBJECTS)
+build/asan/selftest_host: $(ASAN_HOST_OBJECTS)
+$(ASAN_TESTS):
 	@echo '[asan] link'
 	@$(CXX) $(ASAN_FLAGS) $^ -o $@
 
@@ -161,4 +166,4 @@ $(EMULATOR_ASAN): $(EMULATOR_ASAN_OBJECTS)
 	@echo '[emulator-asan] link'
 	@$(CXX) -shared $(EMULATOR_ASAN_FLAGS) $^ -o $@
 
--include $(ASAN_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)
+-include $(ASAN_OBJECTS:.o=.d) $(ASAN_HOST_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)

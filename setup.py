@@ -2,7 +2,8 @@
 
     liblowrank_cpu.so    csrc/cpu, csrc/cpu/isa   the kernels; no torch, no Python
     _ops.so              csrc/ops                 torch ops on the LibTorch stable ABI; no Python
-    _host.<suffix>.so    csrc/host                pybind11 module: ISA and build introspection
+    _host.<suffix>.so    csrc/host                pybind11 module: ISA and build introspection, page pool,
+                                                  batch planner
     liblowrank_cuda.so   csrc/cuda/launch         CUDA kernels, by nvcc; no torch, no Python
 
 Environment:
@@ -110,7 +111,7 @@ def products():
         ),
         Product(
             host_name(),
-            sorted(glob("csrc/host/*.cpp")),
+            sorted({*glob("csrc/host/*.cpp")} - {"csrc/host/selftest.cpp"}),
             cflags=[f"-isystem{pybind11_include()}", f"-isystem{python_include()}"],
             needs=["liblowrank_cpu.so"],
         ),

@@ -4,11 +4,14 @@ from . import backends
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .interop.peft_files import load_adapter, save_adapter
+from .multi_lora.bank import AdapterBank
+from .multi_lora.functional import multi_lora_
 from .nn import Linear4bit, LoRALinear4bit
 from .replace import replace_linear
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterBank",
     "Linear4bit",
     "LoRALinear4bit",
     "Weight4bit",
@@ -17,6 +20,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linear_4bit",
+    "multi_lora_",
     "quantize_4bit",
     "replace_linear",
     "save_adapter",

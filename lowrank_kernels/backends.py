@@ -166,7 +166,8 @@ def active() -> str:
     return _active
 
 
-def _require_host():
+def host_module():
+    """The pybind11 module ``_host``. Raises RuntimeError, naming the build command, if it was not built."""
     if _host is None:
         raise RuntimeError(
             f"lowrank_kernels was not built: {_native_error}; build: {_BUILD_COMMAND}"
@@ -176,12 +177,12 @@ def _require_host():
 
 def isa() -> str:
     """The instruction set whose CPU kernels run now: "scalar", "avx2" or "avx512"."""
-    return _require_host().isa_active()
+    return host_module().isa_active()
 
 
 def isas() -> list[str]:
     """The instruction sets this CPU supports, best first."""
-    return _require_host().isa_supported()
+    return host_module().isa_supported()
 
 
 @contextlib.contextmanager
@@ -190,7 +191,7 @@ def use_isa(name: str) -> Iterator[None]:
 
     Raises ValueError if ``name`` is unknown or this CPU does not support it.
     """
-    host = _require_host()
+    host = host_module()
     previous = host.isa_active()
     host.isa_set(name)
     try:
@@ -228,7 +229,7 @@ if _native_error is not None:
         _register_missing(_key, f"{_native_error}; build: {_BUILD_COMMAND}")
 
 if os.environ.get("LOWRANK_ISA"):
-    _require_host().isa_set(os.environ["LOWRANK_ISA"])
+    host_module().isa_set(os.environ["LOWRANK_ISA"])
 if os.environ.get("LOWRANK_BACKEND"):
     _check_backend(os.environ["LOWRANK_BACKEND"])
     _activate(os.environ["LOWRANK_BACKEND"])

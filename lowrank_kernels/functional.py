@@ -9,7 +9,7 @@ from .formats import Weight4bit
 from .schema import check_float, check_linear, check_lora, check_tensor, ops
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
+def autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that torch.autocast asks of matrix products, as nn.Linear has it."""
     device_type = x.device.type
     if (
@@ -90,11 +90,11 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
-def _wants_grad(*tensors: torch.Tensor | None) -> bool:
+def wants_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
+def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
     """A fresh Philox key from torch's generator, so torch.manual_seed and checkpointing reproduce the mask."""
     if dropout_p == 0.0:
         return None
@@ -117,13 +117,13 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
         TypeError: x or bias is not a tensor of those dtypes, or w is not a Weight4bit.
         ValueError: shapes or devices do not fit; the message names the argument.
     """
-    _check_weight(w)
+    check_weight(w)
     check_tensor("x", x)
-    x = _autocast(x)
+    x = autocast(x)
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
     rows = x.reshape(x.shape[:-1].numel(), K)
-    if _wants_grad(x, bias):
+    if wants_grad(x, bias):
         y = _Linear4bit.apply(rows, bias, *w.op_args())
     else:
         y = ops.linear_4bit(rows, *w.op_args(), bias)
@@ -161,15 +161,15 @@ def lora_linear_4bit(
     Source: LoRA (Hu et al. 2021), QLoRA (Dettmers et al. 2023); gradients
     ``dS = scaling dY B, dX = dY W + mask (dS A), dA = dSᵀ dropout(X), dB = scaling dYᵀ S``.
     """
-    _check_weight(w)
+    check_weight(w)
     check_tensor("x", x)
-    x = _autocast(x)
+    x = autocast(x)
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
     check_lora(x, N, K, A, B, scaling, dropout_p)
     rows = x.reshape(x.shape[:-1].numel(), K)
-    seed = _dropout_seed(dropout_p, x.device)
-    if _wants_grad(x, A, B, bias):
+    seed = dropout_seed(dropout_p, x.device)
+    if wants_grad(x, A, B, bias):
         y = _LoRALinear4bit.apply(
             rows, A, B, bias, seed, float(scaling), float(dropout_p), *w.op_args()
         )
@@ -194,7 +194,7 @@ def lora_linear(
     Differentiable in x, A, B, bias, and in weight where it requires a gradient.
     """
     check_tensor("x", x)
-    x = _autocast(x)
+    x = autocast(x)
     check_float("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected a matrix [N, K], got shape {tuple(weight.shape)}")
@@ -202,14 +202,14 @@ def lora_linear(
     check_linear(x, N, K, weight.device, bias)
     check_lora(x, N, K, A, B, scaling, dropout_p)
     rows = x.reshape(x.shape[:-1].numel(), K)
-    seed = _dropout_seed(dropout_p, x.device)
-    if _wants_grad(x, A, B, bias, weight):
+    seed = dropout_seed(dropout_p, x.device)
+    if wants_grad(x, A, B, bias, weight):
         y = _LoRALinear.apply(rows, A, B, bias, weight, seed, float(scaling), float(dropout_p))
     else:
         y, _ = ops.lora_linear(rows, weight, A, B, float(scaling), bias, float(dropout_p), seed)
     return y.view(*x.shape[:-1], N)
 
 
-def _check_weight(w: object) -> None:
+def check_weight(w: object) -> None:
     if not isinstance(w, Weight4bit):
         raise TypeError(f"w: expected a Weight4bit (see quantize_4bit), got {type(w).__name__}")

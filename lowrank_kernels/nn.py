@@ -11,6 +11,8 @@ from torch import nn
 
 from .functional import linear_4bit, lora_linear_4bit
 from .linear4bit import Linear4bit, Params4bit, apply_to_bytes
+from .multi_lora.functional import multi_lora_linear_4bit
+from .multi_lora.plan import active as active_plan
 from .schema import FLOAT_DTYPES
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
@@ -23,6 +25,11 @@ def check_adapter_name(name: object) -> None:
             f"name: expected a non-empty string without '.' that is no attribute of nn.ModuleDict, "
             f"got {name!r}"
         )
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype) -> None:
@@ -49,7 +56,8 @@ class LoRALinear4bit(Linear4bit):
     [out_features, r]``, PEFT's state-dict keys, with ``scaling[name] = lora_alpha / r``, or
     ``lora_alpha / sqrt(r)`` for rsLoRA. One adapter is active at a time; the parameters of the
     others require no gradient. Where this layer lacks the active adapter, and after
-    :meth:`disable_adapters`, it is its base. Dropout acts in training mode only.
+    :meth:`disable_adapters`, it is its base. Dropout acts in training mode only. Under
+    :meth:`AdapterBank.using` each row has the adapter that the plan gives it instead.
 
     Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), QLoRA (Dettmers et al. 2023).
     """
@@ -147,7 +155,7 @@ class LoRALinear4bit(Linear4bit):
         self.lora_B[name] = B.train(self.training).requires_grad_(False)
         self.r[name], self.lora_alpha[name] = r, lora_alpha
         self.lora_dropout[name], self.use_rslora[name] = float(lora_dropout), bool(use_rslora)
-        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling[name] = lora_scaling(r, lora_alpha, use_rslora)
         if self._active_adapter is None and not self.merged:
             self.set_adapter(name)
 
@@ -176,8 +184,15 @@ class LoRALinear4bit(Linear4bit):
         self._require_unmerged("set_adapter")
         self._active_adapter = name
         for adapter in self.r:
-            self.lora_A[adapter].requires_grad_(adapter == name)
-            self.lora_B[adapter].requires_grad_(adapter == name)
+            for parameter in self.adapter_parameters(adapter):
+                parameter.requires_grad_(adapter == name)
+
+    def adapter_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``[r, in_features]`` and B ``[out_features, r]`` of adapter ``name``."""
+        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
+        modules = self._modules
+        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return A._parameters["weight"], B._parameters["weight"]
 
     @property
     def active_adapter(self) -> str | None:
@@ -258,22 +273,17 @@ class LoRALinear4bit(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype: :func:`lora_linear_4bit`."""
         bias, name = self._parameters["bias"], self._active_adapter
+        if (plan := active_plan()) is not None and not self._disabled:
+            self._require_unmerged("forward under a plan")
+            pages = plan.bank.pages_of(self)
+            return multi_lora_linear_4bit(x, self.weight4bit, plan, pages, bias, self.training)
         if self._disabled and self._unmerged is not None:
             return linear_4bit(x, self._unmerged, bias)
         if self._disabled or self._unmerged is not None or name not in self.r:
             return linear_4bit(x, self.weight4bit, bias)
-        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
-        modules = self._modules
-        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        return lora_linear_4bit(
-            x,
-            self.weight4bit,
-            A._parameters["weight"],
-            B._parameters["weight"],
-            self.scaling[name],
-            bias,
-            self.lora_dropout[name] if self.training else 0.0,
-        )
+        dropout_p = self.lora_dropout[name] if self.training else 0.0
+        A, B = self.adapter_parameters(name)
+        return lora_linear_4bit(x, self.weight4bit, A, B, self.scaling[name], bias, dropout_p)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, active_adapter={self._active_adapter!r}"

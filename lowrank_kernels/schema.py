@@ -51,9 +51,7 @@ WEIGHT = (
 LORA = "Tensor A, Tensor B, float scaling"
 DROPOUT = "float dropout_p, Tensor? seed"
 NEEDS = "bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
-PLAN = (
-    "Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int tile_rows, int max_rank"
-)
+PLAN = "Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int tile_rows, int max_rank"
 PAGES = (
     "Tensor A_pages, Tensor B_pages, Tensor ranks, Tensor scalings, Tensor dropout_p, Tensor? seed"
 )
@@ -143,9 +141,7 @@ def _lora_linear_backward(
 
 
 def _s_of_plan(x, max_rank):
-    return x.new_empty(
-        (x.shape[0], ceil_div(max_rank, RANK_STEP) * RANK_STEP), dtype=torch.float32
-    )
+    return x.new_empty((x.shape[0], ceil_div(max_rank, RANK_STEP) * RANK_STEP), dtype=torch.float32)
 
 
 def _multi_lora_(

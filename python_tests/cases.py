@@ -334,7 +334,9 @@ def multi_args(case: Case, slots: list[int] | None = None, tokens: list[int] | N
     free = list(range(SLOTS * ceil_div(case.R, page_rank) + 2))
     random.shuffle(free)
     # A module that an adapter does not cover has its pages all the same; so may a smaller rank.
-    pages = {u: [free.pop() for _ in range(max(1, ceil_div(r, page_rank)))] for u, r in enumerate(ranks)}
+    pages = {
+        u: [free.pop() for _ in range(max(1, ceil_div(r, page_rank)))] for u, r in enumerate(ranks)
+    }
     if slots is None:
         slots, tokens = _sequences(case.M, SLOTS)
     shape = (SLOTS * ceil_div(case.R, page_rank) + 2, page_rank)

@@ -151,7 +151,7 @@ def test_manual_seed_reproduces_the_mask(op, backend):
     torch.manual_seed(3)
     first, second = cases.call(op, args, case), cases.call(op, args, case)
     torch.manual_seed(3)
-    seed = functional._dropout_seed(0.5, torch.device("cpu"))
+    seed = functional.dropout_seed(0.5, torch.device("cpu"))
     torch.manual_seed(3)
     again = cases.call(op, args, case)
     tolerance.assert_same_bits("y", again, first)

@@ -84,7 +84,7 @@ def test_autograd(op, case, backend):
     args = list(cases.make(op, case))
     x, A, B, bias = (args[i].requires_grad_() for i in (0, -6, -5, -3))
     torch.manual_seed(11)
-    seed = functional._dropout_seed(case.dropout_p, torch.device("cpu"))
+    seed = functional.dropout_seed(case.dropout_p, torch.device("cpu"))
     torch.manual_seed(11)
     y = cases.call(op, tuple(args), case)
     args = (*(a.detach() if isinstance(a, torch.Tensor) else a for a in args[:-1]), seed)

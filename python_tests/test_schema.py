@@ -22,12 +22,13 @@ BY_ROWS = [
     "linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "lora_linear_4bit_backward",
     "lora_linear", "lora_linear_backward",
 ]  # fmt: skip
+MANY_ADAPTERS = [
+    op for op in OPS if op.startswith("multi_lora")
+]  # test_multi_lora*.py has their batches
 each_op = pytest.mark.parametrize("op", OPS)
 
 
-def run(op, args):
-    outputs = getattr(ops, op)(*args)
-    return outputs if isinstance(outputs, tuple | list) else (outputs,)
+run = cases.run
 
 
 # -- every operator has all its parts --------------------------------------------------------------
@@ -75,7 +76,8 @@ def test_fake_gives_what_the_kernel_gives(op, case, any_backend):
     args = cases.make(op, case)
     fakes = OPS[op].fake(*(_to_meta(a) for a in args))
     fakes = fakes if isinstance(fakes, tuple) else (fakes,)
-    for real, fake in zip(run(op, args), fakes, strict=True):
+    written = op.endswith("_")  # its first output is an argument, of which the fake knows nothing
+    for real, fake in zip(run(op, args)[written:], fakes, strict=True):
         assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
         assert real.is_contiguous()
 
@@ -100,7 +102,7 @@ def test_opcheck_of_the_reference(op):
 
 def check_same(name, op, args, outputs, expected, backend):
     """Bit for bit; on a GPU, where the layout has a say in which kernel family runs, within the bound."""
-    if backend in ("emulator", "cuda") and op in BY_ROWS:
+    if backend in ("emulator", "cuda") and op in (*BY_ROWS, *MANY_ADAPTERS):
         tolerance.check(op, args, outputs)
     else:
         tolerance.assert_same_bits(name, outputs, expected)
@@ -137,11 +139,10 @@ LAYOUTS = {
 def test_strides_do_not_matter(op, layout, case, backend):
     args = cases.make(op, case)
     expected = run(op, args)
-    # The packed bytes, scales and codes of a weight are contiguous by contract; absmax is one of them.
-    first = _first_weight_argument(op)
+    contiguous = _contiguous_by_contract(op)
     strided = [
         LAYOUTS[layout](a)
-        if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in first
+        if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in contiguous
         else a
         for i, a in enumerate(args)
     ]
@@ -178,14 +179,15 @@ def test_rows_expanded_from_one(op, case, backend):
     tolerance.assert_same_bits(op, run(op, expanded), run(op, dense))
 
 
-def _first_weight_argument(op):
-    """The positions of the 4-bit weight's nine arguments."""
+def _contiguous_by_contract(op):
+    """The positions of the 4-bit weight's nine arguments, and of pages and their tables."""
     names = [a.name for a in getattr(ops, op).default._schema.arguments]
-    if "packed" not in names:
-        exact = ("code", "absmax", "nested_code")
-        return {i for i, name in enumerate(names) if name in exact}
-    start = names.index("packed")
-    return set(range(start, start + 9))
+    exact = {"code", "absmax", "nested_code", "A_pages", "B_pages", "scalings", "dropout_p"}
+    contiguous = {i for i, name in enumerate(names) if name in exact}
+    if "packed" in names:
+        start = names.index("packed")
+        contiguous |= set(range(start, start + 9))
+    return contiguous
 
 
 # -- the same bits ---------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 // _host: what Python asks of the native library besides the ops: which ISAs there are, which one
-// runs, how it was built. Everything goes through the C interface in cpu/api.h.
+// runs, how it was built (through the C interface in cpu/api.h); and the page pool and planner of
+// many adapters in one batch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "cpu/api.h"
+#include "host/multi_lora.h"
 
 namespace py = pybind11;
 
@@ -41,7 +43,7 @@ void isa_set(const std::optional<std::string>& name) {
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "ISA and build introspection of the native library.";
+  m.doc() = "ISA and build introspection of the native library; page pool and batch planner.";
   m.def("isa_active", &lk_isa_active, "Name of the ISA whose kernels run now.");
   m.def("isa_set", &isa_set, py::arg("name"),
         "Use the kernels of this ISA from now on, in the whole process; None or '' chooses the "
@@ -51,4 +53,5 @@ PYBIND11_MODULE(_host, m) {
       "isa_supported", [] { return isa_list(true); },
       "Names of the compiled ISAs that this CPU supports.");
   m.def("build_info", &lk_build_info, "How the library was built: compiler, flags, ISAs.");
+  lk::bind_multi_lora(m);
 }

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..nn import LoRALinear4bit, check_adapter_name
+from ..nn import LoRALinear4bit, check_adapter_name, lora_scaling
 from ..replace import matches
 from ..schema import FLOAT_DTYPES
 
@@ -38,7 +39,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     Raises ValueError if no layer has the adapter, or if its layers differ in lora_dropout or
     use_rslora, which the format holds only once.
     """
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
     if not layers:
@@ -69,29 +70,21 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     initialisations that change the base weight); RuntimeError while an adapter is merged.
     """
     check_adapter_name(name)
-    folder = Path(path)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"path: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} "
-                f"(pickled weights are not read), got {str(folder)!r} without {file}"
-            )
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     for layer_path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"load_adapter: {layer_path} is merged; call unmerge() first")
-    config = _read_config(folder / CONFIG_FILE)
-    loaded = _match(model, layers, config, folder / WEIGHTS_FILE)
+    loaded = read_adapter(layers, path, model)
 
     for layer_path, layer in layers.items():
         if layer_path in loaded:
-            _assign(layer, name, loaded[layer_path], config)
+            _assign(layer, name, loaded[layer_path])
         elif name in layer.r:
             layer.delete_adapter(name)
         layer.set_adapter(name)
 
 
-def _lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
     """Every LoRALinear4bit by its path in the model, not in a PEFT wrapper of it."""
     return {
         path.removeprefix(_PREFIX): module
@@ -159,7 +152,7 @@ def _is_wrapped(model: nn.Module) -> bool:
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
     """Short names if they select just these layers of the plain model, else paths, else a regex."""
     wanted = set(layers)
-    inside = tuple(f"{path}." for path in _lora_layers(model))
+    inside = tuple(f"{path}." for path in lora_layers(model))
     paths = {path.removeprefix(_PREFIX) for path, _ in model.named_modules()}
     paths = {path for path in paths if not path.startswith(inside)}
     for names in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
@@ -172,13 +165,70 @@ def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
 
 
 @dataclasses.dataclass
-class _Layer:
-    """What the file holds for one layer."""
+class AdapterLayer:
+    """An adapter of one layer: A ``[r, K]`` and B ``[N, r]``, and how they are applied."""
 
     r: int
     lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
     A: torch.Tensor | None = None
     B: torch.Tensor | None = None
+
+    @property
+    def scaling(self) -> float:
+        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
+
+
+def layer_of(layer: LoRALinear4bit, name: str) -> AdapterLayer:
+    """Adapter ``name`` as the layer has it; A and B are its parameters."""
+    settings = (f[name] for f in (layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora))
+    return AdapterLayer(*settings, *layer.adapter_parameters(name))
+
+
+def read_adapter(
+    layers: Mapping[str, LoRALinear4bit], path: str | os.PathLike, model: nn.Module | None = None
+) -> dict[str, AdapterLayer]:
+    """The adapter in folder ``path`` by layer, all of it checked; ``model``, if given, for better messages.
+
+    Raises what :func:`load_adapter` raises for a file.
+    """
+    folder = Path(path)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(
+                f"path: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} "
+                f"(pickled weights are not read), got {str(folder)!r} without {file}"
+            )
+    config = _read_config(folder / CONFIG_FILE)
+    file = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file: {error}") from None
+    return _match(model, layers, config, tensors, str(file))
+
+
+def read_state_dict(
+    layers: Mapping[str, LoRALinear4bit],
+    tensors: Mapping[str, torch.Tensor],
+    lora_alpha: float | None,
+    use_rslora: bool,
+) -> dict[str, AdapterLayer]:
+    """The adapter in a state dict with the keys of PEFT's files, with or without ``base_model.model.``.
+
+    r is that of each A; ``lora_alpha`` None: scaling is 1. Raises ValueError as :func:`read_adapter`.
+    """
+    if lora_alpha is not None and not _is_number(lora_alpha):
+        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
+    names = {key: key if key.startswith(_PREFIX) else _PREFIX + key for key in map(str, tensors)}
+    config = {field: default for field, (default, _, _) in _FIELDS.items()}
+    config |= {"r": None, "lora_alpha": lora_alpha, "use_rslora": bool(use_rslora)}
+    loaded = _match(None, layers, config, {names[k]: v for k, v in tensors.items()}, "source")
+    if lora_alpha is None:
+        for layer in loaded.values():
+            layer.lora_alpha = math.sqrt(layer.r) if use_rslora else layer.r
+    return loaded
 
 
 def _is_number(value: object) -> bool:
@@ -274,52 +324,57 @@ def _is_targeted(path: str, targets: list[str] | str | None) -> bool:
 
 
 def _match(
-    model: nn.Module, layers: dict[str, LoRALinear4bit], config: dict, file: Path
-) -> dict[str, _Layer]:
-    """The tensors of ``file`` by layer, all checked."""
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file: {error}") from None
-    loaded: dict[str, _Layer] = {}
+    model: nn.Module | None,
+    layers: Mapping[str, LoRALinear4bit],
+    config: dict,
+    tensors: Mapping[str, torch.Tensor],
+    source: str,
+) -> dict[str, AdapterLayer]:
+    """``tensors`` by layer, all checked. ``r`` None in the configuration: as A has it."""
+    loaded: dict[str, AdapterLayer] = {}
     for key, tensor in tensors.items():
         if not (found := _KEY.fullmatch(key)):
             expected = f"{_PREFIX}<layer>.lora_A.weight or .lora_B.weight"
-            raise ValueError(f"{file}: {key}: expected a key {expected}")
+            raise ValueError(f"{source}: {key}: expected a key {expected}")
         path, part = found.groups()
+        where = f"{source}: {key}"
+        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+            got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{where}: expected a matrix, got {got}")
         if path not in loaded:
-            _check_layer(f"{file}: {key}", model, layers, path, config["target_modules"])
-            loaded[path] = _Layer(
-                _lookup(config["rank_pattern"], path, config["r"]),
+            _check_layer(where, model, layers, path, config["target_modules"])
+            r = _lookup(config["rank_pattern"], path, config["r"])
+            loaded[path] = AdapterLayer(
+                r or max(1, tensor.shape["AB".index(part)]),
                 _lookup(config["alpha_pattern"], path, config["lora_alpha"]),
+                float(config["lora_dropout"]),
+                config["use_rslora"],
             )
         layer, r = layers[path], loaded[path].r
         shape = (r, layer.in_features) if part == "A" else (layer.out_features, r)
         words = f"[r, in_features] = {shape}" if part == "A" else f"[out_features, r] = {shape}"
         if tuple(tensor.shape) != shape:
+            known = f"r from {CONFIG_FILE}" if config["r"] else "r of its partner"
             raise ValueError(
-                f"{file}: {key}: expected shape {words} with r from {CONFIG_FILE}, "
-                f"got {tuple(tensor.shape)}"
+                f"{where}: expected shape {words} with {known}, got {tuple(tensor.shape)}"
             )
         if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(
-                f"{file}: {key}: expected float32, bfloat16 or float16, got {tensor.dtype}"
-            )
+            raise ValueError(f"{where}: expected float32, bfloat16 or float16, got {tensor.dtype}")
         setattr(loaded[path], part, tensor)
     if not loaded:
-        raise ValueError(f"{file}: expected at least one layer, got no tensors")
+        raise ValueError(f"{source}: expected at least one layer, got no tensors")
     for path, layer in loaded.items():
         for part in ("A", "B"):
             if getattr(layer, part) is None:
                 raise ValueError(
-                    f"{file}: {_PREFIX}{path}.lora_{part}.weight: expected it, got none"
+                    f"{source}: {_PREFIX}{path}.lora_{part}.weight: expected it, got none"
                 )
     return loaded
 
 
-def _check_layer(where: str, model: nn.Module, layers: dict, path: str, targets) -> None:
+def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str, targets) -> None:
     if path not in layers:
-        modules = dict(model.named_modules())
+        modules = {} if model is None else dict(model.named_modules())
         module = modules.get(path, modules.get(_PREFIX + path))
         got = "no such module" if module is None else f"a {type(module).__name__}"
         raise ValueError(
@@ -335,15 +390,13 @@ def _check_layer(where: str, model: nn.Module, layers: dict, path: str, targets)
 
 
 @torch.no_grad()
-def _assign(layer: LoRALinear4bit, name: str, loaded: _Layer, config: dict) -> None:
+def _assign(layer: LoRALinear4bit, name: str, loaded: AdapterLayer) -> None:
     kept = None
     if name in layer.r:
         if layer.r[name] == loaded.r:
             kept = layer.lora_A[name], layer.lora_B[name]
         layer.delete_adapter(name)
-    layer.add_adapter(
-        name, loaded.r, loaded.lora_alpha, config["lora_dropout"], config["use_rslora"]
-    )
+    layer.add_adapter(name, loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.use_rslora)
     if kept:
         layer.lora_A[name], layer.lora_B[name] = kept
     layer.lora_A[name].weight.copy_(loaded.A)

@@ -1,0 +1,441 @@
+"""``AdapterBank``: a pool of rank pages for every ``LoRALinear4bit`` of a model.
+
+A page holds ``page_rank`` ranks of an adapter in every module: page p of a module is ``A[p] [page_rank, K]`` and
+``B[p] [page_rank, N]`` (B transposed). An adapter takes as many pages as its largest rank needs, any free
+ones, so ranks mix without padding and nothing fragments. Page ids are the same in all modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .. import backends
+from ..interop.peft_files import AdapterLayer, layer_of, lora_layers, read_adapter, read_state_dict
+from ..nn import LoRALinear4bit
+from ..schema import FLOAT_DTYPES, RANK_STEP, ceil_div
+from .plan import Plan, active, set_active
+
+
+class ModulePages:
+    """The pages of one module, ``bank[module_name]``: what :func:`multi_lora_` reads."""
+
+    def __init__(self, bank: AdapterBank, name: str, layer: LoRALinear4bit) -> None:
+        self.bank, self.name, self.layer = bank, name, layer
+        self.shape = (layer.out_features, layer.in_features)
+        num_pages, page_rank = bank.num_pages, bank.page_rank
+        options = {"dtype": bank.dtype, "device": bank.device}
+        # Not initialised: no kernel reads past an adapter's rank.
+        self.A = torch.empty(num_pages, page_rank, layer.in_features, **options)
+        self.B = torch.empty(num_pages, page_rank, layer.out_features, **options)
+        self.device = self.A.device
+        self._ranks = [0] * num_pages
+        self._dropout = [0.0] * num_pages
+        self._tables = (
+            torch.zeros(num_pages, dtype=torch.int32, device=bank.device),
+            torch.zeros(num_pages, dtype=torch.float32, device=bank.device),
+            torch.zeros(num_pages, dtype=torch.float64, device=bank.device),
+        )
+        self.own: dict[int, str] = {}  # slot -> adapter of the layer that it follows
+        self._grad_rows: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def op_args(self) -> tuple[torch.Tensor, ...]:
+        """The arguments PAGES of the operators but for the seed (see schema.py)."""
+        return self.A, self.B, *self._tables
+
+    def rank(self, slot: int) -> int:
+        return self._ranks[slot]
+
+    def dropout(self, plan: Plan) -> float:
+        """The largest dropout probability of the plan's adapters: 0.0 if none has any."""
+        return max([0.0, *[self._dropout[slot] for slot in plan.slots]])
+
+    # -- what the pages hold -----------------------------------------------------------------------
+
+    def assign(self, slot: int, pages: list[int], adapter: AdapterLayer | None) -> None:
+        """Fills the pages of ``slot``; None: the adapter does not cover this module."""
+        rank = 0 if adapter is None else adapter.r
+        self._ranks[slot] = rank
+        self._dropout[slot] = 0.0 if adapter is None else adapter.lora_dropout
+        ranks, scalings, dropout_p = self._tables
+        ranks[slot] = rank
+        scalings[slot] = 0.0 if adapter is None else adapter.scaling
+        dropout_p[slot] = self._dropout[slot]
+        self._grad_rows.clear()
+        if adapter is not None:
+            self._write(pages, adapter.A, adapter.B)
+
+    @torch.no_grad()
+    def _write(self, pages: list[int], A: torch.Tensor, B: torch.Tensor) -> None:
+        rank, page_rank = A.shape[0], self.bank.page_rank
+        for i in range(ceil_div(rank, page_rank)):
+            rows = slice(i * page_rank, min(rank, (i + 1) * page_rank))
+            count = rows.stop - rows.start
+            self.A[pages[i], :count].copy_(A[rows])
+            self.B[pages[i], :count].copy_(B[:, rows].T)
+
+    # -- the model's own adapters ------------------------------------------------------------------
+
+    def follow(self, slot: int, name: str) -> None:
+        """The pages of ``slot`` follow adapter ``name`` of the layer from now on."""
+        self.own[slot] = name
+
+    def forget(self, slot: int) -> None:
+        self.own.pop(slot, None)
+
+    def _own_adapter(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
+        name, layer = self.own[slot], self.layer
+        if layer.r.get(name) != self._ranks[slot]:
+            raise RuntimeError(
+                f"{self.name}: expected its adapter {name!r} with r = {self._ranks[slot]} as it was "
+                f"when the bank loaded it, got r = {layer.r.get(name)}; evict it and load it again"
+            )
+        return layer.adapter_parameters(name)
+
+    def refresh(self, plan: Plan) -> None:
+        """Brings the values of the model's own adapters into their pages."""
+        for slot in plan.slots:
+            if slot in self.own:
+                self._write(self.bank.pool.pages(slot), *self._own_adapter(slot))
+
+    def parameters(self, plan: Plan) -> tuple[list[int], list[nn.Parameter]]:
+        """Slots of the plan's adapters that want gradients, and A and B of each; their pages are refreshed."""
+        slots: list[int] = []
+        parameters: list[nn.Parameter] = []
+        if not self.own or not torch.is_grad_enabled():
+            return slots, parameters
+        self.refresh(plan)  # an optimizer may have made a step
+        for slot in plan.slots:
+            if slot in self.own:
+                A, B = self._own_adapter(slot)
+                if A.requires_grad or B.requires_grad:
+                    slots.append(slot)
+                    parameters += (A, B)
+        return slots, parameters
+
+    def grad_layout(self, slots: tuple[int, ...]) -> tuple[dict[int, int], int]:
+        """The first row of each slot's gradients among those of all ``slots``, and the number of rows."""
+        first, rows = {}, 0
+        for slot in slots:
+            first[slot] = rows
+            rows += self._ranks[slot]
+        return first, rows
+
+    def grad_rows(self, slots: tuple[int, ...]) -> torch.Tensor:
+        """:meth:`grad_layout` as the operators take it."""
+        if slots not in self._grad_rows:
+            rows = [-1] * len(self._ranks)
+            for slot, first in self.grad_layout(slots)[0].items():
+                rows[slot] = first
+            self._grad_rows[slots] = torch.tensor(rows, dtype=torch.int32, device=self.device)
+        return self._grad_rows[slots]
+
+    def __repr__(self) -> str:
+        N, K = self.shape
+        return f"ModulePages({self.name!r}, N={N}, K={K}, {self.bank.num_pages} pages)"
+
+
+class AdapterBank:
+    """Adapters of one model, of any ranks, that serve or train together in one batch.
+
+    ::
+
+        bank = AdapterBank.for_model(model, num_pages=64)
+        bank.load("french", "adapters/french")
+        plan = bank.plan(["french", None], tokens_per_sequence=[512, 37])
+        with bank.using(plan):
+            model(...)
+
+    ``bank[module_name]`` are the pages of one module, for :func:`multi_lora_`. Memory: ``num_pages * page_rank
+    * Σ (K + N)`` elements over the modules, see :attr:`nbytes`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LoRALinear4bit],
+        num_pages: int,
+        page_rank: int = 8,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """``layers``: by the names that adapter files call them; the rest as in :meth:`for_model`."""
+        if type(num_pages) is not int or not 1 <= num_pages < 2**24:
+            raise ValueError(f"num_pages: expected an integer >= 1, got {num_pages!r}")
+        if type(page_rank) is not int or page_rank < 1 or page_rank % RANK_STEP:
+            raise ValueError(f"page_rank: expected a multiple of {RANK_STEP}, got {page_rank!r}")
+        if dtype is not None and dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        devices = {layer.weight.device for layer in layers.values()}
+        if len(devices) != 1 or next(iter(devices)).type == "meta":
+            raise ValueError(
+                f"model: expected all LoRALinear4bit on one device with data, got {devices or 'none'}"
+            )
+        self.device = devices.pop()
+        self.num_pages, self.page_rank = num_pages, page_rank
+        self.dtype = dtype or _common_dtype(layers.values())
+        self.pool = backends.host_module().PagePool(num_pages)
+        self.evictions = 0  # so that a plan sees at a glance that nothing has changed
+        self._slots: dict[str, int] = {}
+        self._max_rank: dict[int, int] = {}  # of each slot, in any module
+        self._modules = {name: ModulePages(self, name, layer) for name, layer in layers.items()}
+        self._by_layer = {id(pages.layer): pages for pages in self._modules.values()}
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        num_pages: int,
+        page_rank: int = 8,
+        dtype: torch.dtype | None = None,
+    ) -> AdapterBank:
+        """A bank for every :class:`LoRALinear4bit` of ``model``, on the model's device.
+
+        Args:
+            num_pages: pages in each module; an adapter of rank r takes ``ceil(r / page_rank)`` of them.
+            page_rank: ranks of a page, a multiple of 8. What an adapter leaves of its last page is memory,
+                not work: kernels stop at its rank.
+            dtype: of the pages; adapters are rounded to it as they are loaded. By default that of the layers'
+                adapters if they have one in common, else float32.
+
+        Raises ValueError or TypeError naming the argument, also for a model without such layers.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        return cls(lora_layers(model), num_pages, page_rank, dtype)
+
+    # -- what is there -----------------------------------------------------------------------------
+
+    def __getitem__(self, module_name: str) -> ModulePages:
+        if module_name not in self._modules:
+            some = ", ".join(list(self._modules)[:3])
+            raise KeyError(
+                f"module_name: expected one of this bank's {len(self._modules)} modules ({some}, ...), "
+                f"got {module_name!r}"
+            )
+        return self._modules[module_name]
+
+    @property
+    def module_names(self) -> tuple[str, ...]:
+        return tuple(self._modules)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are loaded."""
+        return tuple(self._slots)
+
+    @property
+    def free_pages(self) -> int:
+        return self.pool.free_pages
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages of all modules."""
+        return sum(t.nbytes for pages in self._modules.values() for t in (pages.A, pages.B))
+
+    def pages_of(self, layer: LoRALinear4bit) -> ModulePages:
+        """The pages of a layer. Raises ValueError for a layer of another model."""
+        pages = self._by_layer.get(id(layer))
+        if pages is None:
+            raise ValueError(
+                "plan: expected one of a bank of this model; this layer is not among the "
+                f"{len(self._modules)} modules of the bank whose plan is in use (a layer that was made "
+                "later needs a new bank)"
+            )
+        return pages
+
+    def __repr__(self) -> str:
+        return (
+            f"AdapterBank({len(self._modules)} modules, {len(self._slots)} adapters, "
+            f"{self.free_pages} of {self.num_pages} pages of {self.page_rank} ranks free, {self.dtype}, "
+            f"{self.nbytes / 2**20:.1f} MiB on {self.device})"
+        )
+
+    # -- loading and evicting ----------------------------------------------------------------------
+
+    def load(
+        self,
+        name: str,
+        source: str | os.PathLike | Mapping[str, torch.Tensor] | None = None,
+        *,
+        lora_alpha: float | None = None,
+        use_rslora: bool = False,
+    ) -> None:
+        """Loads an adapter under ``name``. All of it is checked before anything changes.
+
+        Args:
+            source: a folder in PEFT's format (see :func:`load_adapter`); or a state dict with PEFT's keys,
+                ``[base_model.model.]<module>.lora_A.weight [r, K]`` and ``.lora_B.weight [N, r]``; or None:
+                the model's own adapter ``name``, whose parameters stay the owners of its values. The pages
+                follow them, and under a plan gradients reach those that require some.
+            lora_alpha, use_rslora: for a state dict, which does not say; scaling is ``lora_alpha / r``, or
+                ``/ sqrt(r)`` for rsLoRA, and 1 where ``lora_alpha`` is None.
+
+        Raises ValueError, naming the key, for what :func:`load_adapter` refuses, and for a name that is loaded
+        already; RuntimeError if too few pages are free.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: expected a non-empty string, got {name!r}")
+        if name in self._slots:
+            raise ValueError(
+                f"name: expected a new one, got {name!r}, which is loaded; evict it first"
+            )
+        layers = {module: pages.layer for module, pages in self._modules.items()}
+        if source is None:
+            adapters = {m: layer_of(layer, name) for m, layer in layers.items() if name in layer.r}
+            if not adapters:
+                known = sorted({adapter for layer in layers.values() for adapter in layer.r})
+                raise ValueError(
+                    f"name: expected one of the model's own adapters, {known}, where there is no "
+                    f"source, got {name!r}"
+                )
+        elif isinstance(source, Mapping):
+            adapters = read_state_dict(layers, source, lora_alpha, use_rslora)
+        else:
+            adapters = read_adapter(layers, source)
+        max_rank = max(adapter.r for adapter in adapters.values())
+        slot, page_ids = self._take_pages(name, max_rank)
+        try:
+            for module, pages in self._modules.items():
+                pages.assign(slot, page_ids, adapters.get(module))
+                if source is None and module in adapters:
+                    pages.follow(slot, name)
+        except BaseException:
+            self._release(slot)
+            raise
+        self._slots[name], self._max_rank[slot] = slot, max_rank
+
+    def _take_pages(self, name: str, max_rank: int) -> tuple[int, list[int]]:
+        needed = ceil_div(max_rank, self.page_rank)
+        try:
+            return self.pool.load(needed)
+        except RuntimeError:
+            raise RuntimeError(
+                f"num_pages: {name!r} of rank {max_rank} needs {needed} pages of {self.page_rank} ranks, "
+                f"{self.free_pages} of {self.num_pages} are free; evict an adapter, or make a larger bank"
+            ) from None
+
+    def evict(self, name: str) -> None:
+        """Frees the pages of ``name``. Plans with it hold no longer.
+
+        Raises ValueError if it is not loaded, RuntimeError while a plan with it is in use.
+        """
+        slot = self.slot(name)
+        try:
+            self._release(slot)
+        except RuntimeError:
+            raise RuntimeError(
+                f"name: {name!r} is in a plan in use; leave its `with bank.using(plan)` first"
+            ) from None
+        del self._slots[name], self._max_rank[slot]
+
+    def _release(self, slot: int) -> None:
+        self.pool.evict(slot)
+        self.evictions += 1
+        for pages in self._modules.values():
+            pages.forget(slot)
+
+    def slots(self, names: Iterable[str | None]) -> list[int]:
+        """The slot of each adapter, -1 for None. Raises ValueError for a name that is not loaded."""
+        try:
+            return [-1 if name is None else self._slots[name] for name in names]
+        except (KeyError, TypeError):
+            unknown = next(
+                n for n in names if not isinstance(n, str | None) or n not in self._slots
+            )
+            raise ValueError(
+                f"names: expected loaded adapters, of {list(self._slots)}, or None, got {unknown!r}"
+            ) from None
+
+    def slot(self, name: str) -> int:
+        """The slot of a loaded adapter. Raises ValueError for another name."""
+        if name not in self._slots:
+            raise ValueError(f"name: expected one of {list(self._slots)}, got {name!r}")
+        return self._slots[name]
+
+    def trainable(self, *names: str) -> list[nn.Parameter]:
+        """Makes just these adapters of the model's own require gradients; their parameters, for an optimizer.
+
+        Raises ValueError for a name that is not loaded or was not loaded from the model itself.
+        """
+        slots = [self.slot(name) for name in names]
+        for name, slot in zip(names, slots):
+            if not any(slot in pages.own for pages in self._modules.values()):
+                raise ValueError(
+                    f"names: expected the model's own adapters (loaded without a source), got {name!r}"
+                )
+        for pages in self._modules.values():
+            for adapter in pages.layer.r:
+                wanted = adapter in names and self._slots[adapter] in pages.own
+                for parameter in pages.layer.adapter_parameters(adapter):
+                    parameter.requires_grad_(wanted)
+        return [
+            parameter
+            for pages in self._modules.values()
+            for name in names
+            if name in pages.layer.r
+            for parameter in pages.layer.adapter_parameters(name)
+        ]
+
+    # -- plans -------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        names: Sequence[str | None],
+        tokens_per_sequence: Sequence[int] | None = None,
+        *,
+        fixed: bool = False,
+        max_rank: int | None = None,
+    ) -> Plan:
+        """The plan of a batch: which adapter each sequence has, for all layers of one step.
+
+        Args:
+            names: the adapter of each sequence, in the order of the batch; None: the base alone.
+            tokens_per_sequence: how many rows each has, prefill and decode mixed as they come; padding counts.
+                None: one each, a decode step.
+            fixed: arrays of a size that depends on the number of rows alone, for :meth:`Plan.update` and CUDA
+                graphs.
+            max_rank: that such a plan must be able to take later; by default the largest loaded now.
+
+        Raises ValueError for an unknown name, for numbers that do not fit, and for negative ones.
+        """
+        return Plan(self, names, tokens_per_sequence, fixed, max_rank)
+
+    def largest_rank(self, slots: Iterable[int] | None = None) -> int:
+        """Of the adapters in these slots, in any module; of all that are loaded where ``slots`` is None."""
+        return max(
+            self._max_rank.values() if slots is None else map(self._max_rank.get, slots), default=0
+        )
+
+    @contextlib.contextmanager
+    def using(self, plan: Plan) -> Iterator[Plan]:
+        """Within the block every layer of the model works under ``plan``; backward belongs inside too.
+
+        Each row then has the adapter that the plan gives it, whichever adapter is active. In the whole process,
+        not per thread. Its adapters cannot be evicted meanwhile. The values of the model's own adapters are
+        taken over at the start, and again at every forward that records gradients.
+        Raises TypeError or ValueError for what is no plan of this bank, RuntimeError if an adapter of the plan
+        has been evicted.
+        """
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: expected a Plan of AdapterBank.plan, got {type(plan).__name__}")
+        if plan.bank is not self:
+            raise ValueError("plan: expected one of this bank, got one of another AdapterBank")
+        plan.check_current()
+        self.pool.pin(plan.slots, plan.generations)
+        previous = active()
+        try:
+            for pages in self._modules.values():
+                pages.refresh(plan)
+            set_active(plan)
+            yield plan
+        finally:
+            set_active(previous)
+            self.pool.unpin(plan.slots)
+
+
+def _common_dtype(layers: Iterable[LoRALinear4bit]) -> torch.dtype:
+    dtypes = {part.weight.dtype for layer in layers for part in layer.lora_A.values()}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
