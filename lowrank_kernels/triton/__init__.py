@@ -33,7 +33,8 @@ MODULES = {
     "multi_lora_linear_4bit": "multi_lora_linear_4bit",
     "multi_lora_linear_4bit_backward": "multi_lora_linear_4bit",
 }
-OLDEST, NEWEST = (3, 6), (3, 9)  # versions of triton that are tested
+OLDEST = (3, 6)  # of the versions that are tested; pyproject.toml has the newest as well
+INSTALL_COMMAND = "pip install 'triton>={}.{}'".format(*OLDEST)
 
 
 def installed() -> bool:
@@ -52,10 +53,9 @@ def _check_version() -> None:
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
-        wanted = "{}.{}".format(*OLDEST)
         raise RuntimeError(
-            f"triton: expected version {wanted} or newer, got {triton.__version__}; "
-            f"install: pip install 'triton>={wanted}'"
+            f"triton: expected version {OLDEST[0]}.{OLDEST[1]} or newer, got {triton.__version__}; "
+            f"install: {INSTALL_COMMAND}"
         )
 
 

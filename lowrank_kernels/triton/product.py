@@ -77,7 +77,7 @@ def kind_of(w: Weight | torch.Tensor, K: int, blocksize: int | None) -> str:
     """How a base is read, see base.py."""
     if isinstance(w, torch.Tensor):
         return "dense"
-    return "elements" if K % blocksize else "runs"
+    return "runs" if K and K % blocksize == 0 else "elements"
 
 
 def default_config(kind: str, dtype: torch.dtype, M: int, J: int, depth: int) -> Config:
