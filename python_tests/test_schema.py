@@ -15,6 +15,7 @@ import conftest
 import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import reference
+from lowrank_kernels import triton as triton_kernels
 from lowrank_kernels.schema import NAMESPACE, OPS, ops
 
 HERE = pathlib.Path(__file__).parent
@@ -41,6 +42,16 @@ def test_op_has_all_its_parts(op):
     assert op in cases.MAKE
     test = HERE / f"test_{op}.py"
     assert test.exists() and op in test.read_text(), f"{test.name} is missing or never names {op}"
+
+
+@each_op
+def test_op_is_a_triton_kernel(op):
+    module = pathlib.Path(triton_kernels.__file__).with_name(f"{triton_kernels.MODULES[op]}.py")
+    assert f"\ndef {op}(" in module.read_text(), f"{module.name} does not define {op}"
+
+
+def test_nothing_but_the_ops_is_a_triton_kernel():
+    assert triton_kernels.MODULES.keys() == OPS.keys()
 
 
 def test_nothing_but_the_ops_has_cases():

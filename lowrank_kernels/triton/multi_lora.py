@@ -122,7 +122,8 @@ def rows_of_adapters(act: torch.Tensor, batch: Batch, pages: Pages) -> torch.Ten
     launch(
         _rows_of_adapters, tile_count * ceil_div(batch.max_rank, br) * parts,
         act, batch.plan, pages, out, P, act.stride(0), M * stride, stride, batch.max_rank, parts, span,
-        PRECISION=precision_of(act.dtype), ROWS=batch.tile_rows, BP=32, BR=br, num_warps=4,
+        PRECISION=precision_of(act.dtype), ROWS=batch.tile_rows, BP=32, BR=br,
+        num_warps=4 if batch.tile_rows < 64 else 8,
     )  # fmt: skip
     if parts == 1:
         return out[0]
@@ -141,7 +142,7 @@ def gradients(
         _gradients, slots * ceil_div(batch.max_rank, 16) * ceil_div(C, 64) if grad_rank else 0,
         act, rows, batch.plan, pages, grad_rows, out, C, batch.plan.tiles.numel() // 4,
         act.stride(0), batch.s_stride, batch.max_rank,
-        PRECISION=precision_of(act.dtype), BM=32, BC=64, BR=16, num_warps=4,
+        PRECISION=precision_of(act.dtype), BM=32, BC=64, BR=16, num_warps=8,
     )  # fmt: skip
     return out
 
