@@ -9,8 +9,6 @@ the parts in their order. The first part has adapter and bias.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,17 +20,7 @@ from .adapters import Adapters, adapters_tile
 from .arguments import DTYPES, Weight, pairs
 from .elements import rounded
 from .launch import launch, on_nvidia, precision_of
-
-
-class Config(NamedTuple):
-    """Sides of a tile, steps of a sum, how many programs share one, and how a program is compiled."""
-
-    rows: int
-    columns: int
-    depth: int
-    split: int
-    warps: int
-    stages: int
+from .tune import Config, choose
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -80,15 +68,31 @@ def kind_of(w: Weight | torch.Tensor, K: int, blocksize: int | None) -> str:
     return "runs" if K and K % blocksize == 0 else "elements"
 
 
-def default_config(kind: str, dtype: torch.dtype, M: int, J: int, depth: int) -> Config:
-    """A tile that spills nowhere, and enough programs to keep a large GPU busy."""
-    if kind != "runs" or dtype == torch.float32:
-        rows = 16 if M <= 16 else 32
-        split = max(1, min(8, 256 // ceil_div(J, 64), depth // 256)) if M <= 64 else 1
-        return Config(rows, 64, 32, split, 4 if M <= 16 else 8, 2)
-    rows = next((limit for limit in (16, 32, 64) if limit >= M), 128)
-    split = max(1, min(8, 512 // ceil_div(J, 64), depth // 512)) if M <= 64 else 1
-    return Config(rows, 64, 64 if M <= 16 else 32, split, 4 if M <= 16 else 8, 3)
+def bucket_of(M: int) -> int:
+    """Batches of up to this many rows are one family: they have the same tiles, and a row the same bits in each."""
+    return next((limit for limit in (16, 32, 64) if limit >= M), 128)
+
+
+def configs(kind: str, dtype: torch.dtype, M: int, J: int, depth: int) -> list[Config]:
+    """A tile that spills nowhere and enough programs to keep a large GPU busy; then what else may be faster."""
+    tensor_cores = kind == "runs" and dtype != torch.float32
+    rows, programs = bucket_of(M), ceil_div(J, 64)
+    if M > 64:
+        split = 1
+    elif tensor_cores:
+        split = max(1, min(8, 512 // programs, depth // 512))
+    else:
+        split = max(1, min(8, 256 // programs, depth // 256))
+    if not tensor_cores:
+        first = Config(min(rows, 32), 64, 32, split, 4 if M <= 16 else 8, 2)
+    else:
+        first = Config(rows, 64, 64 if M <= 16 else 32, split, 4 if M <= 16 else 8, 3)
+    others = [first._replace(stages=first.stages + 1), first._replace(columns=32)]
+    if M <= 64:
+        others += [first._replace(split=2 * split), first._replace(split=max(1, split // 2))]
+    else:
+        others += [first._replace(rows=rows // 2), first._replace(rows=rows // 2, columns=128)]
+    return list(dict.fromkeys([first, *others]))
 
 
 def product(
@@ -103,26 +107,32 @@ def product(
 ) -> torch.Tensor:
     """base + adapter + bias for the rows of x (of dy, where ``backward``)."""
     M, J, depth = x.shape[0], *((K, N) if backward else (N, K))
-    out = x.new_empty((M, J))
-    if out.numel() == 0:
-        return out
+    if M == 0 or J == 0:
+        return x.new_empty((M, J))
     kind = kind_of(w, K, blocksize)
-    rows, columns, step, split, warps, stages = default_config(kind, x.dtype, M, J, depth)
-    if kind == "runs" and backward:  # the side of a tile along a row is within a block
-        columns = min(columns, blocksize)
-    elif kind == "runs":
-        step = min(step, blocksize)
     left = pairs(x) if kind == "runs" and not backward else x
-    target = out if split == 1 else out.new_empty((split, M, J), dtype=torch.float32)
-    launch(
-        _product, ceil_div(M, rows) * ceil_div(J, columns) * split,
-        left, w, adapter, bias, target, M, N, K,
-        left.stride(0), 0 if isinstance(w, Weight) else w.stride(0), J,
-        dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, MANY=isinstance(adapter, Adapters),
-        SHIFT=(blocksize or 1).bit_length() - 1, PRECISION=precision_of(x.dtype),
-        PRMT=kind == "runs" and not backward and x.dtype != torch.float32 and on_nvidia(),
-        BM=rows, BJ=columns, BD=step, SPLIT=split, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    if split > 1:
-        add_parts(target, out)
-    return out
+
+    def run(config: Config) -> torch.Tensor:
+        rows, columns, step, split, warps, stages = config
+        if kind == "runs" and backward:  # the side of a tile along a row is within a block
+            columns = min(columns, blocksize)
+        elif kind == "runs":
+            step = min(step, blocksize)
+        out = x.new_empty((M, J))
+        target = out if split == 1 else out.new_empty((split, M, J), dtype=torch.float32)
+        launch(
+            _product, ceil_div(M, rows) * ceil_div(J, columns) * split,
+            left, w, adapter, bias, target, M, N, K,
+            left.stride(0), 0 if isinstance(w, Weight) else w.stride(0), J,
+            dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, MANY=isinstance(adapter, Adapters),
+            SHIFT=(blocksize or 1).bit_length() - 1, PRECISION=precision_of(x.dtype),
+            PRMT=kind == "runs" and not backward and x.dtype != torch.float32 and on_nvidia(),
+            BM=rows, BJ=columns, BD=step, SPLIT=split, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if split > 1:
+            add_parts(target, out)
+        return out
+
+    names = kind, "backward" if backward else "forward", type(adapter).__name__, blocksize
+    key = " ".join(map(str, (*names, f"N={N}", f"K={K}", f"M<={bucket_of(M)}", x.dtype)))
+    return run(choose(key, configs(kind, x.dtype, M, J, depth), run, x.device))
