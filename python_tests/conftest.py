@@ -90,7 +90,9 @@ def any_backend(request) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def seeded(request) -> None:
     """The same data in every run, and for every backend of a test."""
-    name = re.sub(r"cpu-\w+|reference|emulator|cuda|triton", "", request.node.nodeid.rpartition("/")[2])
+    name = re.sub(
+        r"cpu-\w+|reference|emulator|cuda|triton", "", request.node.nodeid.rpartition("/")[2]
+    )
     torch.manual_seed(zlib.crc32(name.encode()))
     random.seed(name)
 
@@ -169,7 +171,10 @@ def pytest_collection_modifyitems(config, items):
         too_slow = not FULL and (too_slow or (params.get("backend") == "emulator" and number % 2))
         if ONLY_TRITON and not ON_GPU and not FULL:
             large = isinstance(case, cases.Case) and case.N * case.K > 2_000_000
-            too_slow = large or item.get_closest_marker("slow") or number % TRITON_SHARDS
+            shared = "triton" not in item.path.stem  # with the other backends
+            too_slow = (
+                large or item.get_closest_marker("slow") or (shared and number % TRITON_SHARDS)
+            )
         elsewhere = number // SHARDS % SHARD[1] != SHARD[0]
         (dropped if too_slow or elsewhere else kept).append(item)
     if dropped:

@@ -195,7 +195,10 @@ def test_report():
 def test_triton_is_not_imported_before_it_is_used():
     program = "import sys, lowrank_kernels; print('triton' in sys.modules)"
     assert python({}, program) == (0, "False", "")
-    assert python({"TRITON_INTERPRET": "1", "LOWRANK_BACKEND": "triton"}, program)[:2] == (0, "False")
+    assert python({"TRITON_INTERPRET": "1", "LOWRANK_BACKEND": "triton"}, program)[:2] == (
+        0,
+        "False",
+    )
 
 
 # A GPU build of torch, as far as the package sees before a GPU is used.
@@ -222,7 +225,13 @@ def test_triton_serves_the_gpus_where_the_cuda_library_was_not_built():
 @needs_native
 @pytest.mark.parametrize(
     ("compiled", "serves"),
-    [(("9.0a",), False), (("8.0", "9.0a"), False), (("8.0",), True), (("8.0+PTX",), False), ((), True)],
+    [
+        (("9.0a",), False),
+        (("8.0", "9.0a"), False),
+        (("8.0",), True),
+        (("8.0+PTX",), False),
+        ((), True),
+    ],
 )
 def test_triton_serves_gpus_that_the_library_has_no_code_for(compiled, serves, monkeypatch):
     monkeypatch.setattr(backends.cuda_library, "architectures", lambda: compiled)
@@ -237,10 +246,13 @@ def test_triton_serves_gpus_that_the_library_has_no_code_for(compiled, serves, m
 
 def test_use_triton_in_an_interpreter_process():
     pytest.importorskip("triton", reason="triton is not installed")
-    program = SHOW.replace("lk.linear_4bit(", "[lk.backends._activate('triton'), lk.linear_4bit(").replace(
-        "64))); ", "64)))]; ", 1
+    program = SHOW.replace(
+        "lk.linear_4bit(", "[lk.backends._activate('triton'), lk.linear_4bit("
+    ).replace("64))); ", "64)))]; ", 1)
+    assert python({"TRITON_INTERPRET": "1"}, program)[:2] == (
+        0,
+        f"triton 0 {lk.backends.isas()[0]}",
     )
-    assert python({"TRITON_INTERPRET": "1"}, program)[:2] == (0, f"triton 0 {lk.backends.isas()[0]}")
 
 
 # -- environment -----------------------------------------------------------------------------------

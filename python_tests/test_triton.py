@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
     conftest.ONLY_REFERENCE or conftest.ONLY_TRITON or conftest.ON_GPU,
     reason="LOWRANK_BACKEND or LOWRANK_TEST_DEVICE is set: this test starts processes that set them",
 )
-FILES = sorted({HERE / f"test_{op.rstrip('_')}.py" for op in OPS}) + [HERE / "test_schema.py"]
+FILES = sorted({HERE / f"test_{op}.py" for op in (*OPS, "schema", "multi_lora", "triton_configs")})
 
 
 def in_interpreter(*command: str, path: str = "") -> subprocess.CompletedProcess:
@@ -57,7 +57,9 @@ def test_in_the_interpreter(file):
 OLDEST = os.environ.get("LOWRANK_TRITON_OLDEST")  # a folder: pip install --target
 
 
-@pytest.mark.skipif(not OLDEST, reason="LOWRANK_TRITON_OLDEST names no folder (make triton-oldest)")
+@pytest.mark.skipif(
+    not OLDEST, reason="LOWRANK_TRITON_OLDEST names no folder (see CONTRIBUTING.md)"
+)
 def test_in_the_interpreter_of_the_oldest_version():
     version = in_interpreter("-c", "import triton; print(triton.__version__)", path=OLDEST)
     assert version.stdout.startswith("{}.{}.".format(*triton_kernels.OLDEST)), version

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time, with no GPU: for NVIDIA's architectures, and in its portable form for AMD.
+"""Every Triton kernel compiled ahead of time, with no GPU: for NVIDIA, and in its portable form for AMD.
 
 The operators run on CPU tensors up to the launch of each kernel, which is compiled as it would be there (with the
 tiles of small and of large batches) and not started. Registers and spills are what ptxas and LLVM report.
@@ -74,7 +74,10 @@ def usage(kernel, folder: pathlib.Path) -> dict[str, int]:
     """Registers of a thread, and the bytes of them that are kept in memory."""
     if "amdgcn" in kernel.asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count): *(\d+)", kernel.asm["amdgcn"]))
-        return {"registers": int(found["vgpr_count"]), "spilled": 4 * int(found["vgpr_spill_count"])}
+        return {
+            "registers": int(found["vgpr_count"]),
+            "spilled": 4 * int(found["vgpr_spill_count"]),
+        }
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -118,7 +121,9 @@ def test_the_lookup_is_in_registers_on_nvidia_alone(target, compiled):
 
 
 @pytest.mark.parametrize("target", ["sm_90"])
-@pytest.mark.parametrize("op", ["linear_4bit", "lora_linear_4bit_backward", "multi_lora_linear_4bit"])
+@pytest.mark.parametrize(
+    "op", ["linear_4bit", "lora_linear_4bit_backward", "multi_lora_linear_4bit"]
+)
 def test_float32_is_never_rounded_to_tf32(op, target, compiled):
     compile_all(op, cases.F32, SHAPES[1:])
     for kernel, _ in compiled.values():

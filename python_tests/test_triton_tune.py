@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-from lowrank_kernels.triton import tune  # noqa: E402  (imports triton)
+from lowrank_kernels.triton import tune
 
 FAST, SLOW, HUGE = (tune.Config(rows, 64, 32, 1, 4, 2) for rows in (16, 32, 64))
 TIMES = {FAST: 1.0, SLOW: 2.0, HUGE: float("inf")}

@@ -76,7 +76,11 @@ def _skinny(
     """
     tiles_i = tl.cdiv(I, BI)
     pid = tl.program_id(0)
-    i0, part, r0 = pid % tiles_i * BI, pid // tiles_i // tl.cdiv(R, BR), pid // tiles_i % tl.cdiv(R, BR) * BR
+    i0, part, r0 = (
+        pid % tiles_i * BI,
+        pid // tiles_i // tl.cdiv(R, BR),
+        pid // tiles_i % tl.cdiv(R, BR) * BR,
+    )
     i, r = i0 + tl.arange(0, BI), r0 + tl.arange(0, BR)
     acc = tl.zeros((BI, BR), tl.float32)
     for p0 in range(part * span, tl.minimum(part * span + span, P), BP):
@@ -94,7 +98,11 @@ def _skinny(
         acc = dot(left, right, acc, PRECISION)
     if dropout is not None:
         acc *= dropout.scale
-    at = i.to(tl.int64)[:, None] * out_i + r.to(tl.int64)[None, :] * out_r + part.to(tl.int64) * out_part
+    at = (
+        i.to(tl.int64)[:, None] * out_i
+        + r.to(tl.int64)[None, :] * out_r
+        + part.to(tl.int64) * out_part
+    )
     inside = (i < I)[:, None] & (r < R)[None, :]
     tl.store(out + at, rounded(acc * scale, out.dtype.element_ty), inside)
 

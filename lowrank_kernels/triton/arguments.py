@@ -125,9 +125,7 @@ class Unpack:
             0.0 < p < 1.0 and seed is not None,
             f"dropout_p: expected 0 <= p < 1 and a seed, got {p}",
         )
-        return Dropout(
-            self.data("seed", seed, torch.int64, 1), int(p * 2.0**32), 1.0 / (1.0 - p)
-        )
+        return Dropout(self.data("seed", seed, torch.int64, 1), int(p * 2.0**32), 1.0 / (1.0 - p))
 
 
 def pairs(t: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import block_scale, code_pairs, code_words, dot, rounded, split_pairs, weight_elements
+from .elements import (
+    block_scale,
+    code_pairs,
+    code_words,
+    dot,
+    rounded,
+    split_pairs,
+    weight_elements,
+)
 
 
 @triton.jit

@@ -126,7 +126,17 @@ def code_pairs(packed, code, words, dtype: tl.constexpr, PRMT: tl.constexpr):
         even, odd = tl.inline_asm_elementwise(
             LOOKUP_ASM,
             LOOKUP_CONSTRAINTS,
-            [packed, words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7]],
+            [
+                packed,
+                words[0],
+                words[1],
+                words[2],
+                words[3],
+                words[4],
+                words[5],
+                words[6],
+                words[7],
+            ],
             dtype=(tl.int16, tl.int16),
             is_pure=True,
             pack=4,

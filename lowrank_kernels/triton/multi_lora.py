@@ -9,7 +9,14 @@ import triton.language as tl
 from ..schema import ceil_div
 from .adapter import add_parts
 from .adapters import (
-    Adapters, Batch, Pages, adapters_tile, keep_scale_of, page_rows, threshold_of, unpack_batch,
+    Adapters,
+    Batch,
+    Pages,
+    adapters_tile,
+    keep_scale_of,
+    page_rows,
+    threshold_of,
+    unpack_batch,
 )  # fmt: skip
 from .arguments import Unpack, require
 from .elements import dot, kept, rounded

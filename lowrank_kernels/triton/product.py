@@ -30,8 +30,10 @@ def _product(
     SHIFT: tl.constexpr, PRECISION: tl.constexpr, PRMT: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """x is dy where ``BACKWARD``, then columns are inputs and the depth are outputs. Rows run fastest over the programs:
-    those that read the same part of the weight run at the same time."""
+    """x is dy where ``BACKWARD``: then columns are inputs and the depth are outputs.
+
+    Rows run fastest over the programs: those that read the same part of the weight run at the same time.
+    """
     J, depth = (K, N) if BACKWARD else (N, K)
     tiles_m = tl.cdiv(M, BM)
     pid = tl.program_id(0)

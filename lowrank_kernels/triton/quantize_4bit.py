@@ -24,7 +24,9 @@ def _magnitude(value):
 
 @triton.jit
 def _inverse(absmax):
-    return tl.div_rn(tl.full(absmax.shape, 1.0, tl.float32), tl.where(absmax > 1e-38, absmax, 1e-38))
+    return tl.div_rn(
+        tl.full(absmax.shape, 1.0, tl.float32), tl.where(absmax > 1e-38, absmax, 1e-38)
+    )
 
 
 @triton.jit
