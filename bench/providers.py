@@ -151,8 +151,10 @@ def _bnb_weights(case: Case) -> list[tuple[torch.Tensor, object]]:
     return pairs
 
 
-def _triton(op: str) -> Callable:
+def _triton(op: str, case: Case) -> Callable:
     """The Triton kernel of an operator, called as it is: the CUDA kernels stay where they are."""
+    if case.device != "cuda":
+        raise Unavailable("triton runs on GPUs")
     if not triton_installed():
         raise Unavailable("triton is not installed")
     return kernel_of(op)
@@ -211,7 +213,7 @@ def linear_bitsandbytes(case: Case) -> Calls:
 
 
 def linear_triton(case: Case) -> Calls:
-    pairs, linear = each(case, x_of(case), weights_4bit(case)), _triton("linear_4bit")
+    pairs, linear = each(case, x_of(case), weights_4bit(case)), _triton("linear_4bit", case)
     return [functools.partial(linear, x, *w.op_args(), None) for x, w in pairs]
 
 
@@ -240,7 +242,7 @@ def dx_bitsandbytes(case: Case) -> Calls:
 
 
 def dx_triton(case: Case) -> Calls:
-    pairs, dx = each(case, dy_of(case), weights_4bit(case)), _triton("linear_4bit_dx")
+    pairs, dx = each(case, dy_of(case), weights_4bit(case)), _triton("linear_4bit_dx", case)
     return [functools.partial(dx, dy, *w.op_args()) for dy, w in pairs]
 
 
@@ -271,7 +273,8 @@ def lora_lowrank(case: Case) -> Calls:
 
 def lora_triton(case: Case) -> Calls:
     """Forward, or forward and backward, without autograd around them."""
-    forward, backward = _triton("lora_linear_4bit"), _triton("lora_linear_4bit_backward")
+    forward = _triton("lora_linear_4bit", case)
+    backward = _triton("lora_linear_4bit_backward", case)
     A, B = (t.detach() for t in adapter_of(case))
     adapter = A, B, SCALING, None, 0.0, None
     pairs = each(case, x_of(case), weights_4bit(case))

@@ -45,7 +45,7 @@ def in_interpreter(*command: str, path: str = "") -> subprocess.CompletedProcess
 def run_tests(*arguments: str, path: str = "") -> None:
     done = in_interpreter("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, path=path)
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert done.returncode == 0 and passed and int(passed[1]) > 5, done.stdout[-6000:] + done.stderr
+    assert done.returncode == 0 and passed and passed[1] != "0", done.stdout[-6000:] + done.stderr
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.exists()], ids=lambda f: f.stem)
@@ -54,7 +54,8 @@ def test_in_the_interpreter(file):
     run_tests(str(file))
 
 
-OLDEST = os.environ.get("LOWRANK_TRITON_OLDEST")  # a folder: pip install --target
+# A folder with it, and with a numpy that its interpreter can use: before 2.4, see CONTRIBUTING.md.
+OLDEST = os.environ.get("LOWRANK_TRITON_OLDEST")
 
 
 @pytest.mark.skipif(
