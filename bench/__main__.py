@@ -20,7 +20,7 @@ from . import cases, harness, report
 
 BENCH = pathlib.Path(__file__).parent
 BUSY = 0.5  # load average from which on a warning is due
-OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "quantize")
+OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "multi_lora", "quantize")
 
 
 class Progress:

@@ -20,6 +20,13 @@ def harness_of(config: pytest.Config) -> Harness:
     return config.pluginmanager.get_plugin("lowrank_bench")
 
 
+def providers_of(module, case: cases.Case) -> dict:
+    """PROVIDERS of a module of the suite; those of the case's operator where there are several."""
+    if hasattr(module, "providers_of"):
+        return module.providers_of(case)
+    return module.PROVIDERS.get(case.op, module.PROVIDERS)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "timed_limit" in metafunc.fixturenames:
         limits = cuda.LIMITS if cases.DEVICE == "cuda" else LIMITS
@@ -38,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ]
         turns = []
         for case, turn in itertools.product(of_module, range(settings.passes)):
-            of_op = metafunc.module.PROVIDERS.get(case.op, metafunc.module.PROVIDERS)
+            of_op = providers_of(metafunc.module, case)
             turns += [
                 pytest.param((case, name, provider), id=f"{case.id}-{name}-{turn}")
                 for name, provider in of_op.items()
@@ -53,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     limits = [item for item in items if "[limit-" in item.name]
     others = [item for item in items if "[limit-" not in item.name]
-    others.sort(key=lambda item: cases.SHAPES.index(_shape(item)))
+    others.sort(key=_shape_index)
     items.clear()
     for turn in range(LIMIT_TURNS):
         items += [item for item in limits if item.name.endswith(f"-{turn}]")]
@@ -62,9 +69,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             items += others[turn * part : (turn + 1) * part]
 
 
-def _shape(item: pytest.Item) -> tuple[int, int]:
+def _shape_index(item: pytest.Item) -> int:
     case = item.callspec.params["timed"][0]
-    return case.N, case.K
+    shapes = [*cases.SHAPES, cases.MANY_SHAPE]
+    return shapes.index((case.N, case.K))
 
 
 @pytest.fixture

@@ -91,7 +91,8 @@ def _refuse_to_wait(call: Callable) -> None:
 class Timed:
     """The calls of one provider on one case: checked, captured if they can be, ready to be timed.
 
-    ``check`` takes the outputs of all calls and raises if one is wrong.
+    ``check`` takes the outputs of all calls and raises if one is wrong. ``adds``: each call adds its
+    result to an output of its own, which was zero before.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Timed:
         calls: list[Callable],
         check: Callable[[list], None] = lambda outputs: None,
         device: Device | None = None,
+        adds: bool = False,
     ):
         self.device = device or Device()
         check([call() for call in calls])
@@ -122,8 +124,10 @@ class Timed:
         except NotCapturable as reason:
             self.reason = str(reason)
         else:
-            poison(outputs)
-            self.run()
+            if adds:  # a graph of one rotation: the other adds as often as it repeats
+                run, outputs = self._capture(calls, 1)
+            fill(outputs, 0.0 if adds else float("nan"))
+            run()
             check(outputs)
         self.seconds = min(self.device.times(self.run, 2))
 
@@ -146,12 +150,12 @@ class Timed:
         return [time / self.calls for time in times]
 
 
-def poison(outputs: list) -> None:
-    """Fills floating results with NaN, so that one which a replay does not write is found out."""
+def fill(outputs: list, value: float) -> None:
+    """Fills floating results, so that one which a replay does not write is found out."""
     for output in outputs:
         for tensor in output if isinstance(output, tuple) else (output,):
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                tensor.detach().fill_(float("nan"))
+                tensor.detach().fill_(value)
 
 
 # -- the limits of the device ----------------------------------------------------------------------

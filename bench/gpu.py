@@ -36,6 +36,8 @@ GRACE_SECONDS = 5  # between asking a command to stop and killing it
 TESTS = (
     "dequantize_4bit", "quantize_4bit", "double_quantize", "linear_4bit", "linear_4bit_dx",
     "lora_linear_4bit", "lora_linear_4bit_backward", "lora_linear", "lora_linear_backward",
+    "multi_lora_", "multi_lora_backward", "multi_lora_linear_4bit",
+    "multi_lora_linear_4bit_backward", "multi_lora", "bank",
     "functional", "nn_lora", "cuda",
 )  # fmt: skip
 FACTS = """

@@ -27,7 +27,7 @@ from .cases import BLOCKSIZE, Case
 
 Calls = list[Callable[[], object]]
 SCALING = 2.0
-MAX_COPIES = 64
+MAX_COPIES = 128
 
 
 class Unavailable(Exception):

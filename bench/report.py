@@ -12,10 +12,23 @@ import os
 import pathlib
 import sys
 
+from . import report_multi
+from .tables import (
+    OURS,
+    cell,
+    digits,
+    markdown,
+    median,
+    of_limit,
+    plain,
+    ratio,
+    times_faster,
+)
+
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-OURS, PEERS = "lowrank_kernels", ("bitsandbytes", "bitsandbytes + PEFT")
+PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
 TITLES = {
     "linear_4bit": "`linear_4bit`: y = x Wᵀ",
     "linear_4bit_dx": "`linear_4bit_dx`: dx = dy W",
@@ -46,50 +59,15 @@ def machine_name(document: dict) -> str:
 # -- tables ----------------------------------------------------------------------------------------
 
 
-def digits(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def median(case: dict, provider: str) -> float | None:
-    return case["providers"].get(provider, {}).get("median_ms")
-
-
 def peer_of(case: dict) -> str | None:
     return next((name for name in case["providers"] if name in PEERS), None)
-
-
-def ratio(case: dict, peer: str | None) -> float | None:
-    """How many times faster than ``peer`` this library is; None if one of them did not run."""
-    ours, theirs = median(case, OURS), median(case, peer)
-    return theirs / ours if ours and theirs else None
-
-
-def times_faster(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}x" if value >= 0.95 else f"{value:.2f}x"
-
-
-def of_limit(case: dict) -> str:
-    ours = median(case, OURS)
-    return f"{case['limit_ms'] / ours:.0%}" if ours else "-"
-
-
-def _cell(case: dict, name: str) -> str:
-    """Milliseconds, on a GPU microseconds, and the spread; a star where no graph was used."""
-    result = case["providers"].get(name, {})
-    if "median_ms" not in result:
-        return "failed" if "error" in result else "-"
-    unit = 1e3 if case.get("device") == "cuda" else 1.0
-    spread = (result["q3_ms"] - result["q1_ms"]) / 2 / result["median_ms"]
-    star = "" if result.get("graph", True) else "*"
-    return f"{digits(result['median_ms'] * unit)}{star} ±{spread:.0%}"
 
 
 def _groups(document: dict) -> dict[tuple, list[dict]]:
     groups: dict[tuple, list[dict]] = {}
     for case in document["cases"]:
+        if case["op"] not in TITLES:  # many adapters have tables of their own
+            continue
         key = (case["op"], case["N"], case["K"], case["dtype"], case["cache"])
         groups.setdefault(key, []).append(case)
     order = list(TITLES)
@@ -115,7 +93,7 @@ def _table(group: list[dict]) -> list[list[str]]:
     head += ["GB/s written"] if with_rate else []
     for case in sorted(group, key=lambda case: case["M"]):
         row = [str(case["M"])] if case["M"] else []
-        row += [_cell(case, name) for name in names]
+        row += [cell(case, name) for name in names]
         row += [times_faster(ratio(case, peer)) for peer in peers]
         row += [of_limit(case)] if case["cache"] == "cold" else []
         row += [written(case)] if with_rate else []
@@ -127,18 +105,6 @@ def written(case: dict) -> str:
     """GB/s at which this library writes the dense matrix, 2 bytes an element."""
     ours = median(case, OURS)
     return f"{2 * case['N'] * case['K'] / ours / 1e6:.0f}" if ours else "-"
-
-
-def markdown(table: list[list[str]]) -> str:
-    head, *rows = (f"| {' | '.join(row)} |" for row in table)
-    return "\n".join([head, "|" + " ---: |" * len(table[0]), *rows])
-
-
-def plain(table: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join(
-        "  " + "  ".join(c.rjust(w) for c, w in zip(row, widths)).rstrip() for row in table
-    )
 
 
 def _group_name(key: tuple) -> str:
@@ -171,6 +137,7 @@ def text(document: dict) -> str:
     ]
     for key, group in _groups(document).items():
         lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", plain(_table(group))]
+    lines += report_multi.text(document)
     return "\n".join(lines + missing(document))
 
 
@@ -248,6 +215,7 @@ def machine_section(document: dict, plot: str | None) -> str:
             lines += ["", f"### {TITLES[op]}"]
         unit = ", microseconds" if on_gpu else ""
         lines += ["", f"{_group_name(key)}{unit}:", "", markdown(_table(group))]
+    lines += report_multi.section(document)
     return "\n".join(lines + missing(document))
 
 

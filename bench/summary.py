@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import report
+from . import report, report_multi
 
 MATMULS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "lora_linear_4bit_fwd_bwd")
 # Column -> the providers it compares with: the first that ran.
@@ -99,7 +99,7 @@ def text(document: dict) -> str:
     linear, lora = _find(document, "linear_4bit"), _find(document, "lora_linear_4bit")
     if lora:
         lines += ["\nadapter over base, forward", report.plain(_overhead_table(linear, lora))]
-    lines += ["", report.plain(_format_table(document))]
+    lines += ["", report.plain(_format_table(document)), *report_multi.text(document)]
     failed = sum(
         "error" in result for case in document["cases"] for result in case["providers"].values()
     )

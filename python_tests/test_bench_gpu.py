@@ -388,4 +388,4 @@ def test_arguments_of_the_command():
 
 
 def test_smoke():
-    assert smoke.run("cpu") == 78
+    assert smoke.run("cpu") == 90

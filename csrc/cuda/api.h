@@ -27,6 +27,7 @@ enum class Family : int {
 };
 struct Plan {
   Family family = Family::simt;
+  bool has_rest = true;   // matmul: there is something that the product is added to
   int64_t workspace = 0;  // bytes
 };
 
@@ -46,6 +47,12 @@ LK_CUDA_API lk::Plan lk_cuda_plan_linear(const lk::LinearArgs* args, int device)
 LK_CUDA_API int lk_cuda_linear(const lk::LinearArgs* args, const lk::Launch* launch);
 LK_CUDA_API lk::Plan lk_cuda_plan_linear_backward(const lk::BackwardArgs* args, int device);
 LK_CUDA_API int lk_cuda_linear_backward(const lk::BackwardArgs* args, const lk::Launch* launch);
+// Many adapters in one batch. The arguments stay the same whatever the family is: with a base and
+// Family::matmul y is bias and adapters, dx the adapters' term; the caller adds the product.
+LK_CUDA_API lk::Plan lk_cuda_plan_multi(const lk::MultiArgs* args, int device);
+LK_CUDA_API int lk_cuda_multi(const lk::MultiArgs* args, const lk::Launch* launch);
+LK_CUDA_API lk::Plan lk_cuda_plan_multi_backward(const lk::MultiBackwardArgs* args, int device);
+LK_CUDA_API int lk_cuda_multi_backward(const lk::MultiBackwardArgs* args, const lk::Launch* launch);
 
 LK_CUDA_API const char* lk_cuda_failure(void);
 // Architectures compiled in, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0a 12.0+PTX".

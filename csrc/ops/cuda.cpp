@@ -26,6 +26,10 @@ struct Library {
   decltype(&lk_cuda_linear) linear = nullptr;
   decltype(&lk_cuda_plan_linear_backward) plan_linear_backward = nullptr;
   decltype(&lk_cuda_linear_backward) linear_backward = nullptr;
+  decltype(&lk_cuda_plan_multi) plan_multi = nullptr;
+  decltype(&lk_cuda_multi) multi = nullptr;
+  decltype(&lk_cuda_plan_multi_backward) plan_multi_backward = nullptr;
+  decltype(&lk_cuda_multi_backward) multi_backward = nullptr;
   decltype(&lk_cuda_failure) failure = nullptr;
 
   explicit Library(const std::string& path) {
@@ -51,6 +55,10 @@ struct Library {
     find(linear, "lk_cuda_linear");
     find(plan_linear_backward, "lk_cuda_plan_linear_backward");
     find(linear_backward, "lk_cuda_linear_backward");
+    find(plan_multi, "lk_cuda_plan_multi");
+    find(multi, "lk_cuda_multi");
+    find(plan_multi_backward, "lk_cuda_plan_multi_backward");
+    find(multi_backward, "lk_cuda_multi_backward");
     find(failure, "lk_cuda_failure");
   }
 };
@@ -155,61 +163,78 @@ class Cuda {
     const Plan plan = library_.plan_linear(&a, launch_.device);
     const Weight4* w = a.base.quantized;
     if (plan.family == Family::matmul) a.base = {};
-    const bool has_rest = a.lora.A.data || a.bias.data;
-    if (plan.family != Family::matmul || has_rest) {
+    if (plan.family != Family::matmul || plan.has_rest) {
       Tensor workspace;
       const Launch on = with_workspace(plan.workspace, workspace);
       check(library_.linear(&a, &on), "linear", M, N, K);
     }
     if (plan.family != Family::matmul) return;
-    const float beta = has_rest ? 1.0f : 0.0f;
+    const float beta = plan.has_rest ? 1.0f : 0.0f;
     if (weight) return add_product(y, x, torch::stable::transpose(*weight, 0, 1), beta);
-    // y[:, piece] += x W[piece]ᵀ
-    const int64_t rows = piece(N, K * element_size(a.x.dtype));
-    Tensor dense = empty(x, {rows, K});
-    for (int64_t n = 0; n < N; n += rows) {
-      const int64_t count = min64(rows, N - n);
-      Tensor part = torch::stable::narrow(dense, 0, 0, count);
-      Tensor out = torch::stable::narrow(y, 1, n, count);
-      dequantize(*w, n, 0, {dense.mutable_data_ptr(), a.x.dtype, count, K, K});
-      add_product(out, x, torch::stable::transpose(part, 0, 1), beta);
-    }
+    add_forward(*w, a.x.dtype, x, y, beta);
   }
 
-  void multi(const MultiArgs&, const Tensor&, Tensor&) const {
-    STD_TORCH_CHECK(false, "multi_lora: under construction");
+  void multi(const MultiArgs& a, const Tensor& x, Tensor& y) const {
+    const Plan plan = library_.plan_multi(&a, launch_.device);
+    Tensor workspace;
+    const Launch on = with_workspace(plan.workspace, workspace);
+    check(library_.multi(&a, &on), "multi_lora", a.x.rows, a.y.cols, a.x.cols);
+    if (a.base && plan.family == Family::matmul)
+      add_forward(*a.base, a.x.dtype, x, y, plan.has_rest ? 1.0f : 0.0f);
   }
-  void multi_backward(const MultiBackwardArgs&, const Tensor&, Tensor&) const {
-    STD_TORCH_CHECK(false, "multi_lora: under construction");
+
+  void multi_backward(const MultiBackwardArgs& a, const Tensor& dy, Tensor& dx) const {
+    const Plan plan = library_.plan_multi_backward(&a, launch_.device);
+    Tensor workspace;
+    const Launch on = with_workspace(plan.workspace, workspace);
+    check(library_.multi_backward(&a, &on), "multi_lora_backward", a.dy.rows, a.dy.cols, a.x.cols);
+    if (a.base && plan.family == Family::matmul)
+      add_backward(*a.base, a.dy.dtype, dy, dx, plan.has_rest ? 1.0f : 0.0f);
   }
 
   void linear_backward(BackwardArgs a, const Tensor& dy, const Tensor* weight, Tensor& dx) const {
     const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
     const Plan plan = library_.plan_linear_backward(&a, launch_.device);
     const Weight4* w = a.base.quantized;
-    const bool adapter = a.lora.A.data != nullptr;
     if (plan.family == Family::matmul) a.base = {};
-    if (plan.family != Family::matmul || adapter) {
+    if (plan.family != Family::matmul || plan.has_rest) {
       Tensor workspace;
       const Launch on = with_workspace(plan.workspace, workspace);
       check(library_.linear_backward(&a, &on), "linear_backward", M, N, K);
     }
     if (plan.family != Family::matmul) return;
-    const float beta = adapter ? 1.0f : 0.0f;
+    const float beta = plan.has_rest ? 1.0f : 0.0f;
     if (weight) return add_product(dx, dy, *weight, beta);
-    // dx[:, piece] += dy W[:, piece]: by columns, so that every element is rounded once.
-    const int64_t columns = piece(K, N * element_size(a.dy.dtype));
-    Tensor dense = empty(dy, {N, columns});
-    for (int64_t k = 0; k < K; k += columns) {
-      const int64_t count = min64(columns, K - k);
+    add_backward(*w, a.dy.dtype, dy, dx, beta);
+  }
+
+ private:
+  // y = beta y + x Wᵀ
+  void add_forward(const Weight4& w, DType dtype, const Tensor& x, Tensor& y, float beta) const {
+    const int64_t rows = piece(w.N, w.K * element_size(dtype));
+    Tensor dense = empty(x, {rows, w.K});
+    for (int64_t n = 0; n < w.N; n += rows) {
+      const int64_t count = min64(rows, w.N - n);
+      Tensor part = torch::stable::narrow(dense, 0, 0, count);
+      Tensor out = torch::stable::narrow(y, 1, n, count);
+      dequantize(w, n, 0, {dense.mutable_data_ptr(), dtype, count, w.K, w.K});
+      add_product(out, x, torch::stable::transpose(part, 0, 1), beta);
+    }
+  }
+
+  // dx = beta dx + dy W, by columns, so that every element is rounded once.
+  void add_backward(const Weight4& w, DType dtype, const Tensor& dy, Tensor& dx, float beta) const {
+    const int64_t columns = piece(w.K, w.N * element_size(dtype));
+    Tensor dense = empty(dy, {w.N, columns});
+    for (int64_t k = 0; k < w.K; k += columns) {
+      const int64_t count = min64(columns, w.K - k);
       Tensor part = torch::stable::narrow(dense, 1, 0, count);
       Tensor out = torch::stable::narrow(dx, 1, k, count);
-      dequantize(*w, 0, k, {dense.mutable_data_ptr(), a.dy.dtype, N, count, columns});
+      dequantize(w, 0, k, {dense.mutable_data_ptr(), dtype, w.N, count, columns});
       add_product(out, dy, part, beta);
     }
   }
 
- private:
   // How many of `total` rows (or columns) of so many bytes make a piece, a multiple of 128.
   static int64_t piece(int64_t total, int64_t bytes) {
     const int64_t fitting = kPieceBytes / (bytes > 0 ? bytes : 1) / 128 * 128;

@@ -21,24 +21,28 @@ constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
 
 // -- operand --------------------------------------------------------------------------------------
 
-// a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i].
+// a(i, p) = m[i, p], with dropout if asked; Transposed: a(i, p) = m[p, i]. With `order`, row i of m
+// is its row order[i].
 template <bool Transposed>
 struct Operand {
   Matrix m;
   const Dropout* dropout = nullptr;
+  const int32_t* order = nullptr;
+
+  int64_t row_of(int64_t i) const { return order ? order[i] : i; }
 
   void pack(int64_t i0, int rows, int64_t p0, int64_t depth, float* dst) const {
     if constexpr (Transposed) {
       float values[64];  // at least MR
       for (int64_t p = 0; p < depth; ++p) {
-        load_row(values, m.data, m.dtype, (p0 + p) * m.stride + i0, rows);
+        load_row(values, m.data, m.dtype, row_of(p0 + p) * m.stride + i0, rows);
         for (int i = 0; i < rows; ++i) dst[i * (kDepth + kPad) + p] = values[i];
       }
     } else {
       for (int i = 0; i < rows; ++i) {
         float* row = dst + i * (kDepth + kPad);
-        load_row(row, m.data, m.dtype, (i0 + i) * m.stride + p0, depth);
-        if (dropout) apply_dropout(*dropout, i0 + i, p0, depth, row);
+        load_row(row, m.data, m.dtype, row_of(i0 + i) * m.stride + p0, depth);
+        if (dropout) apply_dropout(*dropout, row_of(i0 + i), p0, depth, row);
       }
     }
   }
@@ -48,7 +52,8 @@ struct Operand {
     if constexpr (!Transposed) {
       const int64_t size = element_size(m.dtype);
       for (int i = 0; i < rows; ++i) {
-        const char* row = static_cast<const char*>(m.data) + ((i0 + i) * m.stride + p0) * size;
+        const char* row =
+            static_cast<const char*>(m.data) + (row_of(i0 + i) * m.stride + p0) * size;
         for (int64_t byte = 0; byte < depth * size; byte += 64)
           __builtin_prefetch(row + byte, 0, 2);
       }
@@ -180,11 +185,13 @@ void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output, c a zeroed scratch tile.
-// Rows are cut into as few chunks as keep all threads busy (each chunk fills its panels anew); a
-// row's result does not depend on the cut.
-template <class Body>
-void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
+// Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output. c is a scratch tile:
+// zero, or what begin_with(i0, rows, j0, columns, c) made of zeros, for up to `group` panels at
+// once whose tiles lie one after the other. Rows are cut into as few chunks as keep all threads
+// busy (each chunk fills its panels anew); a row's result does not depend on the cut.
+template <class Begin, class Body>
+void for_tiles(const Parallel& pool, int64_t I, int64_t J, int64_t group, const Begin& begin_with,
+               const Body& body) {
   if (I == 0 || J == 0) return;
   const int64_t panels = ceil_div(J, kWidth);
   // Whether threads would wait for more than an eighth of the time, in the last round.
@@ -197,14 +204,25 @@ void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   const int64_t height = ceil_div(I, chunks);
   chunks = ceil_div(I, height);
   parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
-    float* c = static_cast<float*>(scratch(Slot::accumulator, kRows * kWidth * sizeof(float)));
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t i0 = t / panels * height, j0 = t % panels * kWidth;
-      const int64_t rows = min64(height, I - i0), columns = min64(kWidth, J - j0);
-      for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
-      body(i0, rows, j0, columns, c);
+    const int64_t size = (group > 1 ? group * height : kRows) * kWidth;
+    float* c = static_cast<float*>(scratch(Slot::accumulator, size * sizeof(float)));
+    for (int64_t t = begin, ready; t < end; t = ready) {
+      const int64_t panel = t % panels, i0 = t / panels * height, rows = min64(height, I - i0);
+      ready = min64(end, t + min64(group, panels - panel));
+      for (int64_t k = 0; k < (ready - t) * rows * kWidth; k += W) store(c + k, zero());
+      const int64_t first = panel * kWidth;
+      begin_with(i0, rows, first, min64((ready - t) * kWidth, J - first), c);
+      for (int64_t g = 0; g < ready - t; ++g) {
+        const int64_t j0 = first + g * kWidth;
+        body(i0, rows, j0, min64(kWidth, J - j0), c + g * rows * kWidth);
+      }
     }
   });
+}
+
+template <class Body>
+void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
+  for_tiles(pool, I, J, 1, [](int64_t, int64_t, int64_t, int64_t, float*) {}, body);
 }
 
 // out[i0 + i, j0 + j] = c[i, j] * scale, rounded once.

@@ -61,12 +61,28 @@ struct FewArgs {
   int64_t x_stride;
   const float* s;  // scaling * S, M rows of s_stride, zero beyond R; null: no adapter
   int64_t s_stride;
+  const Expansion* many;
+};
+
+// What the adapters of `many` add to outputs [n0, n0 + kWidth): to[m][n - n0]. Null: nothing.
+template <int M>
+struct Deltas {
+  float sums[M * kWidth];
+  const float* to[M] = {};
+  int64_t n0 = 0;
+
+  void fill(const Expansion& many, int64_t begin, int64_t columns) {
+    n0 = begin;
+    for (int64_t k = 0; k < M * kWidth; k += W) store(sums + k, zero());
+    many.rows(0, M, n0, columns, true, sums);
+    for (int m = 0; m < M; ++m) to[m] = many.has_adapter(m) ? sums + m * kWidth : nullptr;
+  }
 };
 
 // Outputs [n0, n0 + Rows) of every activation row.
 template <int Rows, int M>
 void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* const* scales,
-                 float* b_row, int64_t n0) {
+                 float* b_row, const Deltas<M>& deltas, int64_t n0) {
   vf total[Rows][M];
   for (int r = 0; r < Rows; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = zero();
@@ -83,8 +99,11 @@ void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* 
           total[r][m] = fma(load(b_row + k), load(f.s + m * f.s_stride + k), total[r][m]);
     }
     const float bias = f.a.bias.data ? load_one(f.a.bias.data, f.a.bias.dtype, n) : 0.0f;
-    for (int m = 0; m < M; ++m)
-      store_one(f.a.y.data, f.a.y.dtype, m * f.a.y.stride + n, hsum(total[r][m]) + bias);
+    for (int m = 0; m < M; ++m) {
+      float y = hsum(total[r][m]);
+      if (deltas.to[m]) y += deltas.to[m][n - deltas.n0];
+      store_one(f.a.y.data, f.a.y.dtype, m * f.a.y.stride + n, y + bias);
+    }
   }
 }
 
@@ -106,12 +125,16 @@ void few_forward(const FewArgs& f, const Parallel& pool) {
     }
     float* b_row = memory + kRowsAtOnce * scales_size;
     for (int64_t i = 0; i < b_size; ++i) b_row[i] = 0.0f;
+    Deltas<M> deltas;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t * kRowsAtOnce;
+      if (f.many && (t - begin) % (kWidth / kRowsAtOnce) == 0)
+        deltas.fill(*f.many, n, min64(kWidth, min64(end * kRowsAtOnce, w.N) - n));
       if (n + kRowsAtOnce <= w.N)
-        few_outputs<kRowsAtOnce, M>(f, chunks, lut, scales, b_row, n);
+        few_outputs<kRowsAtOnce, M>(f, chunks, lut, scales, b_row, deltas, n);
       else
-        for (int64_t i = n; i < w.N; ++i) few_outputs<1, M>(f, chunks, lut, scales, b_row, i);
+        for (int64_t i = n; i < w.N; ++i)
+          few_outputs<1, M>(f, chunks, lut, scales, b_row, deltas, i);
     }
   });
 }
@@ -122,7 +145,7 @@ inline bool is_few(const Base& base, int64_t M) {
 }
 
 // y for 1 <= M <= kMaxFew; S is in a.s already.
-inline void linear_few(const LinearArgs& a, const Parallel& pool) {
+inline void linear_few(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.data ? a.lora.A.rows : 0;
   const int64_t x_stride = ceil_div(K, kChunk) * kChunk, s_stride = ceil_div(R, W) * W;
   float* memory = static_cast<float*>(
@@ -135,7 +158,7 @@ inline void linear_few(const LinearArgs& a, const Parallel& pool) {
     for (int64_t r = 0; r < s_stride; ++r)
       s[m * s_stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
   }
-  const FewArgs f{a, x, x_stride, R ? s : nullptr, s_stride};
+  const FewArgs f{a, x, x_stride, R ? s : nullptr, s_stride, many};
   switch (M) {
     case 1:
       return few_forward<1>(f, pool);
@@ -191,10 +214,23 @@ inline void adapter_columns(const BackwardArgs& a, int64_t m, int64_t k_begin, i
   apply_dropout(a.lora.dropout, m, k_begin, n, dst);
 }
 
+// base[0, k_end - k_begin) += what the adapters of `many` add to these columns of row m of dx.
+inline void add_adapters(const Expansion& many, int64_t m, int64_t k_begin, int64_t k_end,
+                         float* base) {
+  if (!many.has_adapter(m)) return;
+  for (int64_t k = k_begin; k < k_end; k += kWidth) {
+    float sums[kWidth] = {};
+    const int64_t columns = min64(kWidth, k_end - k);
+    many.rows(m, 1, k, columns, true, sums);
+    for (int64_t j = 0; j < columns; ++j) base[k - k_begin + j] += sums[j];
+  }
+}
+
 // Columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N]; a.ds holds
 // dS already.
 template <int M>
-void few_columns(const BackwardArgs& a, const float* dy, int64_t k_begin, int64_t k_end) {
+void few_columns(const BackwardArgs& a, const Expansion* many, const float* dy, int64_t k_begin,
+                 int64_t k_end) {
   constexpr int kRowsAtOnce = 4;
   const Weight4& w = *a.base.quantized;
   const Chunks chunks(w);
@@ -229,11 +265,12 @@ void few_columns(const BackwardArgs& a, const float* dy, int64_t k_begin, int64_
       adapter_columns(a, m, k_begin, k_end, adapter, adapter + width);
       for (int64_t k = 0; k < k_end - k_begin; ++k) base[k] += adapter[k];
     }
+    if (many) add_adapters(*many, m, k_begin, k_end, base);
     store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + k_begin, base, k_end - k_begin);
   }
 }
 
-inline void dx_few(const BackwardArgs& a, const Parallel& pool) {
+inline void dx_few(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
   float* dy = static_cast<float*>(scratch(Slot::shared, M * N * sizeof(float)));
   for (int64_t m = 0; m < M; ++m) load_row(dy + m * N, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
@@ -245,16 +282,16 @@ inline void dx_few(const BackwardArgs& a, const Parallel& pool) {
                     k_end = min64(K, chunks * (t + 1) / strips * kChunk);
       switch (M) {
         case 1:
-          few_columns<1>(a, dy, k_begin, k_end);
+          few_columns<1>(a, many, dy, k_begin, k_end);
           break;
         case 2:
-          few_columns<2>(a, dy, k_begin, k_end);
+          few_columns<2>(a, many, dy, k_begin, k_end);
           break;
         case 3:
-          few_columns<3>(a, dy, k_begin, k_end);
+          few_columns<3>(a, many, dy, k_begin, k_end);
           break;
         default:
-          few_columns<4>(a, dy, k_begin, k_end);
+          few_columns<4>(a, many, dy, k_begin, k_end);
       }
     }
   });

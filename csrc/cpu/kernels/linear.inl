@@ -27,10 +27,11 @@ void product(const A& a, const Source& source, int64_t depth, float scale, const
 // -- forward --------------------------------------------------------------------------------------
 
 template <class Source>
-void linear_panels(const LinearArgs& a, const Source& weight, const Parallel& pool) {
+void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* many,
+                   const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, N = a.y.cols, R = a.lora.A.rows;
   const Operand<false> x{a.x}, s{Matrix{a.s, DType::f32, M, R, R}};
-  for_tiles(pool, M, N, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
       for (int64_t k = 0; k < rows * kWidth; k += W)
@@ -44,24 +45,29 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Parallel& po
         for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
     }
     store_tile(a.y, i0, rows, j0, columns, c);
-  });
+  };
+  for_tiles_of(many, pool, M, N, body);
 }
 
-void linear(const LinearArgs& a, const Parallel& pool) {
+// With the adapter of a, or those of `many`, or none.
+inline void linear_with(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
-  if (is_few(a.base, a.x.rows)) return linear_few(a, pool);
-  if (a.base.quantized) return linear_panels(a, Quantized(*a.base.quantized), pool);
-  linear_panels(a, Dense{*a.base.dense}, pool);
+  if (is_few(a.base, a.x.rows)) return linear_few(a, many, pool);
+  if (a.base.quantized) return linear_panels(a, Quantized(*a.base.quantized), many, pool);
+  linear_panels(a, Dense{*a.base.dense}, many, pool);
 }
+
+void linear(const LinearArgs& a, const Parallel& pool) { linear_with(a, nullptr, pool); }
 
 // -- backward -------------------------------------------------------------------------------------
 
 template <class Source>
-void dx_panels(const BackwardArgs& a, const Source& weight, const Parallel& pool) {
+void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* many,
+               const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols, R = a.lora.A.rows;
   const Operand<false> dy{a.dy}, ds{Matrix{a.ds, DType::f32, M, R, R}};
-  for_tiles(pool, M, K, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
       for (int64_t i = 0; i < rows; ++i)
@@ -69,7 +75,8 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Parallel& pool
     }
     accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
     store_tile(a.dx, i0, rows, j0, columns, c);
-  });
+  };
+  for_tiles_of(many, pool, M, K, body);
 }
 
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.
@@ -88,7 +95,8 @@ inline void bias_gradient(const BackwardArgs& a, const Parallel& pool) {
   });
 }
 
-void linear_backward(const BackwardArgs& a, const Parallel& pool) {
+inline void linear_backward_with(const BackwardArgs& a, const Expansion* many,
+                                 const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, R = a.lora.A.rows;
   if (a.lora.A.data && (a.dx.data || a.dA.data)) {
     const MutMatrix ds{a.ds, DType::f32, M, R, R};
@@ -96,11 +104,11 @@ void linear_backward(const BackwardArgs& a, const Parallel& pool) {
   }
   if (a.dx.data && M > 0) {
     if (is_few(a.base, M))
-      dx_few(a, pool);
+      dx_few(a, many, pool);
     else if (a.base.quantized)
-      dx_panels(a, Quantized(*a.base.quantized), pool);
+      dx_panels(a, Quantized(*a.base.quantized), many, pool);
     else
-      dx_panels(a, Dense{*a.base.dense}, pool);
+      dx_panels(a, Dense{*a.base.dense}, many, pool);
   }
   if (a.dA.data)
     product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f,
@@ -109,4 +117,8 @@ void linear_backward(const BackwardArgs& a, const Parallel& pool) {
     product(Operand<true>{a.dy}, Dense{Matrix{a.s, DType::f32, M, R, R}}, M, a.lora.scaling, a.dB,
             pool);
   if (a.dbias.data) bias_gradient(a, pool);
+}
+
+void linear_backward(const BackwardArgs& a, const Parallel& pool) {
+  linear_backward_with(a, nullptr, pool);
 }

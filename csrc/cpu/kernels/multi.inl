@@ -1,119 +1,109 @@
-// Many adapters in one batch. (First version: row by row, one thread.)
-
-struct RowAdapter {
-  const Pages& pages;
-  const int32_t* ids = nullptr;
-  int64_t slot = 0, rank = 0;
-  Dropout dropout;
-
-  RowAdapter(const BatchPlan& plan, const Pages& p, int64_t m) : pages(p) {
-    const int32_t t = plan.tile_of_row[m];
-    if (t < 0) return;
-    slot = plan.tiles[t].slot;
-    ids = plan.page_ids + plan.tiles[t].page0;
-    rank = p.ranks[slot];
-    if (!p.seed || p.dropout_p[slot] == 0.0) return;
-    dropout = {static_cast<uint32_t>(p.dropout_p[slot] * 4294967296.0),
-               static_cast<float>(1.0 / (1.0 - p.dropout_p[slot])), p.seed};
-  }
-  int64_t row(int64_t r) const {
-    return ids[r / pages.page_rank] * pages.page_rank + r % pages.page_rank;
-  }
-};
-
-// to[r] = scale Σ_c act[c] P[r, c]
-inline void skinny(const RowAdapter& u, const Matrix& P, const float* act, float scale, float* to,
-                   float* row) {
-  for (int64_t r = 0; r < u.rank; ++r) {
-    load_row(row, P.data, P.dtype, u.row(r) * P.stride, P.cols);
-    float sum[W] = {}, total = 0.0f;
-    for (int64_t c = 0; c < P.cols; ++c) sum[c % W] += act[c] * row[c];
-    for (int l = 0; l < W; ++l) total += sum[l];
-    to[r] = total * scale;
-  }
-}
-
-// to[c] += Σ_r coefficient[r] P[r, c]
-inline void widen(const RowAdapter& u, const Matrix& P, const float* coefficient, float* to,
-                  float* row) {
-  for (int64_t r = 0; r < u.rank; ++r) {
-    load_row(row, P.data, P.dtype, u.row(r) * P.stride, P.cols);
-    for (int64_t c = 0; c < P.cols; ++c) to[c] += coefficient[r] * row[c];
-  }
-}
+// The operators with many adapters in one batch: multi_products.inl, and linear.inl for the base.
 
 void multi(const MultiArgs& a, const Parallel& pool) {
-  const int64_t M = a.x.rows, N = a.y.cols, K = a.x.cols;
+  const int64_t M = a.x.rows;
+  if (M == 0) return;
+  for (int64_t i = 0; i < M * a.s_stride; ++i) a.s[i] = 0.0f;
+  shrink(a.plan, a.pages, a.x, true, a.pages.A, false, a.s, a.s_stride, pool,
+         [](int64_t) { return true; });
+  const Matrix s{a.s, DType::f32, M, a.plan.max_rank, a.s_stride};
+  const Expansion delta{a.plan, a.pages, s, a.pages.B, false};
   if (a.base) {
-    LinearArgs linear_args;
-    linear_args.x = a.x;
-    linear_args.base.quantized = a.base;
-    linear_args.bias = a.bias;
-    linear_args.y = a.y;
-    linear(linear_args, pool);
+    LinearArgs linear;
+    linear.x = a.x;
+    linear.base.quantized = a.base;
+    linear.bias = a.bias;
+    linear.y = a.y;
+    return linear_with(linear, &delta, pool);
   }
-  const int64_t width = K > N ? K : N;
-  float* x = static_cast<float*>(scratch(Slot::shared, 3 * width * sizeof(float)));
-  float *row = x + width, *delta = row + width;
-  for (int64_t m = 0; m < M; ++m) {
-    const RowAdapter u(a.plan, a.pages, m);
-    float* s = a.s + m * a.s_stride;
-    for (int64_t r = 0; r < a.s_stride; ++r) s[r] = 0.0f;
-    if (u.rank == 0) continue;
-    load_row(x, a.x.data, a.x.dtype, m * a.x.stride, K);
-    apply_dropout(u.dropout, m, 0, K, x);
-    skinny(u, a.pages.A, x, 1.0f, s, row);
-    for (int64_t n = 0; n < N; ++n) delta[n] = 0.0f;
-    widen(u, a.pages.B, s, delta, row);
-    load_row(row, a.y.data, a.y.dtype, m * a.y.stride, N);
-    for (int64_t n = 0; n < N; ++n) row[n] += a.pages.scalings[u.slot] * delta[n];
-    store_row(a.y.data, a.y.dtype, m * a.y.stride, row, N);
-  }
+  delta.all(pool, [&](const Segment& of, int64_t m, int64_t j0, int64_t columns, const float* c) {
+    add_to_row(a.y.data, a.y.dtype, m * a.y.stride + j0, of.scaling, c, columns);
+  });
+}
+
+// -- gradients ------------------------------------------------------------------------------------
+
+// The rows of the slot whose first tile is t; 0 where t is not the first, or padding.
+inline int64_t rows_of_slot(const BatchPlan& plan, int64_t t) {
+  const int32_t slot = plan.tiles[t].slot;
+  int64_t rows = plan.tiles[t].rows;
+  if (rows == 0 || (t > 0 && plan.tiles[t - 1].slot == slot)) return 0;
+  while (++t < plan.tile_count && plan.tiles[t].slot == slot) rows += plan.tiles[t].rows;
+  return rows;
+}
+
+// G[r, j] = scale Σ_i C[i, r] act[i, j] over the rows of one slot, columns [j0, j0 + kWidth).
+inline void gradient_panel(const Segment& of, const Matrix& C, const Matrix& act,
+                           const Dropout& dropout, float scale, int64_t j0, float* G) {
+  const int64_t columns = min64(kWidth, act.cols - j0);
+  float* c = static_cast<float*>(scratch(Slot::accumulator, of.rank * kWidth * sizeof(float)));
+  for (int64_t k = 0; k < of.rank * kWidth; k += W) store(c + k, zero());
+  accumulate<false>(Operand<true>{C, nullptr, of.rows}, Dropped{act, dropout, of.rows}, 0, of.rank,
+                    j0, columns, of.count, c);
+  store_tile({G, DType::f32, of.rank, act.cols, act.cols}, 0, of.rank, j0, columns, c, scale);
+}
+
+// dA and dB: those of slots that want them and have rows; the rest is zero.
+inline void multi_gradients(const MultiBackwardArgs& a, const Parallel& pool) {
+  const int64_t M = a.dy.rows, N = a.dy.cols, K = a.x.cols;
+  const Matrix s{a.s, DType::f32, M, a.plan.max_rank, a.s_stride},
+      ds{a.ds, DType::f32, M, a.plan.max_rank, a.s_stride};
+  const int64_t panels_A = ceil_div(K, kWidth), panels_B = ceil_div(N, kWidth);
+  const auto load_of = [&](int64_t t) -> Load {
+    const int64_t rows = rows_of_slot(a.plan, t);
+    const int64_t slot = rows > 0 ? a.plan.tiles[t].slot : 0;
+    if (rows == 0 || a.grad_rows[slot] < 0 || a.pages.ranks[slot] == 0) return {0, 0};
+    return {panels_A + panels_B, rows * (kStreamCost + a.pages.ranks[slot])};
+  };
+  uint8_t* owned = static_cast<uint8_t*>(scratch(Slot::shared, static_cast<size_t>(a.grad_rank)));
+  for (int64_t r = 0; r < a.grad_rank; ++r) owned[r] = 0;
+  for (int64_t t = 0; t < a.plan.tile_count; ++t)
+    if (load_of(t).units > 0) {
+      const int64_t slot = a.plan.tiles[t].slot;
+      for (int64_t r = 0; r < a.pages.ranks[slot]; ++r) owned[a.grad_rows[slot] + r] = 1;
+    }
+  parallel(pool, a.grad_rank, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (owned[r]) continue;
+      for (int64_t k = 0; k < K; ++k) a.dA[r * K + k] = 0.0f;
+      for (int64_t n = 0; n < N; ++n) a.dB[r * N + n] = 0.0f;
+    }
+  });
+  for_units(a.plan, pool, load_of, [&](int64_t t, int64_t begin, int64_t end) {
+    Segment of(a.plan, a.pages, t);
+    of.count = rows_of_slot(a.plan, t);
+    const int64_t first = a.grad_rows[of.slot];
+    for (int64_t u = begin; u < end; ++u) {
+      if (u < panels_A)
+        gradient_panel(of, ds, a.x, of.dropout, 1.0f, u * kWidth, a.dA + first * K);
+      else
+        gradient_panel(of, s, a.dy, {}, of.scaling, (u - panels_A) * kWidth, a.dB + first * N);
+    }
+  });
 }
 
 void multi_backward(const MultiBackwardArgs& a, const Parallel& pool) {
-  const int64_t M = a.dy.rows, N = a.dy.cols, K = a.x.cols;
-  if (a.base && a.dx.data && M > 0) {
-    BackwardArgs b;
-    b.dy = a.dy;
-    b.base.quantized = a.base;
-    b.dx = a.dx;
-    linear_backward(b, pool);
+  const int64_t M = a.dy.rows;
+  shrink(a.plan, a.pages, a.dy, false, a.pages.B, true, a.ds, a.s_stride, pool,
+         [&](int64_t slot) { return a.dx.data || a.grad_rows[slot] >= 0; });
+  const Matrix ds{a.ds, DType::f32, M, a.plan.max_rank, a.s_stride};
+  const Expansion expansion{a.plan, a.pages, ds, a.pages.A, true};
+  if (a.base && (a.dx.data || a.dbias.data)) {
+    BackwardArgs linear;
+    linear.dy = a.dy;
+    linear.base.quantized = a.base;
+    linear.dx = a.dx;
+    linear.dbias = a.dbias;
+    linear_backward_with(linear, &expansion, pool);
+  } else if (a.dx.data) {
+    const float zeros[kWidth] = {};
+    for (int64_t m = 0; m < M; ++m)
+      for (int64_t k = 0; k < a.dx.cols && !expansion.has_adapter(m); k += kWidth)
+        store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + k, zeros, min64(kWidth, a.dx.cols - k));
+    expansion.all(pool, [&](const Segment& of, int64_t m, int64_t j0, int64_t columns, float* c) {
+      apply_dropout(of.dropout, m, j0, columns, c);
+      store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + j0, c, columns);
+    });
   }
-  if (a.dbias.data) {
-    BackwardArgs b;
-    b.dy = a.dy;
-    b.dbias = a.dbias;
-    bias_gradient(b, pool);
-  }
-  const int64_t width = K > N ? K : N;
-  float* x = static_cast<float*>(scratch(Slot::shared, 4 * width * sizeof(float)));
-  float *row = x + width, *dx = row + width, *dy = dx + width;
-  for (int64_t i = 0; i < a.grad_rank * K; ++i) a.dA[i] = 0.0f;
-  for (int64_t i = 0; i < a.grad_rank * N; ++i) a.dB[i] = 0.0f;
-  for (int64_t m = 0; m < M; ++m) {
-    const RowAdapter u(a.plan, a.pages, m);
-    float* ds = a.ds + m * a.s_stride;
-    load_row(dy, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
-    skinny(u, a.pages.B, dy, u.rank ? a.pages.scalings[u.slot] : 0.0f, ds, row);
-    if (a.dx.data) {
-      for (int64_t k = 0; k < K; ++k) dx[k] = 0.0f;
-      widen(u, a.pages.A, ds, dx, row);
-      apply_dropout(u.dropout, m, 0, K, dx);
-      if (a.base) {
-        load_row(row, a.dx.data, a.dx.dtype, m * a.dx.stride, K);
-        for (int64_t k = 0; k < K; ++k) dx[k] += row[k];
-      }
-      store_row(a.dx.data, a.dx.dtype, m * a.dx.stride, dx, K);
-    }
-    if (u.rank == 0 || a.grad_rank == 0 || a.grad_rows[u.slot] < 0) continue;
-    load_row(x, a.x.data, a.x.dtype, m * a.x.stride, K);
-    apply_dropout(u.dropout, m, 0, K, x);
-    for (int64_t r = 0; r < u.rank; ++r) {
-      const int64_t to = a.grad_rows[u.slot] + r;
-      for (int64_t k = 0; k < K; ++k) a.dA[to * K + k] += ds[r] * x[k];
-      const float s = a.s[m * a.s_stride + r] * a.pages.scalings[u.slot];
-      for (int64_t n = 0; n < N; ++n) a.dB[to * N + n] += s * dy[n];
-    }
-  }
+  if (a.grad_rank > 0) multi_gradients(a, pool);
 }

@@ -58,6 +58,24 @@ inline void store_row(void* dst, DType t, int64_t offset, const float* src, int6
   for (; i < n; ++i) store_one(dst, t, offset + i, src[i]);
 }
 
+// dst[offset, offset + n) += scale * src[0, n), rounded once.
+inline void add_to_row(void* dst, DType t, int64_t offset, float scale, const float* src,
+                       int64_t n) {
+  int64_t i = 0;
+  const vf scales = set1(scale);
+  if (t == DType::f32) {
+    float* p = static_cast<float*>(dst) + offset;
+    for (; i + W <= n; i += W) store(p + i, fma(scales, load(src + i), load(p + i)));
+  } else {
+    uint16_t* p = static_cast<uint16_t*>(dst) + offset;
+    if (t == DType::bf16)
+      for (; i + W <= n; i += W) store_bf16(p + i, fma(scales, load(src + i), load_bf16(p + i)));
+    else
+      for (; i + W <= n; i += W) store_f16(p + i, fma(scales, load(src + i), load_f16(p + i)));
+  }
+  for (; i < n; ++i) store_one(dst, t, offset + i, load_one(dst, t, offset + i) + scale * src[i]);
+}
+
 // -- scales of the 4-bit weight -------------------------------------------------------------------
 
 inline float block_scale(const Weight4& w, int64_t block) {
@@ -126,13 +144,15 @@ struct Dense {
   }
 };
 
-// Rows of x under dropout.
+// Rows of x under dropout. With `order`, row r is row order[r] of x.
 struct Dropped {
   Matrix m;
   const Dropout& dropout;
+  const int32_t* order = nullptr;
 
   void row(int64_t r, int64_t begin, int64_t n, float* dst) const {
-    load_row(dst, m.data, m.dtype, r * m.stride + begin, n);
-    apply_dropout(dropout, r, begin, n, dst);
+    const int64_t m_row = order ? order[r] : r;
+    load_row(dst, m.data, m.dtype, m_row * m.stride + begin, n);
+    apply_dropout(dropout, m_row, begin, n, dst);
   }
 };

@@ -4,6 +4,8 @@
 constexpr int W = 8;
 constexpr int MR = 6;
 constexpr int NV = 2;
+constexpr int DR = 3;
+constexpr int DC = 4;
 
 typedef __m256 vf;
 typedef __m256i vi;
@@ -31,6 +33,7 @@ inline vi as_bits(vf v) { return _mm256_castps_si256(v); }
 inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline void in_register(vf& v) { __asm__("" : "+x"(v)); }
 inline float hsum(vf v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

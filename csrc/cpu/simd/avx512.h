@@ -4,6 +4,8 @@
 constexpr int W = 16;
 constexpr int MR = 14;
 constexpr int NV = 2;
+constexpr int DR = 3;
+constexpr int DC = 8;
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -29,6 +31,7 @@ inline vi as_bits(vf v) { return _mm512_castps_si512(v); }
 inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline void in_register(vf& v) { __asm__("" : "+v"(v)); }
 inline float hsum(vf v) { return _mm512_reduce_add_ps(v); }
 template <int S>
 inline vi shr(vi v) {

@@ -5,6 +5,8 @@
 constexpr int W = 4;   // lanes
 constexpr int MR = 4;  // register tile of the GEMM: MR rows x NV vectors
 constexpr int NV = 2;
+constexpr int DR = 3;  // register tile of dot products: DR rows x DC rows
+constexpr int DC = 4;
 
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vi __attribute__((vector_size(16)));
@@ -39,6 +41,8 @@ inline vi as_bits(vf v) { return (vi)v; }
 inline vf add(vf a, vf b) { return a + b; }
 inline vf mul(vf a, vf b) { return a * b; }
 inline vf fma(vf a, vf b, vf c) { return a * b + c; }  // two roundings; -ffp-contract=off
+// A loaded v is used from a register: g++ would load it again for each use.
+inline void in_register(vf&) {}
 inline float hsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 template <int S>
 inline vi shr(vi v) {

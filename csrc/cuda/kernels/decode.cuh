@@ -18,6 +18,7 @@
 // same order, so the bits of a row do not depend on how many rows come with it.
 #pragma once
 
+#include "cuda/addend.h"
 #include "cuda/kernels/decode_operands.cuh"
 
 namespace lk::cuda {
@@ -44,6 +45,7 @@ struct DecodeArgs {
   Matrix B;  // data null: no adapter
   const float* s = nullptr;
   float scaling = 1.0f;
+  Addend addend;
   Vector bias;
   MutMatrix y;
   float* parts = nullptr;  // [gridDim.y][M][N] if the columns are cut, else null
@@ -266,6 +268,7 @@ __device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
     if (m >= M) break;
     float v = base[j];
     if (args.B.data) v = __fmaf_rn(args.scaling, adapter[j], v);
+    if (const float* addend = args.addend.row(m)) v = __fadd_rn(v, addend[n]);
     if (args.bias.data) v = __fadd_rn(v, bias);
     store_one(args.y.data, args.y.dtype, int64_t{m} * args.y.stride + n, v);
   }

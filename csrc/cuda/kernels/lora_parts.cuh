@@ -14,6 +14,12 @@ namespace lk::cuda {
 //
 // The first part has sums of its own: where it meets an infinity the others make NaN, and are
 // dropped (see Sum).
+//
+// An adapter's element of few enough bits is its first part.
+constexpr bool is_exact(DType adapter, DType act) {
+  return adapter == act || (adapter == DType::bf16 && act == DType::f16);
+}
+
 template <class T>
 struct Activations;
 template <class T>

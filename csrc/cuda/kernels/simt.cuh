@@ -1,13 +1,11 @@
 // The general product in float32 arithmetic: any dtype, any shape, any block size. Every output
 // element is one sum in the order of the depth, so its bits depend on nothing but its operands.
 //
-//   out[i, j] = mask(i, j) scale Σ_p a1(i, p) b1(p, j) + Σ_p a2(i, p) b2(p, j) + bias[j]
-//
-// A block of 256 threads makes a tile of 64 x 64, each thread 4 x 4 of it; operands pass through
-// shared memory as float32, 16 deep.
+//   out[i, j] = mask(i, j) scale Σ_p a1(i, p) b1(p, j) + Σ_p a2(i, p) b2(p, j) + addend + bias[j]
 #pragma once
 
-#include "cuda/elements.cuh"
+#include "cuda/addend.h"
+#include "cuda/kernels/simt_tile.cuh"
 
 namespace lk::cuda {
 
@@ -37,48 +35,10 @@ struct SimtArgs {
   Product first, second;
   float scale = 1.0f;  // of the first product
   Dropout mask;        // on the first product, including its scale
+  Addend addend;
   Vector bias;
   MutMatrix out;
 };
-
-constexpr int kSimtTile = 64, kSimtDepth = 16, kSimtThreads = 256;
-constexpr int kSimtPitch = kSimtTile + 4;  // keeps rows 16-byte aligned and off each other's banks
-constexpr size_t kSimtShared = 2 * kSimtDepth * kSimtPitch * sizeof(float);
-
-// sum[4][4] += this thread's part of the product for the tile at (i0, j0).
-__device__ inline void accumulate(const Product& p, int64_t i0, int64_t j0, int64_t rows,
-                                  int64_t cols, float (&sum)[4][4]) {
-  float* a_tile = reinterpret_cast<float*>(ptx::shared_memory());  // [depth][row]
-  float* b_tile = a_tile + kSimtDepth * kSimtPitch;                // [depth][column]
-  const int thread = static_cast<int>(threadIdx.x), tx = thread % 16, ty = thread / 16;
-  for (int64_t p0 = 0; p0 < p.depth; p0 += kSimtDepth) {
-    // Neighbouring threads take what lies side by side in memory.
-#pragma unroll 2
-    for (int e = thread; e < kSimtTile * kSimtDepth; e += kSimtThreads) {
-      const int ai = p.a.transposed ? e % kSimtTile : e / kSimtDepth;
-      const int ap = p.a.transposed ? e / kSimtTile : e % kSimtDepth;
-      const bool a_in = i0 + ai < rows && p0 + ap < p.depth;
-      a_tile[ap * kSimtPitch + ai] = a_in ? p.a.at(i0 + ai, p0 + ap) : 0.0f;
-      const int bj = p.b.transposed ? e / kSimtDepth : e % kSimtTile;
-      const int bp = p.b.transposed ? e % kSimtDepth : e / kSimtTile;
-      const bool b_in = j0 + bj < cols && p0 + bp < p.depth;
-      b_tile[bp * kSimtPitch + bj] = b_in ? p.b.at(p0 + bp, j0 + bj) : 0.0f;
-    }
-    __syncthreads();
-    // Not past the depth: zeros there would turn infinities into NaNs.
-    const int depth = static_cast<int>(min64(kSimtDepth, p.depth - p0));
-    for (int q = 0; q < depth; ++q) {
-      const float4 a = ptx::load<float4>(a_tile + q * kSimtPitch + 4 * ty);
-      const float4 b = ptx::load<float4>(b_tile + q * kSimtPitch + 4 * tx);
-      const float av[4] = {a.x, a.y, a.z, a.w}, bv[4] = {b.x, b.y, b.z, b.w};
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[i][j] = __fmaf_rn(av[i], bv[j], sum[i][j]);
-    }
-    __syncthreads();
-  }
-}
 
 // Three blocks on a multiprocessor: left to itself the compiler spills to fit five.
 __global__ void __launch_bounds__(kSimtThreads, 3) simt_product(SimtArgs args) {
@@ -104,6 +64,7 @@ __global__ void __launch_bounds__(kSimtThreads, 3) simt_product(SimtArgs args) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       if (ti + i >= args.out.rows || tj + j >= args.out.cols) continue;
+      if (const float* addend = args.addend.row(ti + i)) sum[i][j] += addend[tj + j];
       if (args.bias.data) sum[i][j] += load_one(args.bias.data, args.bias.dtype, tj + j);
       store_one(args.out.data, args.out.dtype, (ti + i) * args.out.stride + tj + j, sum[i][j]);
     }

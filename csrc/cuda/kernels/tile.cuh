@@ -2,6 +2,7 @@
 // weights are decoded once per block into shared memory and multiplied by tensor cores.
 //
 //   out[i, o] = mask(i, o) scaling Σ_r s(i, r) factor(r, o) + Σ_d in[i, d] w(d, o) + bias[o]
+//               (or, of many adapters, an addend in place of the first term)
 //   w(d, o) = W[o, d] forward, W[d, o] backward
 //
 // A block of 8 warps makes a tile of `rows` x 128 outputs, or of one of several splits of the
@@ -13,10 +14,11 @@
 //   i + stages - 1   copy activations (cp.async)
 //   i + stages       copy raw weights (cp.async)
 //
-// An element's sum is the adapter's product, then the depth in order, 16 at a time: its bits depend
+// An element's sum is the first term, then the depth in order, 16 at a time: its bits depend
 // on the number of splits, not on the tile's shape nor on other rows.
 #pragma once
 
+#include "cuda/addend.h"
 #include "cuda/kernels/tile_adapter.cuh"
 #include "cuda/kernels/tile_decode.cuh"
 
@@ -26,6 +28,7 @@ struct TileArgs {
   Matrix in;  // [M, depth]
   Weight4 w;  // packed null: no base
   TileAdapter adapter;
+  Addend addend;
   Vector bias;
   MutMatrix out;             // [M, outputs], dtype of `in`
   float* partial = nullptr;  // [splits][M][partial_pitch]; null: one split
@@ -364,6 +367,27 @@ __device__ __forceinline__ void begin_with_adapter(const TileArgs& a, const Tile
 }
 
 template <class Kind>
+__device__ __forceinline__ void begin_with_addend(const TileArgs& a, const TilePlace& place,
+                                                  float (&sum)[Kind::m][Kind::n][4]) {
+  const TileThread<Kind> me;
+#pragma unroll
+  for (int k = 0; k < Kind::m; ++k)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = place.row + me.row + 16 * k + 8 * half + me.g;
+      const float* from = row < a.out.rows ? a.addend.row(row) : nullptr;
+      if (!from) continue;
+#pragma unroll
+      for (int j = 0; j < Kind::n; ++j) {
+        const int64_t output = place.output + me.output + 8 * j + 2 * me.t;
+        if (output >= a.addend.stride) continue;
+        const float2 v = ptx::load<float2>(from + output);
+        sum[k][j][2 * half] = v.x, sum[k][j][2 * half + 1] = v.y;
+      }
+    }
+}
+
+template <class Kind>
 __global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
     tile_product(const TileArgs args) {
   const TilePlace place = locate<Kind>(args);
@@ -371,6 +395,7 @@ __global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
   float sum[Kind::m][Kind::n][4] = {};
   if (args.w.packed) base.start();
   if (args.adapter.s && blockIdx.y == 0) begin_with_adapter<Kind>(args, place, sum);
+  if (args.addend.data && blockIdx.y == 0) begin_with_addend<Kind>(args, place, sum);
   if (args.w.packed) base.run(sum);
   ptx::start_next_kernel();
   finish<Kind>(args, place, sum);

@@ -15,6 +15,12 @@ struct TileAdapter {
   int64_t rank_stride = 0, output_stride = 0;  // of the factor
   float scaling = 1.0f;
   Dropout mask;  // on the product, at (row, output), including its scale
+
+  __device__ float coefficient(int64_t row, int r) const {
+    return ptx::load_const<float>(s + row * rank + r) * scaling;
+  }
+  __device__ int64_t factor_row(int r) const { return r * rank_stride; }
+  __device__ int64_t mask_row(int64_t row) const { return row; }
 };
 
 // v = high + low. With an infinity or NaN only `high` has it: in the mixed products `finite` takes
@@ -58,12 +64,14 @@ __device__ __forceinline__ void load_pairs(const void* data, DType dtype, int64_
 // Which of a lane's four elements of a fragment of sums that begins at (row, output) are kept, as
 // bits. Four outputs share one philox, hence two lanes do: the even one computes it for the upper
 // row, the odd one for the lower.
-__device__ __forceinline__ uint32_t kept_of_fragment(const Dropout& d, uint64_t seed, int64_t row,
+template <class Adapter>
+__device__ __forceinline__ uint32_t kept_of_fragment(const Adapter& a, uint64_t seed, int64_t row,
                                                      int64_t output) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const Dropout& d = a.mask;
   const bool odd = t % 2;
-  const Words4 w =
-      philox(seed, row + g + (odd ? 8 : 0), static_cast<uint32_t>((output + 2 * t) >> 2));
+  const Words4 w = philox(seed, a.mask_row(row + g + (odd ? 8 : 0)),
+                          static_cast<uint32_t>((output + 2 * t) >> 2));
   uint32_t kept = 0;  // of the row computed here, four outputs
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -73,26 +81,26 @@ __device__ __forceinline__ uint32_t kept_of_fragment(const Dropout& d, uint64_t 
 }
 
 // One philox in the code, not one for every fragment: first all bits, then all sums.
-template <int m, int n>
-__device__ __forceinline__ void drop(const Dropout& d, int64_t row, int64_t output,
+template <class Adapter, int m, int n>
+__device__ __forceinline__ void drop(const Adapter& a, int64_t row, int64_t output,
                                      float (&sum)[m][n][4]) {
-  const uint64_t seed = *d.seed;
+  const uint64_t seed = *a.mask.seed;
   uint64_t kept = 0;
 #pragma unroll 1
   for (int f = 0; f < m * n; ++f)
-    kept |= uint64_t{kept_of_fragment(d, seed, row + f / n * 16, output + f % n * 8)} << (4 * f);
+    kept |= uint64_t{kept_of_fragment(a, seed, row + f / n * 16, output + f % n * 8)} << (4 * f);
 #pragma unroll
   for (int i = 0; i < m; ++i)
 #pragma unroll
     for (int j = 0; j < n; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        sum[i][j][e] = kept >> (4 * (i * n + j) + e) & 1 ? sum[i][j][e] * d.scale : 0.0f;
+        sum[i][j][e] = kept >> (4 * (i * n + j) + e) & 1 ? sum[i][j][e] * a.mask.scale : 0.0f;
 }
 
 // Part of add_adapter: fragments i0.. i0 + m0 of rows, j0 and the next of outputs.
-template <int m0, int m, int n>
-__device__ __forceinline__ void add_fragments(const TileAdapter& a, int64_t row, int64_t rows,
+template <int m0, class Adapter, int m, int n>
+__device__ __forceinline__ void add_fragments(const Adapter& a, int64_t row, int64_t rows,
                                               int64_t output, int64_t outputs, int i0, int j0,
                                               float (&sum)[m][n][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
@@ -102,7 +110,7 @@ __device__ __forceinline__ void add_fragments(const TileAdapter& a, int64_t row,
   for (int r = t; r - t < a.rank; r += 8) {
     float factor[4];  // B fragments: (r or r + 4, output + 8 j + g)
     load_pairs<2>(
-        a.factor, a.dtype, r * a.rank_stride + (output + 8 * j0 + g) * a.output_stride,
+        a.factor, a.dtype, a.factor_row(r) + (output + 8 * j0 + g) * a.output_stride,
         8 * a.output_stride, 4 * a.rank_stride,
         [&](int j, int i) { return 8 * (j0 + j) < outputs_left && r + 4 * i < a.rank; }, factor);
     Split b[4];
@@ -110,14 +118,12 @@ __device__ __forceinline__ void add_fragments(const TileAdapter& a, int64_t row,
     for (int e = 0; e < 4; ++e) b[e] = split(factor[e]);
 #pragma unroll
     for (int i = i0; i < i0 + m0; ++i) {
-      const float* p = a.s + (row + 16 * i + g) * a.rank + r;
       float high[4], finite[4], low[4];  // A fragment: (g or g + 8, r or r + 4)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int down = e % 2 * 8, right = e / 2 * 4;
         const bool inside = 16 * i + down < rows_left && r + right < a.rank;
-        const Split v =
-            split(inside ? ptx::load_const<float>(p + down * a.rank + right) * a.scaling : 0.0f);
+        const Split v = split(inside ? a.coefficient(row + 16 * i + g + down, r + right) : 0.0f);
         high[e] = v.high;
         finite[e] = v.finite;
         low[e] = v.low;
@@ -136,8 +142,8 @@ __device__ __forceinline__ void add_fragments(const TileAdapter& a, int64_t row,
 // sum = the adapter's product for 16 m rows from `row` and 8 n outputs from `output`, one warp.
 // Zeros stand beyond the rank, the rows and the outputs. The rank is gone through once for every 2
 // x 2 fragments: the parts of more operands would not fit into registers.
-template <bool has_mask, int m, int n>
-__device__ __forceinline__ void add_adapter(const TileAdapter& a, int64_t row, int64_t rows,
+template <bool has_mask, class Adapter, int m, int n>
+__device__ __forceinline__ void add_adapter(const Adapter& a, int64_t row, int64_t rows,
                                             int64_t output, int64_t outputs,
                                             float (&sum)[m][n][4]) {
   constexpr int m0 = m < 2 ? m : 2;
@@ -146,7 +152,7 @@ __device__ __forceinline__ void add_adapter(const TileAdapter& a, int64_t row, i
 #pragma unroll
     for (int j = 0; j < n; j += 2) add_fragments<m0>(a, row, rows, output, outputs, i, j, sum);
   if constexpr (has_mask) {
-    if (a.mask.threshold) drop(a.mask, row, output, sum);
+    if (a.mask.threshold) drop(a, row, output, sum);
   }
 }
 

@@ -19,28 +19,28 @@ int64_t parts_of(const Weight4& w, int device) {
 }
 
 template <class T, int token_tiles, int row_tiles>
-cudaError_t product(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
+cudaError_t product(const DecodeArgs& args, int64_t parts, bool overlaps, const Launch& on) {
   const int64_t blocks = ceil_div(args.w.N, DecodeTile<token_tiles, row_tiles>::rows);
   const Shape shape{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)),
-                    dim3(kDecodeThreads), kDecodeShared, after_shrink};
+                    dim3(kDecodeThreads), kDecodeShared, overlaps};
   return launch("decode_product", on, shape, decode_product<T, token_tiles, row_tiles>, args);
 }
 
 // Tall tiles read x half as often, but must still occupy the device.
 template <class T, int token_tiles>
-cudaError_t few_tokens(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
+cudaError_t few_tokens(const DecodeArgs& args, int64_t parts, bool overlaps, const Launch& on) {
   const int64_t blocks = ceil_div(args.w.N, DecodeTile<token_tiles, 2>::rows) * parts;
   return blocks >= device_info(on.device).multiprocessors
-             ? product<T, token_tiles, 2>(args, parts, after_shrink, on)
-             : product<T, token_tiles, 1>(args, parts, after_shrink, on);
+             ? product<T, token_tiles, 2>(args, parts, overlaps, on)
+             : product<T, token_tiles, 1>(args, parts, overlaps, on);
 }
 
 template <class T>
-cudaError_t product(const DecodeArgs& args, int64_t parts, bool after_shrink, const Launch& on) {
-  if (args.x.rows <= 8) return few_tokens<T, 1>(args, parts, after_shrink, on);
-  if (args.x.rows <= 16) return few_tokens<T, 2>(args, parts, after_shrink, on);
-  if (args.x.rows <= 32) return product<T, 4, 2>(args, parts, after_shrink, on);
-  return product<T, 8, 2>(args, parts, after_shrink, on);
+cudaError_t product(const DecodeArgs& args, int64_t parts, bool overlaps, const Launch& on) {
+  if (args.x.rows <= 8) return few_tokens<T, 1>(args, parts, overlaps, on);
+  if (args.x.rows <= 16) return few_tokens<T, 2>(args, parts, overlaps, on);
+  if (args.x.rows <= 32) return product<T, 4, 2>(args, parts, overlaps, on);
+  return product<T, 8, 2>(args, parts, overlaps, on);
 }
 
 cudaError_t shrink(const LinearArgs& a, const Launch& on) {
@@ -70,10 +70,11 @@ int64_t decode_workspace(const LinearArgs& a, int device) {
   return parts > 1 ? parts * a.x.rows * a.base.quantized->N * 4 : 0;
 }
 
-cudaError_t decode_linear(const LinearArgs& a, const Launch& on) {
+cudaError_t decode_linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
   DecodeArgs args;
   args.x = a.x;
   args.w = *a.base.quantized;
+  args.addend = addend;
   args.bias = a.bias;
   args.y = a.y;
   const bool adapter = a.lora.A.data && a.lora.A.rows > 0;
@@ -88,8 +89,9 @@ cudaError_t decode_linear(const LinearArgs& a, const Launch& on) {
   const int64_t chunks = ceil_div(args.w.K, kDecodeChunk), slices = parts * kDecodeSlices;
   args.slice_chunks = static_cast<int>(chunks / slices);
   args.longer_slices = static_cast<int>(chunks % slices);
-  LK_TRY(a.x.dtype == DType::bf16 ? product<Bf16>(args, parts, adapter, on)
-                                  : product<F16>(args, parts, adapter, on));
+  const bool overlaps = adapter || addend.data;
+  LK_TRY(a.x.dtype == DType::bf16 ? product<Bf16>(args, parts, overlaps, on)
+                                  : product<F16>(args, parts, overlaps, on));
   if (parts == 1) return cudaSuccess;
   const Shape shape{dim3(static_cast<unsigned>(ceil_div(args.w.N, kFinishRows))),
                     dim3(kDecodeThreads), kFinishShared, true};

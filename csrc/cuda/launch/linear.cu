@@ -33,14 +33,16 @@ Family family(const BackwardArgs& a) {
   return a.dx.data ? family_of(a, a.dy) : Family::simt;
 }
 
-cudaError_t linear(const LinearArgs& a, const Launch& on) {
+}  // namespace
+
+cudaError_t linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
   if (a.x.rows == 0) return cudaSuccess;
-  if (a.base.quantized && decode_takes(a)) return decode_linear(a, on);
+  if (a.base.quantized && decode_takes(a)) return decode_linear(a, addend, on);
   if (a.lora.A.data) LK_TRY(lora_takes(a) ? lora_shrink(a, on) : simt_shrink(a, on));
-  return tile_takes(a) ? tile_linear(a, on) : simt_linear(a, on);
+  return tile_takes(a) ? tile_linear(a, addend, on) : simt_linear(a, addend, on);
 }
 
-cudaError_t linear_backward(const BackwardArgs& a, const Launch& on) {
+cudaError_t linear_backward(const BackwardArgs& a, const Addend& addend, const Launch& on) {
   const bool adapter = a.lora.A.data != nullptr, some = adapter || a.dbias.data;
   if (some && lora_takes(a)) {
     LK_TRY(lora_gradients(a, on));
@@ -50,10 +52,9 @@ cudaError_t linear_backward(const BackwardArgs& a, const Launch& on) {
     if (a.dbias.data) LK_TRY(bias_gradient(a, on));
   }
   if (!a.dx.data || a.dx.rows == 0) return cudaSuccess;
-  return tile_takes(a) ? tile_dx(a, on) : simt_dx(a, on);
+  return tile_takes(a) ? tile_dx(a, addend, on) : simt_dx(a, addend, on);
 }
 
-}  // namespace
 }  // namespace lk::cuda
 
 using namespace lk;
@@ -61,22 +62,27 @@ using namespace lk;
 Plan lk_cuda_plan_linear(const LinearArgs* args, int device) {
   LinearArgs a = *args;
   const Family family = cuda::family(a);
-  if (family == Family::decode) return {family, cuda::decode_workspace(a, device)};
+  const bool has_rest = a.lora.A.data || a.bias.data;
+  if (family == Family::decode) return {family, has_rest, cuda::decode_workspace(a, device)};
   if (family == Family::matmul) a.base = {};
-  return {family, std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                           cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
+  return {family, has_rest,
+          std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
+                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
 }
 
-int lk_cuda_linear(const LinearArgs* args, const Launch* on) { return cuda::linear(*args, *on); }
+int lk_cuda_linear(const LinearArgs* args, const Launch* on) {
+  return cuda::linear(*args, {}, *on);
+}
 
 Plan lk_cuda_plan_linear_backward(const BackwardArgs* args, int device) {
   BackwardArgs a = *args;
   const Family family = cuda::family(a);
   if (family == Family::matmul) a.base = {};
-  return {family, std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                           cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
+  return {family, a.lora.A.data != nullptr,
+          std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
+                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
 }
 
 int lk_cuda_linear_backward(const BackwardArgs* args, const Launch* on) {
-  return cuda::linear_backward(*args, *on);
+  return cuda::linear_backward(*args, {}, *on);
 }

@@ -14,10 +14,6 @@ constexpr int64_t kMaxRank = 256, kMaxColumns = 1 << 30;
 // second-level cache.
 constexpr int64_t kRowPartialBytes = 32 << 20;
 
-bool takes(const Matrix& act) {
-  return act.dtype != DType::f32 && act.cols > 0 && act.cols <= kMaxColumns && act.cols % 8 == 0 &&
-         is_aligned(act.data, 16) && (act.rows <= 1 || act.stride % 8 == 0);
-}
 bool takes_rank(const Lora& lora) { return 1 <= lora.A.rows && lora.A.rows <= kMaxRank; }
 
 // How activations [rows, cols] are divided, in chunks of rows, each a launch. It does not depend on
@@ -173,11 +169,6 @@ cudaError_t run(const Products& w, const Launch& on) {
   return cudaSuccess;
 }
 
-// A sum of 16-bit parts needs only the first for an adapter of few enough bits.
-bool is_exact(DType adapter, DType act) {
-  return adapter == act || (adapter == DType::bf16 && act == DType::f16);
-}
-
 // A[r, c] or, transposed, B[c, r].
 SkinnyRows adapter(const Matrix& m, bool transposed, DType act) {
   SkinnyRows p;
@@ -243,13 +234,20 @@ Products from_x(const BackwardArgs& a) {
 
 }  // namespace
 
-bool lora_takes(const LinearArgs& a) { return a.lora.A.data && takes_rank(a.lora) && takes(a.x); }
+bool lora_takes(const Matrix& act) {
+  return act.dtype != DType::f32 && act.cols > 0 && act.cols <= kMaxColumns && act.cols % 8 == 0 &&
+         is_aligned(act.data, 16) && (act.rows <= 1 || act.stride % 8 == 0);
+}
+
+bool lora_takes(const LinearArgs& a) {
+  return a.lora.A.data && takes_rank(a.lora) && lora_takes(a.x);
+}
 int64_t lora_workspace(const LinearArgs& a, int device) { return workspace(shrink(a), device); }
 cudaError_t lora_shrink(const LinearArgs& a, const Launch& on) { return run(shrink(a), on); }
 
 bool lora_takes(const BackwardArgs& a) {
-  if (!takes(a.dy)) return false;
-  return !a.lora.A.data || (takes_rank(a.lora) && takes(a.x) && a.x.dtype == a.dy.dtype);
+  if (!lora_takes(a.dy)) return false;
+  return !a.lora.A.data || (takes_rank(a.lora) && lora_takes(a.x) && a.x.dtype == a.dy.dtype);
 }
 
 int64_t lora_workspace(const BackwardArgs& a, int device) {

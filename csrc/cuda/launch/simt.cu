@@ -49,7 +49,7 @@ cudaError_t simt_shrink(const LinearArgs& a, const Launch& on) {
   return run("simt_product (S)", args, on);
 }
 
-cudaError_t simt_linear(const LinearArgs& a, const Launch& on) {
+cudaError_t simt_linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
   const int64_t M = a.x.rows, R = a.lora.A.rows;
   SimtArgs args;
   if (a.lora.A.data) {
@@ -57,6 +57,7 @@ cudaError_t simt_linear(const LinearArgs& a, const Launch& on) {
     args.scale = a.lora.scaling;
   }
   args.second = with_base(a.x, a.base, a.x.cols, true);
+  args.addend = addend;
   args.bias = a.bias;
   args.out = a.y;
   return run("simt_product (y)", args, on);
@@ -71,12 +72,13 @@ cudaError_t simt_ds(const BackwardArgs& a, const Launch& on) {
   return run("simt_product (dS)", args, on);
 }
 
-cudaError_t simt_dx(const BackwardArgs& a, const Launch& on) {
+cudaError_t simt_dx(const BackwardArgs& a, const Addend& addend, const Launch& on) {
   const int64_t M = a.dy.rows, R = a.lora.A.rows;
   SimtArgs args;
   if (a.lora.A.data) args.first = {dense({a.ds, DType::f32, M, R, R}), dense(a.lora.A), R};
   args.mask = a.lora.dropout;
   args.second = with_base(a.dy, a.base, a.dy.cols, false);
+  args.addend = addend;
   args.out = a.dx;
   return run("simt_product (dx)", args, on);
 }

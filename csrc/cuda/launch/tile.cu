@@ -126,7 +126,7 @@ int64_t tile_workspace(const LinearArgs& a, int device) {
   return workspace(plan(a.x.rows, a.y.cols, a.x.cols, a.base.quantized, device), a.x.rows);
 }
 
-cudaError_t tile_linear(const LinearArgs& a, const Launch& on) {
+cudaError_t tile_linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
   TileArgs args;
   args.in = a.x;
   if (a.base.quantized) args.w = *a.base.quantized;
@@ -136,6 +136,7 @@ cudaError_t tile_linear(const LinearArgs& a, const Launch& on) {
     args.adapter.output_stride = a.lora.B.stride;
     args.adapter.scaling = a.lora.scaling;
   }
+  args.addend = addend;
   args.bias = a.bias;
   args.out = a.y;
   return run<false>("tile_product (y)", args, on);
@@ -147,7 +148,7 @@ int64_t tile_workspace(const BackwardArgs& a, int device) {
   return workspace(plan(a.dy.rows, a.dx.cols, a.dy.cols, a.base.quantized, device), a.dy.rows);
 }
 
-cudaError_t tile_dx(const BackwardArgs& a, const Launch& on) {
+cudaError_t tile_dx(const BackwardArgs& a, const Addend& addend, const Launch& on) {
   TileArgs args;
   args.in = a.dy;
   if (a.base.quantized) args.w = *a.base.quantized;
@@ -157,6 +158,7 @@ cudaError_t tile_dx(const BackwardArgs& a, const Launch& on) {
     args.adapter.output_stride = 1;
     args.adapter.mask = a.lora.dropout;
   }
+  args.addend = addend;
   args.out = a.dx;
   return run<true>("tile_product (dx)", args, on);
 }
