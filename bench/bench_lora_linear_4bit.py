@@ -15,6 +15,7 @@ CPU_PROVIDERS = {
 }
 CUDA_PROVIDERS = {
     "lowrank_kernels": providers.lora_lowrank,
+    "triton": providers.lora_triton,
     "torch": providers.lora_addmm_dense,
     "bitsandbytes + PEFT": providers.lora_peft_bitsandbytes,
     "Unsloth's scheme": providers.lora_addmm_dequantize,

@@ -19,6 +19,8 @@ from lowrank_kernels import reference
 from lowrank_kernels.cli import machine
 from lowrank_kernels.formats import code_of, dynamic_code
 from lowrank_kernels.schema import ops
+from lowrank_kernels.triton import installed as triton_installed
+from lowrank_kernels.triton import kernel_of
 
 from . import cuda
 from .cases import BLOCKSIZE, Case
@@ -149,6 +151,15 @@ def _bnb_weights(case: Case) -> list[tuple[torch.Tensor, object]]:
     return pairs
 
 
+def _triton(op: str, case: Case) -> Callable:
+    """The Triton kernel of an operator, called as it is: the CUDA kernels stay where they are."""
+    if case.device != "cuda":
+        raise Unavailable("triton runs on GPUs")
+    if not triton_installed():
+        raise Unavailable("triton is not installed")
+    return kernel_of(op)
+
+
 def bnb_dequantize(packed: torch.Tensor, state: object) -> torch.Tensor:
     return _bitsandbytes(packed.device.type).functional.dequantize_4bit(packed, state)
 
@@ -201,6 +212,11 @@ def linear_bitsandbytes(case: Case) -> Calls:
     return [functools.partial(module, x) for x, module in pairs]
 
 
+def linear_triton(case: Case) -> Calls:
+    pairs, linear = each(case, x_of(case), weights_4bit(case)), _triton("linear_4bit", case)
+    return [functools.partial(linear, x, *w.op_args(), None) for x, w in pairs]
+
+
 # -- linear_4bit_dx: dx = dy W ---------------------------------------------------------------------
 
 
@@ -223,6 +239,11 @@ def dx_bitsandbytes(case: Case) -> Calls:
     """The line that bitsandbytes' MatMul4Bit.backward consists of."""
     pairs = each(case, dy_of(case), _bnb_weights(case))
     return [lambda dy=dy, w=w: dy @ bnb_dequantize(*w).to(dy.dtype) for dy, w in pairs]
+
+
+def dx_triton(case: Case) -> Calls:
+    pairs, dx = each(case, dy_of(case), weights_4bit(case)), _triton("linear_4bit_dx", case)
+    return [functools.partial(dx, dy, *w.op_args()) for dy, w in pairs]
 
 
 # -- lora_linear_4bit: forward, or forward and all gradients ---------------------------------------
@@ -248,6 +269,24 @@ def lora_lowrank(case: Case) -> Calls:
     A, B = adapter_of(case)
     layers = [lambda x, w=w: lk.lora_linear_4bit(x, w, A, B, SCALING) for w in weights_4bit(case)]
     return _lora_calls(case, [(layer, [A, B]) for layer in layers])
+
+
+def lora_triton(case: Case) -> Calls:
+    """Forward, or forward and backward, without autograd around them."""
+    forward = _triton("lora_linear_4bit", case)
+    backward = _triton("lora_linear_4bit_backward", case)
+    A, B = (t.detach() for t in adapter_of(case))
+    adapter = A, B, SCALING, None, 0.0, None
+    pairs = each(case, x_of(case), weights_4bit(case))
+    if case.op == "lora_linear_4bit":
+        return [lambda x=x, w=w: forward(x, *w.op_args(), *adapter)[0] for x, w in pairs]
+
+    def both(x, dy, w):
+        _, s = forward(x, *w.op_args(), *adapter)
+        return backward(dy, x, s, *w.op_args(), *adapter, True, True, True, False)[:3]
+
+    triples = each(case, dy_of(case), pairs)
+    return [functools.partial(both, x, dy, w) for dy, (x, w) in triples]
 
 
 def lora_dequantize(case: Case) -> Calls:

@@ -5,18 +5,21 @@ backend    device        implementation
 ========== ============= ==============================================================================
 cpu        CPU           C++ kernels in ``liblowrank_cpu.so``, one set per instruction set, bound by ``_ops.so``
 cuda       CUDA          CUDA kernels in ``liblowrank_cuda.so``, opened by ``_ops.so`` at the first call
+triton     CUDA          Triton kernels (``triton/``); CPU in a process with ``TRITON_INTERPRET=1``: for tests
 reference  CPU, CUDA     float64 PyTorch (``reference.py``): slow, for checking
 emulator   CPU           the CUDA kernels, run thread by thread on the CPU: for tests (``LOWRANK_EMULATOR``)
 ========== ============= ==============================================================================
 
-``LOWRANK_BACKEND`` and ``LOWRANK_ISA`` force a choice at import. Nothing ever falls back in silence: a
-device without kernels raises an error that names the build command.
+Where the CUDA library was not built, or lacks code for a GPU of this machine, Triton serves the GPUs if it is
+installed; :func:`report` says so. ``LOWRANK_BACKEND`` and ``LOWRANK_ISA`` force a choice at import. Nothing ever
+falls back in silence: a device without kernels raises an error that names the build command.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import os
 import pathlib
 import warnings
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from . import cuda_library, reference
+from . import triton as triton_kernels
 from .schema import NAMESPACE, OPS
 
 _PACKAGE = pathlib.Path(__file__).parent
@@ -33,7 +37,7 @@ _BUILD_COMMAND = "pip install -e . --no-build-isolation"
 _KEYS = {
     "cpu": ("CPU",),
     "cuda": ("CUDA",),
-    "triton": ("CUDA",),
+    "triton": ("CPU",) if triton_kernels.interpreted() else ("CUDA",),
     "reference": ("CPU", "CUDA"),
     "emulator": ("CPU",),
 }
@@ -94,7 +98,28 @@ def _available() -> tuple[str, ...]:
             names.append("cuda")
         if os.path.exists(os.environ.get("LOWRANK_EMULATOR", "")):
             names.append("emulator")
+    if triton_kernels.installed() and (_GPU_BUILD or triton_kernels.interpreted()):
+        names.append("triton")
     return tuple(sorted(names))
+
+
+_GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
+_triton_serves_gpus = False  # when nothing else was asked for
+
+
+def _choose_for_gpus() -> None:
+    """Hands the GPUs to Triton if there is one that the CUDA library has no code for."""
+    global _triton_serves_gpus
+    try:
+        compiled = cuda_library.architectures()
+    except OSError:  # the library says itself what is wrong with it
+        return
+    _triton_serves_gpus = not compiled or not all(
+        cuda_library.covers(compiled, torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    )
+    if _triton_serves_gpus and _active == "cpu":
+        _activate("cpu")
 
 
 _active = "cpu"
@@ -108,6 +133,8 @@ def _activate(backend: str) -> None:
         _override = None
     if backend == "reference":
         _override = _register_over(backend, _reference_kernel)
+    elif backend == "triton" or (backend == "cpu" and _triton_serves_gpus):
+        _override = _register_over("triton", triton_kernels.kernel_of)
     elif backend == "emulator":
         _define_emulated()
         _override = _register_over(
@@ -135,11 +162,14 @@ def use(backend: str) -> Iterator[None]:
 def _check_backend(backend: object) -> None:
     if backend not in _KEYS:
         raise ValueError(f"backend: expected one of {tuple(_KEYS)}, got {backend!r}")
-    if backend not in _available():
-        reason = _native_error or "not built into this installation"
-        raise RuntimeError(
-            f"backend {backend!r} is not available: {reason}; build: {_BUILD_COMMAND}"
-        )
+    if backend in _available():
+        return
+    reason = f"{_native_error or 'not built into this installation'}; build: {_BUILD_COMMAND}"
+    if backend == "triton":
+        reason = "torch is a CPU build (TRITON_INTERPRET=1 runs it there, for tests)"
+        if not triton_kernels.installed():
+            reason = f"it is not installed; install: {triton_kernels.INSTALL_COMMAND}"
+    raise RuntimeError(f"backend {backend!r} is not available: {reason}")
 
 
 def _register_over(backend: str, kernel_of: Callable[[str], Callable]) -> torch.library.Library:
@@ -162,8 +192,16 @@ def _define_emulated() -> None:
 
 
 def active() -> str:
-    """The backend chosen last; "cpu" stands for the native kernels of each device."""
+    """The backend chosen last; "cpu" stands for the best kernels of each device."""
     return _active
+
+
+def _triton_report() -> str:
+    """The version of triton, and whether it stands in for the CUDA library."""
+    if not triton_kernels.installed():
+        return "not installed"
+    stands_in = _triton_serves_gpus and _active == "cpu"
+    return importlib.metadata.version("triton") + (", serves the GPUs" if stands_in else "")
 
 
 def host_module():
@@ -219,6 +257,7 @@ def report() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "build": _host.build_info() if native else f"not built: {_native_error}",
         "cuda": _cuda_build(),
+        "triton": _triton_report(),
         "torch": torch.__version__,
     }
 
@@ -227,6 +266,12 @@ _load_native()
 if _native_error is not None:
     for _key in ("CPU", "CUDA"):
         _register_missing(_key, f"{_native_error}; build: {_BUILD_COMMAND}")
+
+if _GPU_BUILD and triton_kernels.installed() and not triton_kernels.interpreted():
+    if cuda_library.path().exists():
+        torch.cuda._lazy_call(_choose_for_gpus)  # capabilities are known when torch starts CUDA
+    else:
+        _choose_for_gpus()
 
 if os.environ.get("LOWRANK_ISA"):
     host_module().isa_set(os.environ["LOWRANK_ISA"])

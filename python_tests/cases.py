@@ -167,6 +167,10 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
     if backend in ("emulator", "cuda"):
         return _gpu_family(op, case, fits)
+    if backend == "triton":  # as in lowrank_kernels/triton/product.py
+        return (
+            f"tile of up to {min(limit for limit in (16, 32, 64, 2**31) if limit >= case.M)} rows"
+        )
     return "gemv" if 1 <= case.M <= 4 and fits else "panel"
 
 

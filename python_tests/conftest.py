@@ -6,6 +6,8 @@ runs one half. ``LOWRANK_TEST_SHARD=0/4`` runs a quarter of all tests, chosen li
 A test marked ``large_memory(gigabytes)`` runs when twice that much memory is available.
 ``LOWRANK_BACKEND=reference`` tests the reference alone, for work on the tests without a build.
 ``LOWRANK_TEST_DEVICE=cuda`` tests the CUDA kernels alone, on the GPU: every tensor is made there.
+``LOWRANK_BACKEND=triton`` tests the Triton kernels alone: there, or with ``TRITON_INTERPRET=1`` on the CPU, where
+one in ``TRITON_SHARDS`` of the tests runs by default, and none that is marked ``slow`` (see test_triton.py).
 """
 
 from __future__ import annotations
@@ -34,10 +36,14 @@ os.environ.setdefault("LOWRANK_EMULATOR", str(EMULATOR))
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
 SHARDS = 4
 SHARD = tuple(map(int, os.environ.get("LOWRANK_TEST_SHARD", "0/1").split("/")))
+TRITON_SHARDS = 24
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
+ONLY_TRITON = os.environ.get("LOWRANK_BACKEND") == "triton"
 ON_GPU = os.environ.get("LOWRANK_TEST_DEVICE") == "cuda"
 if ONLY_REFERENCE:
     KERNELS = ("reference",)
+elif ONLY_TRITON:
+    KERNELS = ("triton",)
 elif ON_GPU:
     KERNELS = ("cuda",)
 else:
@@ -58,11 +64,11 @@ def entered(name: str) -> Iterator[str]:
                 pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
             stack.enter_context(lk.backends.use_isa(isa))
             assert lk.backends.isa() == isa
-        if kind == "emulator":
-            stack.enter_context(tolerance.operands_rounded())
-        if kind == "cuda":
+        if kind == "cuda" or (kind == "triton" and ON_GPU):
             stack.enter_context(tolerance.operands_rounded(tolerance.HARDWARE_SUMS))
             stack.enter_context(torch.device("cuda"))
+        elif kind in ("emulator", "triton"):
+            stack.enter_context(tolerance.operands_rounded())
         assert lk.backends.active() == kind
         yield name
 
@@ -84,7 +90,9 @@ def any_backend(request) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def seeded(request) -> None:
     """The same data in every run, and for every backend of a test."""
-    name = re.sub(r"cpu-\w+|reference|emulator|cuda", "", request.node.nodeid.rpartition("/")[2])
+    name = re.sub(
+        r"cpu-\w+|reference|emulator|cuda|triton", "", request.node.nodeid.rpartition("/")[2]
+    )
     torch.manual_seed(zlib.crc32(name.encode()))
     random.seed(name)
 
@@ -161,6 +169,12 @@ def pytest_collection_modifyitems(config, items):
         number = zlib.crc32(item.nodeid.rpartition("/")[2].encode())
         too_slow = item.get_closest_marker("slow") and number % SHARDS
         too_slow = not FULL and (too_slow or (params.get("backend") == "emulator" and number % 2))
+        if ONLY_TRITON and not ON_GPU and not FULL:
+            large = isinstance(case, cases.Case) and case.N * case.K > 2_000_000
+            shared = "triton" not in item.path.stem  # with the other backends
+            too_slow = (
+                large or item.get_closest_marker("slow") or (shared and number % TRITON_SHARDS)
+            )
         elsewhere = number // SHARDS % SHARD[1] != SHARD[0]
         (dropped if too_slow or elsewhere else kept).append(item)
     if dropped:

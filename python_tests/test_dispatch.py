@@ -155,11 +155,16 @@ def test_unknown_backend(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without CUDA")
 @pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_backend_that_was_not_built(name):
+def test_backend_that_is_not_here(name, monkeypatch):
+    monkeypatch.setattr(backends.triton_kernels, "installed", lambda: False)
     with pytest.raises(RuntimeError) as error, lk.backends.use(name):
         pytest.fail("the block must not run")
     assert f"backend '{name}' is not available" in str(error.value)
-    assert "pip install -e . --no-build-isolation" in str(error.value)
+    commands = {
+        "cuda": "build: pip install -e . --no-build-isolation",
+        "triton": "install: pip install 'triton>=3.6'",
+    }
+    assert commands[name] in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without CUDA")
@@ -182,6 +187,72 @@ def test_report():
     assert report["isas_supported"] == (lk.backends.isas() if native else [])
     assert isinstance(report["build"], str) and report["build"]
     assert (report["cuda"] == "not built") == ("cuda" not in report["available"])
+
+
+# -- triton ----------------------------------------------------------------------------------------
+
+
+def test_triton_is_not_imported_before_it_is_used():
+    program = "import sys, lowrank_kernels; print('triton' in sys.modules)"
+    assert python({}, program) == (0, "False", "")
+    assert python({"TRITON_INTERPRET": "1", "LOWRANK_BACKEND": "triton"}, program)[:2] == (
+        0,
+        "False",
+    )
+
+
+# A GPU build of torch, as far as the package sees before a GPU is used.
+GPU_BUILD = "import torch; torch.version.cuda = '13.0'; "
+REDISPATCH = (
+    "w = lk.quantize_4bit(torch.ones(2, 64)); keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA); "
+    "lk.schema.ops.linear_4bit.default.redispatch(keys, torch.ones(1, 64), *w.op_args(), None)"
+)
+
+
+@needs_native
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about a machine without CUDA")
+def test_triton_serves_the_gpus_where_the_cuda_library_was_not_built():
+    pytest.importorskip("triton", reason="triton is not installed")
+    program = GPU_BUILD + "import lowrank_kernels as lk; print(lk.backends.report()['triton']); "
+    status, output, errors = python({}, program + REDISPATCH)
+    assert output.endswith(", serves the GPUs")
+    assert status == 1 and "active drivers" in errors  # it was Triton that looked for a GPU
+    # Asked for by name, the CUDA library answers for itself.
+    status, _, errors = python({"LOWRANK_BACKEND": "cuda"}, program + REDISPATCH)
+    assert status == 1 and "backend 'cuda' is not available" in errors
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("compiled", "serves"),
+    [
+        (("9.0a",), False),
+        (("8.0", "9.0a"), False),
+        (("8.0",), True),
+        (("8.0+PTX",), False),
+        ((), True),
+    ],
+)
+def test_triton_serves_gpus_that_the_library_has_no_code_for(compiled, serves, monkeypatch):
+    monkeypatch.setattr(backends.cuda_library, "architectures", lambda: compiled)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    capabilities = [(8, 0), (9, 0)] if "8.0" in compiled else [(9, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    monkeypatch.setattr(backends, "_triton_serves_gpus", False)
+    monkeypatch.setattr(backends, "_activate", lambda name: None)
+    backends._choose_for_gpus()
+    assert backends._triton_serves_gpus == serves
+
+
+def test_use_triton_in_an_interpreter_process():
+    pytest.importorskip("triton", reason="triton is not installed")
+    program = SHOW.replace(
+        "lk.linear_4bit(", "[lk.backends._activate('triton'), lk.linear_4bit("
+    ).replace("64))); ", "64)))]; ", 1)
+    assert python({"TRITON_INTERPRET": "1"}, program)[:2] == (
+        0,
+        f"triton 0 {lk.backends.isas()[0]}",
+    )
 
 
 # -- environment -----------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import conftest
 import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import reference
+from lowrank_kernels import triton as triton_kernels
 from lowrank_kernels.schema import NAMESPACE, OPS, ops
 
 HERE = pathlib.Path(__file__).parent
@@ -41,6 +42,16 @@ def test_op_has_all_its_parts(op):
     assert op in cases.MAKE
     test = HERE / f"test_{op}.py"
     assert test.exists() and op in test.read_text(), f"{test.name} is missing or never names {op}"
+
+
+@each_op
+def test_op_is_a_triton_kernel(op):
+    module = pathlib.Path(triton_kernels.__file__).with_name(f"{triton_kernels.MODULES[op]}.py")
+    assert f"\ndef {op}(" in module.read_text(), f"{module.name} does not define {op}"
+
+
+def test_nothing_but_the_ops_is_a_triton_kernel():
+    assert triton_kernels.MODULES.keys() == OPS.keys()
 
 
 def test_nothing_but_the_ops_has_cases():
@@ -211,7 +222,7 @@ def test_same_bits_again_and_arguments_untouched(op, case, backend):
 @each_op
 @pytest.mark.parametrize("case", [*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)])
 def test_same_bits_on_any_number_of_threads(op, case, backend, set_threads):
-    if backend in ("emulator", "cuda"):
+    if backend in ("emulator", "cuda", "triton"):
         pytest.skip("this is about the threads of a CPU")
     args = cases.make(op, case)
     set_threads(1)
@@ -259,7 +270,7 @@ def test_the_adapters_own_product_is_of_one_family(op, case, backend):
     """S has the same bits in every batch, gemv or panel; on a GPU in every batch of more than 64 rows."""
     args = cases.make(op, case)
     s = run(op, args)[1]
-    heights = (65, 66, 100) if backend in ("emulator", "cuda") else (1, 3, 4, 5)
+    heights = (65, 66, 100) if backend in ("emulator", "cuda", "triton") else (1, 3, 4, 5)
     for height in heights:
         tolerance.assert_same_bits(op, run(op, (args[0][:height], *args[1:]))[1], s[:height])
 

@@ -1,0 +1,77 @@
+"""The operators as Triton kernels, one module per operator or pair of operators.
+
+They run where the CUDA library does not: GPUs that it was not compiled for, other vendors' GPUs, installations
+without a compiler. With ``TRITON_INTERPRET=1`` in the environment of the process the same functions run on CPU
+tensors, statement by statement in numpy: for tests.
+
+This package imports triton only when an operator is asked for (:func:`kernel_of`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+# operator -> the module here that has a function of its name
+MODULES = {
+    "quantize_4bit": "quantize_4bit",
+    "double_quantize": "quantize_4bit",
+    "dequantize_4bit": "dequantize_4bit",
+    "linear_4bit": "linear_4bit",
+    "linear_4bit_dx": "linear_4bit_dx",
+    "lora_linear_4bit": "lora_linear_4bit",
+    "lora_linear_4bit_backward": "lora_linear_4bit",
+    "lora_linear": "lora_linear",
+    "lora_linear_backward": "lora_linear",
+    "multi_lora_": "multi_lora",
+    "multi_lora_backward": "multi_lora",
+    "multi_lora_linear_4bit": "multi_lora_linear_4bit",
+    "multi_lora_linear_4bit_backward": "multi_lora_linear_4bit",
+}
+OLDEST = (3, 6)  # of the versions that are tested; pyproject.toml has the newest as well
+INSTALL_COMMAND = "pip install 'triton>={}.{}'".format(*OLDEST)
+
+
+def installed() -> bool:
+    """Whether there is a package triton; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether this process runs kernels in triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _check_version() -> None:
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < OLDEST:
+        raise RuntimeError(
+            f"triton: expected version {OLDEST[0]}.{OLDEST[1]} or newer, got {triton.__version__}; "
+            f"install: {INSTALL_COMMAND}"
+        )
+
+
+def kernel_of(name: str) -> Callable:
+    """The operator ``name`` on tensors of the devices that triton serves; imported at its first call."""
+
+    @functools.cache
+    def function() -> Callable:
+        _check_version()
+        return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+
+    def run(*args):
+        first = args[0]
+        if first.is_cuda:
+            with torch.cuda.device(first.device):
+                return function()(*args)
+        return function()(*args)
+
+    return run

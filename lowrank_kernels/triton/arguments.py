@@ -1,0 +1,136 @@
+"""Torch tensors to what the kernels take. As in csrc/ops/arguments.h: users' mistakes are found in schema.py, and
+here only what memory safety needs is checked again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from ..schema import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Weight(NamedTuple):
+    """A weight in 4 bits as the kernels take it; without double quantization the nested ones are None."""
+
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    nested_absmax: torch.Tensor | None
+    nested_code: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+
+
+class Dropout(NamedTuple):
+    """Element (m, k) is kept, times ``scale``, when its word of Philox is at least ``threshold``."""
+
+    seed: torch.Tensor
+    threshold: int
+    scale: float
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def sizes(**named: int) -> None:
+    """Products of sizes are computed in 64 bits, a size itself in 32."""
+    for name, value in named.items():
+        require(0 <= value < 2**31, f"{name}: expected a size below 2^31, got {value}")
+
+
+class Unpack:
+    """Checks the tensors of one call, all of which must be where the first one is."""
+
+    def __init__(self, first: torch.Tensor):
+        self.device = first.device
+
+    def on_device(self, name: str, t: torch.Tensor) -> None:
+        require(
+            t.device == self.device,
+            f"{name}: expected a tensor on {self.device}, got one on {t.device}",
+        )
+
+    def matrix(self, name: str, t: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+        """``t`` itself, or a copy with rows that lie element by element."""
+        self.on_device(name, t)
+        require(
+            t.dtype in FLOAT_DTYPES, f"{name}: expected float32, bfloat16 or float16, got {t.dtype}"
+        )
+        require(
+            tuple(t.shape) == (rows, cols),
+            f"{name}: expected shape [{rows}, {cols}], got {tuple(t.shape)}",
+        )
+        dense = (cols <= 1 or t.stride(1) == 1) and (rows <= 1 or t.stride(0) >= cols)
+        return t if dense else t.contiguous()
+
+    def vector(self, name: str, t: torch.Tensor | None, size: int) -> torch.Tensor | None:
+        if t is None:
+            return None
+        self.on_device(name, t)
+        require(
+            t.dtype in FLOAT_DTYPES and t.dim() == 1 and t.numel() == size,
+            f"{name}: expected {size} floating elements, got {t.dtype} {tuple(t.shape)}",
+        )
+        return t.contiguous()
+
+    def data(self, name: str, t: torch.Tensor, dtype: torch.dtype, numel: int) -> torch.Tensor:
+        self.on_device(name, t)
+        require(
+            t.dtype == dtype and t.numel() == numel and t.is_contiguous(),
+            f"{name}: expected {numel} contiguous elements of {dtype}, got {t.numel()} of {t.dtype}",
+        )
+        return t
+
+    def weight(
+        self, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize
+    ) -> Weight:
+        require(
+            32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0,
+            f"blocksize: expected a power of two in 32..4096, got {blocksize}",
+        )
+        sizes(N=N, K=K)
+        item, numel = packed.element_size(), N * K
+        expected = ceil_div(ceil_div(numel, 2), item) * item
+        require(
+            packed.is_contiguous() and packed.numel() * item == expected,
+            f"packed: expected {expected} contiguous bytes, got {packed.numel() * item}",
+        )
+        self.on_device("packed", packed)
+        blocks, double = ceil_div(numel, blocksize), nested_absmax is not None
+        absmax = self.data("absmax", absmax, torch.uint8 if double else torch.float32, blocks)
+        if double:
+            require(
+                nested_code is not None and nested_offset is not None,
+                "nested_code, nested_offset: expected tensors, got None",
+            )
+            f32, nested = torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE)
+            nested_absmax = self.data("nested_absmax", nested_absmax, f32, nested)
+            nested_code = self.data("nested_code", nested_code, f32, 256)
+            nested_offset = self.data("nested_offset", nested_offset, f32, 1)
+        else:
+            nested_code = nested_offset = None
+        code = self.data("code", code, torch.float32, 16)
+        packed = packed.flatten().view(torch.uint8)
+        return Weight(packed, absmax, code, nested_absmax, nested_code, nested_offset)
+
+    def dropout(self, p: float, seed: torch.Tensor | None) -> Dropout | None:
+        if p == 0.0:
+            return None
+        require(
+            0.0 < p < 1.0 and seed is not None,
+            f"dropout_p: expected 0 <= p < 1 and a seed, got {p}",
+        )
+        return Dropout(self.data("seed", seed, torch.int64, 1), int(p * 2.0**32), 1.0 / (1.0 - p))
+
+
+def pairs(t: torch.Tensor) -> torch.Tensor:
+    """Rows of an even length with two neighbours as one integer; a copy only where they lie askew."""
+    integer = torch.int64 if t.dtype == torch.float32 else torch.int32
+    if t.stride(0) % 2 or t.data_ptr() % integer.itemsize or t.storage_offset() % 2:
+        t = t.clone(memory_format=torch.contiguous_format)
+    return t.view(integer)

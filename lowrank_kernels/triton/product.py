@@ -1,0 +1,140 @@
+"""The kernel of all linear operators: one tile of base + adapter + bias, in float32, rounded once.
+
+    forward   y  = x W^T + scaling S Bᵀ + bias
+    backward  dx = dy W  + mask (dS A)
+
+A sum that is too long for few programs is split: then each part is written in float32, and a second kernel adds
+the parts in their order. The first part has adapter and bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..schema import ceil_div
+from . import base
+from .adapter import Adapter, adapter_tile, add_parts
+from .adapters import Adapters, adapters_tile
+from .arguments import DTYPES, Weight, pairs
+from .elements import rounded
+from .launch import launch, on_nvidia, precision_of
+from .tune import Config, choose
+
+
+@triton.jit(do_not_specialize=["M"])
+def _product(
+    x, w, adapter, bias, out, M, N, K, x_stride, w_stride, out_stride,
+    dtype: tl.constexpr, BASE: tl.constexpr, BACKWARD: tl.constexpr, MANY: tl.constexpr,
+    SHIFT: tl.constexpr, PRECISION: tl.constexpr, PRMT: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """x is dy where ``BACKWARD``: then columns are inputs and the depth are outputs.
+
+    Rows run fastest over the programs: those that read the same part of the weight run at the same time.
+    """
+    J, depth = (K, N) if BACKWARD else (N, K)
+    tiles_m = tl.cdiv(M, BM)
+    pid = tl.program_id(0)
+    m0, j0 = pid % tiles_m * BM, pid // tiles_m % tl.cdiv(J, BJ) * BJ
+    part = pid // tiles_m // tl.cdiv(J, BJ)
+    steps = tl.cdiv(tl.cdiv(depth, BD), SPLIT)
+    begin, end = part * steps, tl.minimum(part * steps + steps, tl.cdiv(depth, BD))
+    m, j = m0 + tl.arange(0, BM), j0 + tl.arange(0, BJ)
+    if BACKWARD:
+        acc = base.backward(
+            x, w, x_stride, w_stride, m, j0, M, N, K, begin, end, dtype, BASE, SHIFT, PRECISION, BM, BJ, BD
+        )  # fmt: skip
+    else:
+        acc = base.forward(
+            x, w, x_stride, w_stride, m, j, M, N, K, begin, end, dtype, BASE, SHIFT, PRECISION, PRMT,
+            BM, BJ, BD,
+        )  # fmt: skip
+    if part == 0:
+        if MANY:
+            acc += adapters_tile(adapter, m, j0, M, J, PRECISION, BM, BJ)
+        elif adapter is not None:
+            acc += adapter_tile(adapter, m, j0, M, J, PRECISION, BM, BJ)
+        if bias is not None:
+            acc += tl.load(bias + j, j < J, 0.0).to(tl.float32)[None, :]
+    row = m.to(tl.int64) + part.to(tl.int64) * M
+    at = row[:, None] * out_stride + j[None, :]
+    tl.store(out + at, rounded(acc, out.dtype.element_ty), (m < M)[:, None] & (j < J)[None, :])
+
+
+def kind_of(w: Weight | torch.Tensor, K: int, blocksize: int | None) -> str:
+    """How a base is read, see base.py."""
+    if isinstance(w, torch.Tensor):
+        return "dense"
+    return "runs" if K and K % blocksize == 0 else "elements"
+
+
+def bucket_of(M: int) -> int:
+    """Batches of up to this many rows are one family: they have the same tiles, and a row the same bits in each."""
+    return next((limit for limit in (16, 32, 64) if limit >= M), 128)
+
+
+def configs(kind: str, dtype: torch.dtype, M: int, J: int, depth: int) -> list[Config]:
+    """A tile that spills nowhere and enough programs to keep a large GPU busy; then what else may be faster."""
+    tensor_cores = kind == "runs" and dtype != torch.float32
+    rows, programs = bucket_of(M), ceil_div(J, 64)
+    if M > 64:
+        split = 1
+    elif tensor_cores:
+        split = max(1, min(8, 512 // programs, depth // 512))
+    else:
+        split = max(1, min(8, 256 // programs, depth // 256))
+    if not tensor_cores:
+        first = Config(min(rows, 32), 64, 32, split, 4 if M <= 16 else 8, 2)
+    else:
+        first = Config(rows, 64, 64 if M <= 16 else 32, split, 4 if M <= 16 else 8, 3)
+    others = [first._replace(stages=first.stages + 1), first._replace(columns=32)]
+    if M <= 64:
+        others += [first._replace(split=2 * split), first._replace(split=max(1, split // 2))]
+    else:
+        others += [first._replace(rows=rows // 2), first._replace(rows=rows // 2, columns=128)]
+    return list(dict.fromkeys([first, *others]))
+
+
+def product(
+    x: torch.Tensor,
+    w: Weight | torch.Tensor,
+    N: int,
+    K: int,
+    blocksize: int | None = None,
+    adapter: Adapter | Adapters | None = None,
+    bias: torch.Tensor | None = None,
+    backward: bool = False,
+) -> torch.Tensor:
+    """base + adapter + bias for the rows of x (of dy, where ``backward``)."""
+    M, J, depth = x.shape[0], *((K, N) if backward else (N, K))
+    if M == 0 or J == 0:
+        return x.new_empty((M, J))
+    kind = kind_of(w, K, blocksize)
+    left = pairs(x) if kind == "runs" and not backward else x
+
+    def run(config: Config) -> torch.Tensor:
+        rows, columns, step, split, warps, stages = config
+        if kind == "runs" and backward:  # the side of a tile along a row is within a block
+            columns = min(columns, blocksize)
+        elif kind == "runs":
+            step = min(step, blocksize)
+        out = x.new_empty((M, J))
+        target = out if split == 1 else out.new_empty((split, M, J), dtype=torch.float32)
+        launch(
+            _product, ceil_div(M, rows) * ceil_div(J, columns) * split,
+            left, w, adapter, bias, target, M, N, K,
+            left.stride(0), 0 if isinstance(w, Weight) else w.stride(0), J,
+            dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, MANY=isinstance(adapter, Adapters),
+            SHIFT=(blocksize or 1).bit_length() - 1, PRECISION=precision_of(x.dtype),
+            PRMT=kind == "runs" and not backward and x.dtype != torch.float32 and on_nvidia(),
+            BM=rows, BJ=columns, BD=step, SPLIT=split, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if split > 1:
+            add_parts(target, out)
+        return out
+
+    names = kind, "backward" if backward else "forward", type(adapter).__name__, blocksize
+    key = " ".join(map(str, (*names, f"N={N}", f"K={K}", f"M<={bucket_of(M)}", x.dtype)))
+    return run(choose(key, configs(kind, x.dtype, M, J, depth), run, x.device))
