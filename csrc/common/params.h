@@ -143,7 +143,7 @@ struct BatchPlan {
   const int32_t* page_ids = nullptr;
   int64_t row_count = 0, tile_count = 0, page_count = 0;  // sizes of rows, tiles, page_ids
   int tile_rows = 16;                                     // 16, 32, 64 or 128
-  int max_rank = 0;                                       // of any adapter of the plan, in any module
+  int max_rank = 0;  // of any adapter of the plan, in any module
 };
 
 // y = x Wᵀ + bias + Δ, or without a base y += Δ; for a row m of slot u

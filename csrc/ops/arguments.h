@@ -131,8 +131,8 @@ class Unpack {
     return w;
   }
 
-  // The integers of a plan were made by the planner for these very tensors. A CPU checks them all the
-  // same, in the time of reading them once; those of another device cannot be read here.
+  // The integers of a plan were made by the planner for these very tensors. A CPU checks them all
+  // the same, in the time of reading them once; those of another device cannot be read here.
   BatchPlan plan(const Tensor& tiles, const Tensor& page_ids, const Tensor& tile_of_row,
                  const Tensor& rows, int64_t tile_rows, int64_t max_rank, int64_t M) const {
     STD_TORCH_CHECK(tile_rows == 16 || tile_rows == 32 || tile_rows == 64 || tile_rows == 128,
@@ -222,9 +222,9 @@ class Unpack {
  private:
   Matrix page_matrix(const char* name, const Tensor& t, int64_t pages, int64_t page_rank,
                      int64_t cols) const {
-    STD_TORCH_CHECK(t.size(0) == pages && t.size(1) == page_rank && t.size(2) == cols &&
-                        t.is_contiguous(),
-                    name, ": expected contiguous [", pages, ", ", page_rank, ", ", cols, "]");
+    STD_TORCH_CHECK(
+        t.size(0) == pages && t.size(1) == page_rank && t.size(2) == cols && t.is_contiguous(),
+        name, ": expected contiguous [", pages, ", ", page_rank, ", ", cols, "]");
     check_device(name, t);
     return {t.const_data_ptr(), dtype_of(name, t), pages * page_rank, cols, cols};
   }

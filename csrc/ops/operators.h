@@ -1,9 +1,9 @@
 // The operators, once for every backend; the order of arguments is that of schema.py.
 //
 // A Backend is made for each call from its first tensor, checks where that is, and runs the plain
-// structs: quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward. The
-// linear ones get the tensors behind the struct too (the dense weight may be null), for a backend that hands part of
-// the work back to torch.
+// structs: quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward.
+// The linear ones get the tensors behind the struct too (the dense weight may be null), for a
+// backend that hands part of the work back to torch.
 #pragma once
 
 #include "ops/arguments.h"
@@ -16,11 +16,11 @@ namespace lk {
 #define LK_WEIGHT \
   in.weight4(packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize)
 
-#define LK_PLAN_PARAMS                                                                       \
-  Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int64_t tile_rows, int64_t max_rank
-#define LK_PAGES_PARAMS                                                                  \
-  Tensor A_pages, Tensor B_pages, Tensor ranks, Tensor scalings, Tensor dropout_p, \
-      MaybeTensor seed
+#define LK_PLAN_PARAMS                                                               \
+  Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int64_t tile_rows, \
+      int64_t max_rank
+#define LK_PAGES_PARAMS \
+  Tensor A_pages, Tensor B_pages, Tensor ranks, Tensor scalings, Tensor dropout_p, MaybeTensor seed
 
 template <class Backend>
 struct Operators {
@@ -328,8 +328,7 @@ void implement(Library& library) {
   library.impl("multi_lora_", TORCH_BOX(&Ops::multi_lora_));
   library.impl("multi_lora_backward", TORCH_BOX(&Ops::multi_lora_backward));
   library.impl("multi_lora_linear_4bit", TORCH_BOX(&Ops::multi_lora_linear_4bit));
-  library.impl("multi_lora_linear_4bit_backward",
-               TORCH_BOX(&Ops::multi_lora_linear_4bit_backward));
+  library.impl("multi_lora_linear_4bit_backward", TORCH_BOX(&Ops::multi_lora_linear_4bit_backward));
 }
 
 }  // namespace lk
