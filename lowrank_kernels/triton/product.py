@@ -26,7 +26,7 @@ from .tune import Config, choose
 @triton.jit(do_not_specialize=["M"])
 def _product(
     x, w, adapter, bias, out, M, N, K, x_stride, w_stride, out_stride,
-    dtype: tl.constexpr, BASE: tl.constexpr, BACKWARD: tl.constexpr, MANY: tl.constexpr,
+    dtype: tl.constexpr, BASE: tl.constexpr, BACKWARD: tl.constexpr, ADAPTER: tl.constexpr,
     SHIFT: tl.constexpr, PRECISION: tl.constexpr, PRMT: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -52,9 +52,9 @@ def _product(
             BM, BJ, BD,
         )  # fmt: skip
     if part == 0:
-        if MANY:
+        if ADAPTER == "Adapters":
             acc += adapters_tile(adapter, m, j0, M, J, PRECISION, BM, BJ)
-        elif adapter is not None:
+        elif ADAPTER == "Adapter":
             acc += adapter_tile(adapter, m, j0, M, J, PRECISION, BM, BJ)
         if bias is not None:
             acc += tl.load(bias + j, j < J, 0.0).to(tl.float32)[None, :]
@@ -126,7 +126,7 @@ def product(
             _product, ceil_div(M, rows) * ceil_div(J, columns) * split,
             left, w, adapter, bias, target, M, N, K,
             left.stride(0), 0 if isinstance(w, Weight) else w.stride(0), J,
-            dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, MANY=isinstance(adapter, Adapters),
+            dtype=DTYPES[x.dtype], BASE=kind, BACKWARD=backward, ADAPTER=type(adapter).__name__,
             SHIFT=(blocksize or 1).bit_length() - 1, PRECISION=precision_of(x.dtype),
             PRMT=kind == "runs" and not backward and x.dtype != torch.float32 and on_nvidia(),
             BM=rows, BJ=columns, BD=step, SPLIT=split, num_warps=warps, num_stages=stages,
