@@ -13,6 +13,7 @@ import torch
 
 import lowrank_kernels
 import lowrank_kernels.cli as cli
+import tiny_llama
 from lowrank_kernels import cuda_library
 from lowrank_kernels.cli import corpus, demo, demo_multi, doctor, models, training
 
@@ -292,34 +293,9 @@ def test_loss_fell():
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory) -> pathlib.Path:
-    """A Hugging Face folder: a random two-layer Llama and a word tokenizer made from the corpus."""
-    transformers = pytest.importorskip("transformers", reason="the demo needs transformers")
-    tokenizers = pytest.importorskip("tokenizers", reason="the demo needs tokenizers")
-    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     rows, held_out = corpus.load()
     texts = [row[key] for row in rows + held_out for key in ("prompt", "response")]
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    trainer = tokenizers.trainers.WordLevelTrainer(special_tokens=["<unk>", "<end>"])
-    words.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="<end>", pad_token="<end>"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return tiny_llama.save(tmp_path_factory.mktemp("model") / "tiny-llama", texts)
 
 
 def test_demo(tiny_model, tmp_path):
