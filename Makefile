@@ -27,8 +27,9 @@ help: ## show this list
 demo: build/.installed ## build everything in .venv and run the demo on a small real model
 	@$(PY) -m lowrank_kernels demo $(ARGS)
 
-test: build/.installed emulator ## run all tests (ARGS='-k nf4 -x' for some of them)
-	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) $(PY) -m pytest $(ARGS)
+test: build/.installed emulator build/triton-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
+	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
+		$(PY) -m pytest $(ARGS)
 
 bench: build/.installed ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)

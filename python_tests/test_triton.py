@@ -54,13 +54,11 @@ def test_in_the_interpreter(file):
     run_tests(str(file))
 
 
-# A folder with it, and with a numpy that its interpreter can use: before 2.4, see CONTRIBUTING.md.
+# A folder with it, and with a numpy that its interpreter can use (before 2.4); `make test` makes one.
 OLDEST = os.environ.get("LOWRANK_TRITON_OLDEST")
 
 
-@pytest.mark.skipif(
-    not OLDEST, reason="LOWRANK_TRITON_OLDEST names no folder (see CONTRIBUTING.md)"
-)
+@pytest.mark.skipif(not OLDEST, reason="LOWRANK_TRITON_OLDEST names no folder; make test makes one")
 def test_in_the_interpreter_of_the_oldest_version():
     version = in_interpreter("-c", "import triton; print(triton.__version__)", path=OLDEST)
     assert version.stdout.startswith("{}.{}.".format(*triton_kernels.OLDEST)), version
