@@ -106,6 +106,13 @@ build/.installed: $(VENV)/.requirements $(SOURCES)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@mkdir -p build && touch $@
 
+# The oldest triton that is supported, and the newest numpy that its interpreter can use.
+build/triton-oldest: | $(VENV)/.requirements
+	@echo '[env] install the oldest triton beside the environment'
+	@rm -rf $@ $@.new
+	@$(PIP) install --no-deps --target $@.new triton==3.6.0 numpy==2.2.6
+	@mv $@.new $@
+
 # ---- The self-tests, with no Python: csrc/cpu/selftest.cpp with the kernels, csrc/host/selftest.cpp
 # with what the Python module binds ----
 
