@@ -39,11 +39,13 @@ def sorted_batch(index: torch.Tensor) -> Batch:
 
 
 @triton.jit
-def _rows_of_tile(rows, start, count, tile, BLOCK_M: tl.constexpr):
-    """The row numbers of a tile, and which of them there are."""
+def _rows_of_tile(rows, adapters, starts, count, tile, BLOCK_M: tl.constexpr):
+    """The adapter of a tile, the row numbers, and which of them there are."""
+    start = tl.load(starts + tl.program_id(1))
+    adapter = tl.load(adapters + tl.program_id(1)).to(tl.int64)
     offsets = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     there = offsets < count
-    return tl.load(rows + start + offsets, mask=there, other=0), there
+    return adapter, tl.load(rows + start + offsets, mask=there, other=0), there
 
 
 @triton.jit
@@ -57,9 +59,7 @@ def _shrink(
     count = tl.load(counts + tl.program_id(1))
     if tile_m * BLOCK_M >= count:
         return
-    start = tl.load(starts + tl.program_id(1))
-    adapter = tl.load(adapters + tl.program_id(1)).to(tl.int64)
-    m, there = _rows_of_tile(rows, start, count, tile_m, BLOCK_M)
+    adapter, m, there = _rows_of_tile(rows, adapters, starts, count, tile_m, BLOCK_M)
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for first in range(part * BLOCK_K, K, BLOCK_K * SPLIT_K):
@@ -82,9 +82,7 @@ def _expand(
     count = tl.load(counts + tl.program_id(1))
     if tile_m * BLOCK_M >= count:
         return
-    start = tl.load(starts + tl.program_id(1))
-    adapter = tl.load(adapters + tl.program_id(1)).to(tl.int64)
-    m, there = _rows_of_tile(rows, start, count, tile_m, BLOCK_M)
+    adapter, m, there = _rows_of_tile(rows, adapters, starts, count, tile_m, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, R, BLOCK_R):

@@ -355,7 +355,7 @@ def mixed(tiny_model):
     lowrank_kernels.replace_linear(model, r=4, progress=False)
     bank = lowrank_kernels.AdapterBank.for_model(model, num_pages=2)
     for name, rank in demo_multi.RANKS.items():
-        for layer in demo_multi.lora_layers(model):
+        for layer in demo_multi.lora_layers(model).values():
             layer.add_adapter(name, r=rank)
             torch.nn.init.normal_(layer.lora_B[name].weight, std=0.1)
         bank.load(name)

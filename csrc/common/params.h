@@ -75,6 +75,16 @@ struct Dropout {
   const uint64_t* seed = nullptr;
 };
 
+// With probability p, 0 <= p < 1; none where it is 0 or there is no seed.
+LK_ANYWHERE static inline Dropout dropout_of(double p, const uint64_t* seed) {
+  Dropout d;
+  if (!seed || !(p > 0.0)) return d;
+  d.threshold = static_cast<uint32_t>(p * 4294967296.0);
+  d.scale = static_cast<float>(1.0 / (1.0 - p));
+  d.seed = seed;
+  return d;
+}
+
 struct Lora {
   Matrix A, B;  // [R, K], [N, R]; A.data null: no adapter
   float scaling = 1.0f;
@@ -127,6 +137,10 @@ struct Pages {
   const double* dropout_p = nullptr;  // [slots]
   const uint64_t* seed = nullptr;     // null: no dropout, whatever dropout_p says
 };
+
+LK_ANYWHERE static inline Dropout dropout_of(const Pages& pages, int64_t slot) {
+  return pages.seed ? dropout_of(pages.dropout_p[slot], pages.seed) : Dropout{};
+}
 
 // Up to BatchPlan::tile_rows rows of the batch that share an adapter: plan.rows[row0 .. row0+rows).
 // Its pages are plan.page_ids[page0 ..]. The tiles of one slot follow one another, and so do their

@@ -209,14 +209,10 @@ class Unpack {
   }
 
   Dropout dropout(double p, const MaybeTensor& seed) const {
-    Dropout d;
-    if (p == 0.0) return d;
+    if (p == 0.0) return {};
     STD_TORCH_CHECK(p > 0.0 && p < 1.0 && seed, "dropout_p: expected 0 <= p < 1 and a seed, got ",
                     p);
-    d.threshold = static_cast<uint32_t>(p * 4294967296.0);
-    d.scale = static_cast<float>(1.0 / (1.0 - p));
-    d.seed = data<uint64_t>("seed", *seed, ScalarType::Long, 1);
-    return d;
+    return dropout_of(p, data<uint64_t>("seed", *seed, ScalarType::Long, 1));
   }
 
  private:
@@ -231,6 +227,18 @@ class Unpack {
 
   bool is_cpu_;
   int index_;
+};
+
+// A bias, or none, and what keeps a copy of it alive.
+struct Bias {
+  MaybeTensor kept;
+  Vector vector;
+
+  Bias(const Unpack& in, const MaybeTensor& bias, int64_t N) {
+    if (!bias) return;
+    kept = torch::stable::contiguous(*bias);
+    vector = in.vector("bias", *kept, N);
+  }
 };
 
 // The adapter's matrices and what keeps copies of them alive.

@@ -165,11 +165,8 @@ struct Operators {
     a.base = &w;
     a.plan = in.plan(tiles, page_ids, tile_of_row, rows, tile_rows, max_rank, M);
     a.pages = in.pages(A_pages, B_pages, ranks, scalings, dropout_p, seed, N, K);
-    MaybeTensor bias;
-    if (bias_in) {
-      bias = torch::stable::contiguous(*bias_in);
-      a.bias = in.vector("bias", *bias, N);
-    }
+    const Bias bias(in, bias_in, N);
+    a.bias = bias.vector;
     a.y = output(y, M, N);
     return {y, multi_forward(backend, in, x, a, y)};
   }
@@ -266,11 +263,8 @@ struct Operators {
     a.x = in.matrix("x", x, M, K);
     a.base = base;
     if (adapter) a.lora = adapter->lora;
-    MaybeTensor bias;
-    if (bias_in) {
-      bias = torch::stable::contiguous(*bias_in);
-      a.bias = in.vector("bias", *bias, N);
-    }
+    const Bias bias(in, bias_in, N);
+    a.bias = bias.vector;
     a.y = output(y, M, N);
     a.s = static_cast<float*>(s.mutable_data_ptr());
     backend.linear(a, x, dense, y);

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import lowrank_kernels as lk
+from lowrank_kernels.interop.peft_files import lora_layers
 
 from . import corpus, models
 from .training import LOOK_EVERY, adamw, loss_fell
@@ -69,15 +70,11 @@ def run(
 # -- training together -----------------------------------------------------------------------------
 
 
-def lora_layers(model: torch.nn.Module) -> list[lk.LoRALinear4bit]:
-    return [module for module in model.modules() if isinstance(module, lk.LoRALinear4bit)]
-
-
 def train(model: torch.nn.Module, tokenizer, steps: int) -> dict[str, list[float]]:
     """Adds the adapters and trains both at once; prints a table. name -> its loss at every step."""
     torch.manual_seed(0)
     for name, rank in RANKS.items():
-        for layer in lora_layers(model):
+        for layer in lora_layers(model).values():
             layer.add_adapter(name, r=rank, lora_alpha=2 * rank)
     bank = lk.AdapterBank.for_model(model, num_pages=len(RANKS))
     for name in RANKS:
@@ -176,7 +173,7 @@ def compare(model, tokenizer, bank: lk.AdapterBank, rows: list[Row]) -> tuple[di
 
 
 def activate(model: torch.nn.Module, name: str | None) -> None:
-    for layer in lora_layers(model):
+    for layer in lora_layers(model).values():
         layer.set_adapter(name or "none of them")  # under a name that it lacks a layer is its base
 
 

@@ -23,12 +23,8 @@ struct Segment {
         rank(pages.ranks[slot]),
         page_rank(pages.page_rank),
         page_ids(plan.page_ids + plan.tiles[t].page0),
-        scaling(pages.scalings[slot]) {
-    const double p = pages.seed ? pages.dropout_p[slot] : 0.0;
-    if (p > 0.0)
-      dropout = {static_cast<uint32_t>(p * 4294967296.0), static_cast<float>(1.0 / (1.0 - p)),
-                 pages.seed};
-  }
+        scaling(pages.scalings[slot]),
+        dropout(dropout_of(pages, slot)) {}
   // Where rank r is in the pages.
   int64_t page_row(int64_t r) const { return page_ids[r / page_rank] * page_rank + r % page_rank; }
 };

@@ -50,17 +50,6 @@ struct MultiTile {
   }
 };
 
-__device__ __forceinline__ Dropout dropout_of(const Pages& pages, int slot) {
-  Dropout d;
-  if (!pages.seed) return d;
-  const double p = pages.dropout_p[slot];
-  if (p == 0.0) return d;
-  d.threshold = static_cast<uint32_t>(p * 4294967296.0);
-  d.scale = static_cast<float>(1.0 / (1.0 - p));
-  d.seed = pages.seed;
-  return d;
-}
-
 // Ranks of one block of shrink and gradients.
 constexpr int kMultiPass = 16;
 
