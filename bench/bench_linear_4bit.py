@@ -1,6 +1,6 @@
 """y = x Wᵀ with W in 4 bits: inference, and the base half of training's forward."""
 
-from . import providers
+from . import peer_ggml, peer_openvino, providers
 from .cases import DEVICE, TOKENS, cases
 
 CASES = cases("linear_4bit", hot=TOKENS)
@@ -12,6 +12,9 @@ PROVIDERS = {
 }
 if DEVICE == "cuda":
     PROVIDERS["triton"] = providers.linear_triton
+else:
+    PROVIDERS[peer_openvino.NAME] = peer_openvino.linear_openvino
+    PROVIDERS[peer_ggml.NAME] = peer_ggml.linear_ggml
 
 
 def bench_linear_4bit(timed):

@@ -68,7 +68,7 @@ def _tensors(output: object) -> tuple[torch.Tensor, ...]:
     return (providers.bnb_dequantize(*output).float(),)
 
 
-def verify(case: Case, outputs: list) -> None:
+def verify(case: Case, outputs: list, tolerance: float = TOLERANCE) -> None:
     """Raises Wrong unless every one of ``outputs`` is what ``case`` asks for."""
     errors = []
     for index, output in enumerate(outputs):
@@ -80,5 +80,5 @@ def verify(case: Case, outputs: list) -> None:
             raise Wrong(f"shapes {shapes} instead of {[tuple(t.shape) for t in wanted]}")
         errors += [(t.detach().float() - w).norm() / w.norm() for t, w in zip(tensors, wanted)]
     largest = float(torch.stack(errors).max())  # max() keeps a NaN, and a NaN is never below
-    if not largest < TOLERANCE:
-        raise Wrong(f"wrong result: relative error {largest:.2g}, allowed is {TOLERANCE}")
+    if not largest < tolerance:
+        raise Wrong(f"wrong result: relative error {largest:.2g}, allowed is {tolerance}")

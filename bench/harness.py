@@ -34,7 +34,7 @@ import torch
 import lowrank_kernels as lk
 from lowrank_kernels.cli import machine
 
-from . import cases, check, cuda, providers
+from . import cases, check, cuda, peer_ggml, peer_openvino, providers
 from .cases import Case
 
 SCHEMA = 1
@@ -274,6 +274,9 @@ def header(run: Harness) -> dict:
             document["versions"]["triton"] = importlib.metadata.version("triton")
         except importlib.metadata.PackageNotFoundError:
             document["versions"]["triton"] = None
+    else:
+        peers = {"openvino": peer_openvino.version(), "ggml": peer_ggml.version()}
+        document["versions"] |= peers
     return document
 
 

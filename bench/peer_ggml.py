@@ -1,0 +1,182 @@
+"""ggml's product with an IQ4_NL weight, as llama.cpp runs it on a CPU.
+
+Not the same computation: weights have a 4-bit code of ggml's own, blocks of 32 with a half-precision
+scale (4.5 bits a weight), and activations are rounded to 8-bit integers in blocks of 32. ggml is
+built on demand, by ``python -m bench.peer_ggml --build``, from llama-cpp-python's source archive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import ctypes
+import functools
+import pathlib
+import subprocess
+import sys
+import tarfile
+import weakref
+
+import torch
+
+from . import check, providers
+from .cases import Case
+from .providers import Calls, Unavailable
+
+NAME = "ggml IQ4_NL (int8 activations)"
+TOLERANCE = 0.08  # of the norm; 0.062 was measured, nearly all of it from NF4 to IQ4_NL
+
+ROOT = pathlib.Path(__file__).parent.parent
+BUILD = ROOT / "build" / "ggml"
+LIBRARY = BUILD / "cmake" / "liblowrank_ggml.so"
+SOURCE, CMAKE = "llama-cpp-python==0.3.36", "cmake==4.4.4"
+CMAKE_LISTS = """\
+cmake_minimum_required(VERSION 3.18)
+project(lowrank_ggml C CXX)
+add_subdirectory("${GGML}" ggml)
+add_library(lowrank_ggml SHARED "${DRIVER}")
+target_link_libraries(lowrank_ggml PRIVATE ggml)
+target_compile_features(lowrank_ggml PRIVATE cxx_std_17)
+"""
+OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "CMAKE_POSITION_INDEPENDENT_CODE": "ON",
+    "BUILD_SHARED_LIBS": "OFF",
+    "GGML_NATIVE": "ON",  # for this CPU
+    "GGML_CCACHE": "OFF",
+    "GGML_BLAS": "OFF",
+}
+
+
+# -- the library -----------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The driver of ggml_driver.cpp. Loaded after torch, it shares torch's OpenMP and threads.
+
+    Raises Unavailable where it is not built.
+    """
+    if not LIBRARY.exists():
+        raise Unavailable("ggml is not built: python -m bench.peer_ggml --build")
+    try:
+        driver = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        raise Unavailable(f"ggml: {error}") from None
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    signatures = {
+        "version": (ctypes.c_char_p, []),
+        "error": (ctypes.c_char_p, []),
+        "bytes": (ctypes.c_size_t, [size, size]),
+        "quantize": (None, [pointer, size, size, pointer]),
+        "create": (pointer, [size, size, number, number, pointer]),
+        "run": (number, [pointer, number, pointer, size, pointer]),
+        "destroy": (None, [pointer]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(driver, f"lowrank_ggml_{name}")
+        function.restype, function.argtypes = result, arguments
+    return driver
+
+
+def version() -> str | None:
+    """ggml's, or None where it is not built."""
+    try:
+        return library().lowrank_ggml_version().decode()
+    except Unavailable:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def _blocks(N: int, K: int) -> torch.Tensor:
+    """The matrix of :func:`providers.dense_weight` in IQ4_NL; one shape is held at a time."""
+    driver, rows = library(), 64
+    dense = providers.dense_weight(N, K, "cpu")
+    blocks = torch.empty(N, driver.lowrank_ggml_bytes(N, K) // N, dtype=torch.uint8)
+
+    def quantize(row: int) -> None:
+        of_dense, of_blocks = dense[row : row + rows], blocks[row : row + rows]
+        driver.lowrank_ggml_quantize(of_dense.data_ptr(), len(of_dense), K, of_blocks.data_ptr())
+
+    with concurrent.futures.ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(quantize, range(0, N, rows)))
+    return blocks
+
+
+class _Weights:
+    """Copies of a matrix in ggml's memory, freed with this object."""
+
+    def __init__(self, N: int, K: int, count: int):
+        self.driver = library()
+        threads, blocks = torch.get_num_threads(), _blocks(N, K).data_ptr()
+        self.handle = self.driver.lowrank_ggml_create(N, K, count, threads, blocks)
+        if not self.handle:
+            raise Unavailable(self.driver.lowrank_ggml_error().decode())
+        weakref.finalize(self, self.driver.lowrank_ggml_destroy, self.handle)
+
+    def run(self, index: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y = x times copy ``index``, transposed."""
+        pointers = x.data_ptr(), x.shape[0], y.data_ptr()
+        if self.driver.lowrank_ggml_run(self.handle, index, *pointers):
+            raise RuntimeError(self.driver.lowrank_ggml_error().decode())
+        return y
+
+
+def linear_ggml(case: Case) -> Calls:
+    """One call per copy, all with the same x and the same memory for y.
+
+    Raises Unavailable where ggml has no interleaved kernel; Wrong for a result that is not close.
+    """
+    if case.dtype != "float32":
+        raise Unavailable("ggml multiplies float32 activations only")
+    nbytes = library().lowrank_ggml_bytes(case.N, case.K)
+    if not nbytes:
+        raise Unavailable("ggml's interleaved IQ4_NL needs N % 8 and K % 32 to be 0")
+    count = providers.copies(case, nbytes)
+    weights = _Weights(case.N, case.K, count)
+    x, y = providers.x_of(case), torch.zeros(case.M, case.N)
+    calls = [functools.partial(weights.run, index, x, y) for index in range(count)]
+    check.verify(case, [calls[0]()], TOLERANCE)
+    return calls
+
+
+# -- the build -------------------------------------------------------------------------------------
+
+
+def _run(*words: object) -> None:
+    """Runs a program; its output appears only if it fails, which ends this one."""
+    done = subprocess.run(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        tail = done.stdout.decode(errors="replace")[-4000:]
+        sys.exit(f"{tail}\nbench.peer_ggml: {words[0]} failed (exit code {done.returncode})")
+
+
+def build() -> None:
+    """Fetches ggml and CMake with pip, compiles for this CPU: a minute or a few, in build/ggml."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    tools, archives, folder = BUILD / "tools", BUILD / "archives", LIBRARY.parent
+    print("[ggml] fetch", flush=True)
+    _run(*pip, "install", "--upgrade", "--target", tools, CMAKE)
+    package = SOURCE.partition("==")[0]
+    _run(*pip, "download", "--no-deps", "--no-binary", package, "--dest", archives, SOURCE)
+    name = SOURCE.replace("-", "_").replace("==", "-")
+    ggml = f"{name}/vendor/llama.cpp/ggml"
+    with tarfile.open(archives / f"{name}.tar.gz") as packed:
+        members = [member for member in packed if member.name.startswith(f"{ggml}/")]
+        packed.extractall(BUILD, members, filter="data")
+    (BUILD / "CMakeLists.txt").write_text(CMAKE_LISTS)
+    print("[ggml] compile", flush=True)
+    driver = pathlib.Path(__file__).parent / "ggml_driver.cpp"
+    options = OPTIONS | {"GGML": BUILD / ggml, "DRIVER": driver}
+    cmake = tools / "cmake" / "data" / "bin" / "cmake"
+    _run(cmake, "-S", BUILD, "-B", folder, *(f"-D{key}={value}" for key, value in options.items()))
+    jobs = torch.get_num_threads()
+    _run(cmake, "--build", folder, "--target", "lowrank_ggml", "--parallel", jobs)
+    print(f"[ggml] {LIBRARY.relative_to(ROOT)}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.peer_ggml", description=__doc__)
+    parser.add_argument("--build", action="store_true", required=True, help="needs the network")
+    parser.parse_args()
+    build()
