@@ -20,7 +20,7 @@ from . import cases, harness, report
 
 BENCH = pathlib.Path(__file__).parent
 BUSY = 0.5  # load average from which on a warning is due
-OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "multi_lora", "quantize")
+OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "multi_lora", "quantize", "growth")
 
 
 class Progress:
@@ -105,7 +105,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def run_pytest(args: argparse.Namespace, run: harness.Harness) -> tuple[dict, list[str]]:
     """Runs the suite in this process: the result document, and what failed."""
     progress = Progress()
-    files = [BENCH / f"bench_{op}.py" for op in args.op or OPS]
+    ops = [op for op in args.op or OPS if op != "growth" or cases.GROWTH_SHAPES]
+    files = [BENCH / f"bench_{op}.py" for op in ops]
     with tempfile.TemporaryDirectory() as folder:
         raw = pathlib.Path(folder, "raw.json")
         options = ["-c", "/dev/null", f"--rootdir={BENCH.parent}", "-o", "python_files=bench_*.py"]

@@ -1,7 +1,7 @@
 """y = x Wᵀ with W in 4 bits: inference, and the base half of training's forward."""
 
-from . import peer_ggml, peer_openvino, providers
-from .cases import DEVICE, TOKENS, cases
+from . import peer_ggml, peer_openvino, providers, variants
+from .cases import DEVICE, TOKENS, Case, cases
 
 CASES = cases("linear_4bit", hot=TOKENS)
 PROVIDERS = {
@@ -15,6 +15,11 @@ if DEVICE == "cuda":
 else:
     PROVIDERS[peer_openvino.NAME] = peer_openvino.linear_openvino
     PROVIDERS[peer_ggml.NAME] = peer_ggml.linear_ggml
+    PROVIDERS[variants.INT8] = variants.linear_int8
+
+
+def providers_of(case: Case) -> dict:
+    return PROVIDERS | variants.of_linear(case, providers.linear_lowrank)
 
 
 def bench_linear_4bit(timed):

@@ -1,9 +1,9 @@
 """dx = dy W with W in 4 bits: the gradient that flows through a frozen base."""
 
-from . import providers
-from .cases import DEVICE, cases
+from . import providers, variants
+from .cases import DEVICE, TOKENS, Case, cases
 
-CASES = cases("linear_4bit_dx")
+CASES = cases("linear_4bit_dx", hot=TOKENS)
 PROVIDERS = {
     "lowrank_kernels": providers.dx_lowrank,
     "torch": providers.dx_torch,
@@ -12,6 +12,10 @@ PROVIDERS = {
 }
 if DEVICE == "cuda":
     PROVIDERS["triton"] = providers.dx_triton
+
+
+def providers_of(case: Case) -> dict:
+    return PROVIDERS | variants.of_linear(case, providers.dx_lowrank)
 
 
 def bench_linear_4bit_dx(timed):

@@ -1,7 +1,7 @@
 """Base and adapter together, r = 16: forward, and forward with the gradients of x, A and B."""
 
-from . import providers
-from .cases import DEVICE, RANK, TRAINING_TOKENS, cases
+from . import providers, variants
+from .cases import DEVICE, RANK, TRAINING_TOKENS, Case, cases
 
 CASES = [
     *cases("lora_linear_4bit", R=RANK),
@@ -22,6 +22,10 @@ CUDA_PROVIDERS = {
     "Unsloth's scheme, bitsandbytes": providers.lora_addmm_bitsandbytes,
 }
 PROVIDERS = CUDA_PROVIDERS if DEVICE == "cuda" else CPU_PROVIDERS
+
+
+def providers_of(case: Case) -> dict:
+    return PROVIDERS | (variants.of_lora(case) if DEVICE == "cpu" else {})
 
 
 def bench_lora_linear_4bit(timed):

@@ -22,6 +22,9 @@ MANY_SHAPE = (11008, 4096)
 MANY_TOKENS = (1, 4, 16, 64)
 MIX = (8, 16, 32, 64)
 POOL = 64  # adapters that the batches are drawn from
+# Of the growth of time with N·K.
+GROWTH_SHAPES = tuple((size, size) for size in (512, 1024, 2048, 4096, 8192, 16384))
+GROWTH_TOKENS = (1, 16, 512)
 
 
 def choose(
@@ -29,17 +32,21 @@ def choose(
 ) -> None:
     """Makes :func:`cases` list the cases of ``device``; other shapes and M where they are given."""
     global DEVICE, SHAPES, TOKENS, TRAINING_TOKENS, DTYPES, MANY_SHAPE, MANY_TOKENS
+    global GROWTH_SHAPES, GROWTH_TOKENS
     if device == "cuda":
         DEVICE = device
         SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))  # MLPs of an 8B and a 70B model
         TOKENS = (1, 4, 16, 64, 256, 4096)
         TRAINING_TOKENS = (512, 4096)
         DTYPES = ("bfloat16",)
+        GROWTH_SHAPES = ()
     SHAPES = tuple(shapes or SHAPES)
     TRAINING_TOKENS = tuple(tokens or TRAINING_TOKENS)
     TOKENS = tuple(tokens or TOKENS)
     MANY_SHAPE = SHAPES[-1] if shapes else MANY_SHAPE
     MANY_TOKENS = tuple(tokens or MANY_TOKENS)
+    GROWTH_SHAPES = SHAPES if shapes and GROWTH_SHAPES else GROWTH_SHAPES
+    GROWTH_TOKENS = tuple(tokens or GROWTH_TOKENS)
 
 
 def rows_per_adapter(M: int, popularity: str) -> list[int]:
@@ -148,13 +155,15 @@ def cases(
 ) -> list[Case]:
     """``op`` at SHAPES x tokens x dtypes, cold, and on a CPU at the first shape in float32, hot.
 
-    Shapes vary slowest: the harness holds the weights of one shape at a time.
+    On a CPU the second dtype has the first shape only, too. Shapes vary slowest: the harness holds
+    the weights of one shape at a time.
     """
     cold = [
-        Case(op, N, K, M, dtype, "cold", R, DEVICE)
-        for (N, K), dtype, M in itertools.product(
+        Case(op, *shape, M, dtype, "cold", R, DEVICE)
+        for shape, dtype, M in itertools.product(
             SHAPES, DTYPES, TOKENS if tokens is None else tokens
         )
+        if dtype == DTYPES[0] or shape == SHAPES[0]
     ]
     warm = [Case(op, *SHAPES[0], M, "float32", "hot", R) for M in hot if DEVICE == "cpu"]
     return sorted(cold + warm, key=lambda case: SHAPES.index((case.N, case.K)))

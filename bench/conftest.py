@@ -6,8 +6,10 @@ import itertools
 
 import pytest
 
-from . import cases, cuda
-from .harness import LIMITS, Harness
+from lowrank_kernels import backends
+
+from . import cases, cuda, limits
+from .harness import Harness
 from .providers import Unavailable
 
 LIMIT_TURNS = 4
@@ -27,13 +29,19 @@ def providers_of(module, case: cases.Case) -> dict:
     return module.PROVIDERS.get(case.op, module.PROVIDERS)
 
 
+def _limits() -> list[str]:
+    """AVX2's only where kernels for AVX2 are not what runs by itself."""
+    if cases.DEVICE == "cuda":
+        return list(cuda.LIMITS)
+    return [*limits.LIMITS, *([limits.AVX2] if "avx2" in backends.isas()[1:] else [])]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "timed_limit" in metafunc.fixturenames:
-        limits = cuda.LIMITS if cases.DEVICE == "cuda" else LIMITS
         turns = [
             pytest.param(limit, id=f"limit-{limit}-{turn}")
             for turn in range(LIMIT_TURNS)
-            for limit in limits
+            for limit in _limits()
         ]
         metafunc.parametrize("timed_limit", turns, indirect=True)
     if "timed" in metafunc.fixturenames:
@@ -58,12 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     All cases of one shape come together, since making the weights of a large one takes seconds.
     """
-    limits = [item for item in items if "[limit-" in item.name]
+    of_machine = [item for item in items if "[limit-" in item.name]
     others = [item for item in items if "[limit-" not in item.name]
     others.sort(key=_shape_index)
     items.clear()
     for turn in range(LIMIT_TURNS):
-        items += [item for item in limits if item.name.endswith(f"-{turn}]")]
+        items += [item for item in of_machine if item.name.endswith(f"-{turn}]")]
         if turn < LIMIT_TURNS - 1:
             part = -(-len(others) // (LIMIT_TURNS - 1))
             items += others[turn * part : (turn + 1) * part]
@@ -71,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _shape_index(item: pytest.Item) -> int:
     case = item.callspec.params["timed"][0]
-    shapes = [*cases.SHAPES, cases.MANY_SHAPE]
+    shapes = [*cases.SHAPES, cases.MANY_SHAPE, *cases.GROWTH_SHAPES]
     return shapes.index((case.N, case.K))
 
 

@@ -34,13 +34,10 @@ import torch
 import lowrank_kernels as lk
 from lowrank_kernels.cli import machine
 
-from . import cases, check, cuda, peer_ggml, peer_openvino, providers
+from . import cases, check, cuda, limits, peer_ggml, peer_openvino, providers
 from .cases import Case
 
 SCHEMA = 1
-READ_BYTES = 512 << 20
-SGEMM_SIZE = 2048
-LIMIT_ROUNDS = 8
 MAX_ROUNDS = 40  # per pass
 SLOW_SECONDS = 0.2
 SHORT_SECONDS = 0.05  # calls shorter than this are preceded by an untimed one in every pass
@@ -142,13 +139,19 @@ class Harness:
         if cases.DEVICE == "cuda":
             call, device = cuda.LIMITS[name](), cuda.Device()
             device.times(call, 2)
-            best = min(device.times(call, LIMIT_ROUNDS))
-            self.limits[name] = min(best, self.limits.get(name, float("inf")))
+            self._keep_limit(name, min(device.times(call, limits.LIMIT_ROUNDS)))
             if name == list(cuda.LIMITS)[-1] and (state := cuda.state()):
                 self.states.append(state)
             return
+        if name == limits.AVX2:
+            self._keep_limit(name, limits.sgemm_avx2_seconds())
+            return
         benchmark.extra_info["limit"] = name
-        benchmark.pedantic(LIMITS[name](), rounds=LIMIT_ROUNDS, warmup_rounds=2)
+        call = limits.LIMITS[name]()
+        benchmark.pedantic(call, rounds=limits.LIMIT_ROUNDS, warmup_rounds=2)
+
+    def _keep_limit(self, name: str, seconds: float) -> None:
+        self.limits[name] = min(seconds, self.limits.get(name, float("inf")))
 
     def _warm_up(self, key: tuple[Case, str], calls: itertools.cycle) -> None:
         """Untimed calls; the first time also how many timed rounds fit into a pass."""
@@ -157,9 +160,7 @@ class Harness:
                 next(calls)()
             return
         seconds = float("inf")
-        for _ in range(
-            2
-        ):  # the first call also allocates and starts threads: a short one is repeated
+        for _ in range(2):  # the first also allocates and starts threads: a short one is repeated
             start = time.perf_counter()
             next(calls)()
             seconds = min(seconds, time.perf_counter() - start)
@@ -168,40 +169,6 @@ class Harness:
         per_pass = self.settings.seconds / self.settings.passes
         self._rounds[key] = min(MAX_ROUNDS, max(1, round(per_pass / seconds)))
         self._short[key] = seconds < SHORT_SECONDS
-
-
-# -- the limits of the machine ---------------------------------------------------------------------
-
-
-def read_call() -> Callable:
-    """Reads READ_BYTES with all threads: more than any cache holds, and written beforehand."""
-    buffer = torch.ones(READ_BYTES // 4)
-    return buffer.sum
-
-
-def sgemm_call() -> Callable:
-    """A float32 matrix product that is limited by arithmetic alone."""
-    a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE)
-    out = torch.zeros(SGEMM_SIZE, SGEMM_SIZE)
-    return lambda: torch.mm(a, b, out=out)
-
-
-LIMITS = {"read": read_call, "sgemm": sgemm_call}
-
-
-def limits_of(best_seconds: dict[str, float]) -> dict[str, float]:
-    """GB/s and GFLOP/s from the best round of each call in LIMITS."""
-    return {
-        "read_gbs": READ_BYTES / best_seconds["read"] / 1e9,
-        "sgemm_gflops": 2 * SGEMM_SIZE**3 / best_seconds["sgemm"] / 1e9,
-    }
-
-
-def rates(limits: dict[str, float]) -> tuple[float, float]:
-    """(GB/s, GFLOP/s) that a case is held against."""
-    if "copy_gbs" in limits:
-        return limits["copy_gbs"], limits["matmul_tflops"] * 1e3
-    return limits["read_gbs"], limits["sgemm_gflops"]
 
 
 # -- the result document ---------------------------------------------------------------------------
@@ -232,7 +199,7 @@ def collect(raw: dict, run: Harness) -> dict:
             best[info["limit"]] = min([*data, best.get(info["limit"], float("inf"))])
         else:
             rounds.setdefault((Case(**info["case"]), info["provider"]), []).extend(data)
-    limits = cuda.limits_of(best) if "copy" in best else limits_of(best)
+    of_machine = cuda.limits_of(best) if "copy" in best else limits.limits_of(best)
     results: dict[Case, dict[str, dict]] = {}
     for key, seconds in rounds.items():
         graph = {"graph": run.graphs[key]} if key in run.graphs else {}
@@ -245,12 +212,12 @@ def collect(raw: dict, run: Harness) -> dict:
         | {
             "flops": case.flops,
             "bytes": case.bytes,
-            "limit_ms": case.limit_seconds(*rates(limits)) * 1e3,
+            "limit_ms": case.limit_seconds(*limits.rates(of_machine)) * 1e3,
             "providers": of_case,
         }
         for case, of_case in results.items()
     ]
-    return {**header(run), "limits": limits, "cases": documents}
+    return {**header(run), "limits": of_machine, "cases": documents}
 
 
 def header(run: Harness) -> dict:

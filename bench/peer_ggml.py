@@ -122,6 +122,12 @@ class _Weights:
         return y
 
 
+@functools.lru_cache(maxsize=1)
+def _weights(N: int, K: int, count: int) -> _Weights:
+    """Kept for the next M of the shape."""
+    return _Weights(N, K, count)
+
+
 def linear_ggml(case: Case) -> Calls:
     """One call per copy, all with the same x and the same memory for y.
 
@@ -133,7 +139,7 @@ def linear_ggml(case: Case) -> Calls:
     if not nbytes:
         raise Unavailable("ggml's interleaved IQ4_NL needs N % 8 and K % 32 to be 0")
     count = providers.copies(case, nbytes)
-    weights = _Weights(case.N, case.K, count)
+    weights = _weights(case.N, case.K, count)
     x, y = providers.x_of(case), torch.zeros(case.M, case.N)
     calls = [functools.partial(weights.run, index, x, y) for index in range(count)]
     check.verify(case, [calls[0]()], TOLERANCE)

@@ -28,6 +28,7 @@ from .cases import BLOCKSIZE, Case
 Calls = list[Callable[[], object]]
 SCALING = 2.0
 MAX_COPIES = 128
+MAX_SMALL_COPIES = 5000  # where cases are small and providers few
 
 
 class Unavailable(Exception):
@@ -40,16 +41,17 @@ class Unavailable(Exception):
 def copies(case: Case, nbytes: int) -> int:
     """How many weights of ``nbytes`` take turns; hot: 1.
 
-    On a CPU twice the largest cache and one more, on a GPU three times its L2 and at least two. No
-    more than MAX_COPIES, so a matrix of a few kB is never cold; no case of the suite is so small.
+    On a CPU five fourths of the largest cache and one more, on a GPU three times its L2; at least
+    two. No more than MAX_COPIES, so a matrix of a few kB is never cold; no case is so small.
     """
     if case.cache == "hot":
         return 1
     if case.device == "cuda":
         wanted = -(-3 * cuda.l2_bytes() // max(1, nbytes))
     else:
-        wanted = 1 + -(-2 * machine.last_level_cache_bytes() // max(1, nbytes))
-    return min(MAX_COPIES, max(2, wanted))
+        wanted = 1 + -(-5 * machine.last_level_cache_bytes() // (4 * max(1, nbytes)))
+    most = MAX_SMALL_COPIES if case.op == "linear_4bit_growth" else MAX_COPIES
+    return min(most, max(2, wanted))
 
 
 def _random(
@@ -197,19 +199,26 @@ def linear_dequantize(case: Case) -> Calls:
     return [lambda x=x, w=w: F.linear(x, w.dequantize(x.dtype)) for x, w in pairs]
 
 
-def linear_bitsandbytes(case: Case) -> Calls:
-    """Its Linear4bit in evaluation mode; on a GPU the function that this consists of.
+@functools.lru_cache(maxsize=1)
+def _bnb_inference(case: Case) -> list[torch.nn.Module]:
+    """:func:`_bnb_modules` in evaluation mode. ``case`` has M = 1, so that others share them.
 
-    On a CPU with bfloat16 units the first call repacks the weight.
+    On a CPU with bfloat16 units the first call repacks the weight, which takes its time.
     """
+    modules = [module.eval() for module in _bnb_modules(case)]
+    for module in modules:
+        module(x_of(case))
+    return modules
+
+
+def linear_bitsandbytes(case: Case) -> Calls:
+    """Its Linear4bit in evaluation mode; on a GPU the function that this consists of."""
     if case.device == "cuda":
         matmul = _bitsandbytes(case.device).matmul_4bit
         pairs = each(case, x_of(case), _bnb_weights(case))
         return [functools.partial(matmul, x, packed, state) for x, (packed, state) in pairs]
-    pairs = each(case, x_of(case), [module.eval() for module in _bnb_modules(case)])
-    for x, module in pairs:
-        module(x)
-    return [functools.partial(module, x) for x, module in pairs]
+    x = x_of(case)
+    return [functools.partial(m, x) for m in _bnb_inference(dataclasses.replace(case, M=1))]
 
 
 def linear_triton(case: Case) -> Calls:

@@ -1,0 +1,15 @@
+"""y = x Wᵀ from small square matrices to large ones: does the cost per weight stay the same?"""
+
+from . import providers
+from .cases import DEVICE, GROWTH_SHAPES, GROWTH_TOKENS, Case
+
+CASES = [
+    Case("linear_4bit_growth", N, K, M, device=DEVICE)
+    for N, K in GROWTH_SHAPES
+    for M in GROWTH_TOKENS
+]
+PROVIDERS = {"lowrank_kernels": providers.linear_lowrank, "torch": providers.linear_torch}
+
+
+def bench_growth(timed):
+    timed()
