@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import lowrank_kernels as lk
 
-from . import cases, harness, report
+from . import cases, harness, memory, report
 
 BENCH = pathlib.Path(__file__).parent
 BUSY = 0.5  # load average from which on a warning is due
@@ -186,6 +186,9 @@ def main(argv: list[str] | None = None) -> None:
     run.on_case = save_part
     document, failures = run_pytest(args, run)
     document |= more
+    if args.device == "cpu" and not (args.op or args.k):
+        print("memory", file=sys.stderr)
+        document["memory"] = memory.measure(*cases.SHAPES[-1], cases.TOKENS, document["threads"])
     harness.write_json(document, output)
     print(report.text(document))
     print(f"{time.perf_counter() - start:.0f} s; wrote {output}")

@@ -2,6 +2,7 @@
 
 from . import peer_ggml, peer_openvino, providers, variants
 from .cases import DEVICE, TOKENS, Case, cases
+from .tables import INT8
 
 CASES = cases("linear_4bit", hot=TOKENS)
 PROVIDERS = {
@@ -15,7 +16,7 @@ if DEVICE == "cuda":
 else:
     PROVIDERS[peer_openvino.NAME] = peer_openvino.linear_openvino
     PROVIDERS[peer_ggml.NAME] = peer_ggml.linear_ggml
-    PROVIDERS[variants.INT8] = variants.linear_int8
+    PROVIDERS[INT8] = variants.linear_int8
 
 
 def providers_of(case: Case) -> dict:

@@ -29,11 +29,12 @@ def providers_of(module, case: cases.Case) -> dict:
     return module.PROVIDERS.get(case.op, module.PROVIDERS)
 
 
-def _limits() -> list[str]:
-    """AVX2's only where kernels for AVX2 are not what runs by itself."""
+def _limits(turn: int) -> list[str]:
+    """AVX2's first and last, and only where kernels for AVX2 are not what runs by itself."""
     if cases.DEVICE == "cuda":
         return list(cuda.LIMITS)
-    return [*limits.LIMITS, *([limits.AVX2] if "avx2" in backends.isas()[1:] else [])]
+    with_avx2 = turn in (0, LIMIT_TURNS - 1) and "avx2" in backends.isas()[1:]
+    return [*limits.LIMITS, *([limits.AVX2] if with_avx2 else [])]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         turns = [
             pytest.param(limit, id=f"limit-{limit}-{turn}")
             for turn in range(LIMIT_TURNS)
-            for limit in _limits()
+            for limit in _limits(turn)
         ]
         metafunc.parametrize("timed_limit", turns, indirect=True)
     if "timed" in metafunc.fixturenames:

@@ -378,8 +378,11 @@ def main(argv: list[str] | None = None) -> int:
     if out:
         gather_compiler_logs(target / "ptxas.log")
         if fresh:
-            docs = () if args.quick else (ROOT / "docs" / "performance.md", ROOT / "README.md")
-            for file in (written, written.with_suffix(".png"), *docs):
+            docs, picture = ROOT / "docs", f"benchmarks/{written.stem}-time.png"
+            made = (
+                () if args.quick else (docs / picture, docs / "performance.md", ROOT / "README.md")
+            )
+            for file in (written, *made):
                 if file.exists():
                     shutil.copy(file, target)
     return finish(results, json.loads(written.read_text()) if fresh else None, log)

@@ -70,6 +70,7 @@ class Harness:
         # Of a GPU; what a CPU took is in pytest-benchmark's JSON.
         self.seconds: dict[tuple[Case, str], list[float]] = {}
         self.graphs: dict[tuple[Case, str], bool] = {}
+        self.copies: dict[tuple[Case, str], int] = {}  # that take turns; of a CPU
         self.limits: dict[str, float] = {}
         self.states: list[dict] = []
         self._case: Case | None = None
@@ -96,7 +97,9 @@ class Harness:
                 self._pass_on_gpu(key, provider)
                 return
             if name not in self._calls:
-                self._calls[name] = itertools.cycle(provider(case))
+                of_copies = provider(case)
+                self.copies[key] = len(of_copies)
+                self._calls[name] = itertools.cycle(of_copies)
             calls = self._calls[name]
             self._warm_up(key, calls)
         except providers.Unavailable as reason:
@@ -202,8 +205,9 @@ def collect(raw: dict, run: Harness) -> dict:
     of_machine = cuda.limits_of(best) if "copy" in best else limits.limits_of(best)
     results: dict[Case, dict[str, dict]] = {}
     for key, seconds in rounds.items():
-        graph = {"graph": run.graphs[key]} if key in run.graphs else {}
-        results.setdefault(key[0], {})[key[1]] = _summary(seconds) | graph
+        more = {"graph": run.graphs[key]} if key in run.graphs else {}
+        more |= {"copies": run.copies[key]} if key in run.copies else {}
+        results.setdefault(key[0], {})[key[1]] = _summary(seconds) | more
     for word, reasons in (("unavailable", run.unavailable), ("error", run.errors)):
         for (case, name), why in reasons.items():
             results.setdefault(case, {})[name] = {word: why}

@@ -12,11 +12,12 @@ import os
 import pathlib
 import sys
 
-from . import report_multi
+from . import report_cpu, report_multi, report_targets
 from .tables import (
     OURS,
     cell,
     digits,
+    is_variant,
     markdown,
     median,
     of_limit,
@@ -39,6 +40,12 @@ TITLES = {
 }
 
 
+# Picture -> what it shows to who cannot see it; "growth" stands with its table.
+PICTURES = {
+    "time": "Time per call against the limit of the machine",
+    "speedup": "How many times faster than others, by the number of tokens",
+    "limit": "Share of the limit of the machine, by the number of tokens",
+}
 # On a GPU: what columns are called where that is not the provider's name, and who else is a peer.
 GPU_NAMES = {"torch": "cuBLAS"}
 GPU_PEERS = ("torch", "Unsloth's scheme")
@@ -66,7 +73,7 @@ def peer_of(case: dict) -> str | None:
 def _groups(document: dict) -> dict[tuple, list[dict]]:
     groups: dict[tuple, list[dict]] = {}
     for case in document["cases"]:
-        if case["op"] not in TITLES:  # many adapters have tables of their own
+        if case["op"] not in TITLES:  # many adapters and growth have tables of their own
             continue
         key = (case["op"], case["N"], case["K"], case["dtype"], case["cache"])
         groups.setdefault(key, []).append(case)
@@ -81,6 +88,7 @@ def _table(group: list[dict]) -> list[list[str]]:
     """
     first = group[0]
     names = list(dict.fromkeys(name for case in group for name in case["providers"]))
+    names = [name for name in names if not is_variant(name)]
     names.sort(key=lambda name: (name != OURS, name not in PEERS))
     on_gpu, rows = first.get("device") == "cuda", []
     peers = [name for name in names if name in PEERS or (on_gpu and name in GPU_PEERS)]
@@ -137,7 +145,11 @@ def text(document: dict) -> str:
     ]
     for key, group in _groups(document).items():
         lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", plain(_table(group))]
-    lines += report_multi.text(document)
+        if of_variants := report_cpu.variants_table(document, group):
+            lines += ["", f"{OURS} in other ways; {_group_name(key)}", plain(of_variants)]
+    lines += report_cpu.text(document) + report_multi.text(document)
+    if not gpu:
+        lines += report_targets.text(document)
     return "\n".join(lines + missing(document))
 
 
@@ -202,12 +214,15 @@ def _installed(document: dict) -> str:
     return ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
 
 
-def machine_section(document: dict, plot: str | None) -> str:
-    """One machine's part of docs/performance.md."""
-    on_gpu = "gpu" in document
+def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
+    """One machine's part of docs/performance.md. ``plots``: their paths by plots.py's names."""
+    on_gpu, plots = "gpu" in document, plots or {}
     lines = _gpu_head(document) if on_gpu else _cpu_head(document)
-    if plot:
-        lines += ["", f"![Time per call against the limit of the machine]({plot})"]
+    for name, words in PICTURES.items():
+        if name in plots:
+            lines += ["", f"![{words}]({plots[name]})"]
+    if not on_gpu:
+        lines += report_targets.section(document)
     op = None
     for key, group in _groups(document).items():
         if key[0] != op:
@@ -215,6 +230,9 @@ def machine_section(document: dict, plot: str | None) -> str:
             lines += ["", f"### {TITLES[op]}"]
         unit = ", microseconds" if on_gpu else ""
         lines += ["", f"{_group_name(key)}{unit}:", "", markdown(_table(group))]
+        if of_variants := report_cpu.variants_table(document, group):
+            lines += ["", f"{_group_name(key)}, {OURS} in other ways:", "", markdown(of_variants)]
+    lines += report_cpu.section(document, plots.get("growth"))
     lines += report_multi.section(document)
     return "\n".join(lines + missing(document))
 
@@ -278,17 +296,17 @@ def _primary(documents: list[dict]) -> dict:
 
 
 def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
-    """Rewrites the blocks under ``root`` and the plots beside the results; what it did, in words."""
+    """Rewrites the blocks and plots under ``root``; what it did, in words."""
     from . import plots
 
     documents, sections, done = [], [], []
     for path in sorted(results.glob("*.json")):
         document = json.loads(path.read_text())
-        picture = path.with_suffix(".png")
-        plots.write(document, picture)
-        sections.append(machine_section(document, os.path.relpath(picture, root / "docs")))
+        pictures = plots.write(document, root / "docs" / "benchmarks", path.stem)
+        relative = {name: os.path.relpath(p, root / "docs") for name, p in pictures.items()}
+        sections.append(machine_section(document, relative))
         documents.append(document)
-        done.append(f"wrote {picture}")
+        done += [f"wrote {picture}" for picture in pictures.values()]
     if not documents:
         raise FileNotFoundError(f"no results in {results}: run python -m bench first")
     blocks = {root / "docs" / "performance.md": "\n\n".join(sections)}

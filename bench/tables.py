@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 OURS = "lowrank_kernels"
+INT8 = f"{OURS}, int8 activations"
+
+
+def is_variant(name: str) -> bool:
+    """Whether this is the library in another way than by itself, exact as ever: see variants.py."""
+    return name.startswith(f"{OURS}, ") and name != INT8
 
 
 def digits(value: float) -> str:

@@ -20,6 +20,7 @@ from .providers import Calls, Unavailable
 from .tables import OURS
 
 Provider = Callable[[Case], Calls]
+SIXTEEN_BITS = ("bfloat16", "float16")
 SCALAR_TOKENS = 16  # no plain C++ beyond: a call would take seconds
 
 
@@ -31,9 +32,7 @@ def thread_name(count: int) -> str:
     return named(f"{count} thread{'s' * (count > 1)}")
 
 
-INT8 = named("int8 activations")
 BASE = named("base alone")
-SIXTEEN_BITS = ("bfloat16", "float16")
 
 
 def _within(context: Callable, provider: Provider) -> Provider:
@@ -61,12 +60,9 @@ def _replaced(provider: Provider, **changes: object) -> Provider:
     return lambda case: provider(dataclasses.replace(case, **changes))
 
 
-def fewer_threads() -> list[int]:
-    """1, 2, 4, ..., all of them below the number that torch uses."""
-    counts = [1]
-    while 2 * counts[-1] < torch.get_num_threads():
-        counts.append(2 * counts[-1])
-    return counts if torch.get_num_threads() > 1 else []
+def counts_below(threads: int) -> list[int]:
+    """1, 2, 4, ..., all of them below ``threads``."""
+    return [1 << bit for bit in range(threads.bit_length()) if 1 << bit < threads]
 
 
 def of_linear(case: Case, provider: Provider) -> dict[str, Provider]:
@@ -74,7 +70,7 @@ def of_linear(case: Case, provider: Provider) -> dict[str, Provider]:
     if (case.device, case.dtype, case.cache) != ("cpu", "float32", "cold"):
         return {}
     found = {named(dtype): _replaced(provider, dtype=dtype) for dtype in SIXTEEN_BITS}
-    for count in fewer_threads():
+    for count in counts_below(torch.get_num_threads()):
         found[thread_name(count)] = _within(functools.partial(_threads, count), provider)
     for isa in lk.backends.isas():
         if isa != lk.backends.isa() and (isa != "scalar" or case.M <= SCALAR_TOKENS):
