@@ -11,16 +11,21 @@ PROVIDERS = {
     "dequantize + matmul": providers.linear_dequantize,
     "bitsandbytes": providers.linear_bitsandbytes,
 }
+FLOAT32_PROVIDERS = {}  # more of them for float32 activations
 if DEVICE == "cuda":
     PROVIDERS["triton"] = providers.linear_triton
 else:
     PROVIDERS[peer_openvino.NAME] = peer_openvino.linear_openvino
-    PROVIDERS[peer_ggml.NAME] = peer_ggml.linear_ggml
-    PROVIDERS[INT8] = variants.linear_int8
+    FLOAT32_PROVIDERS = {
+        "bitsandbytes, training": providers.linear_bitsandbytes_training,
+        peer_ggml.NAME: peer_ggml.linear_ggml,
+        INT8: variants.linear_int8,
+    }
 
 
 def providers_of(case: Case) -> dict:
-    return PROVIDERS | variants.of_linear(case, providers.linear_lowrank)
+    more = FLOAT32_PROVIDERS if case.dtype == "float32" else {}
+    return PROVIDERS | more | variants.of_linear(case, providers.linear_lowrank)
 
 
 def bench_linear_4bit(timed):

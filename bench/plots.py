@@ -20,6 +20,7 @@ COLORS = {
     "dequantize + matmul": GREY,
     "bitsandbytes": AMBER,
     "bitsandbytes + PEFT": AMBER,
+    "bitsandbytes, training": GREY,
     "Unsloth's scheme": GREEN,
     "Unsloth's scheme, bitsandbytes": "#b5c99a",
     peer_openvino.NAME: GREEN,
@@ -29,6 +30,7 @@ COLORS = {
 SPEEDUPS = (
     ("F.linear, float32", "torch", OURS),
     ("bitsandbytes", "bitsandbytes", OURS),
+    ("bitsandbytes, training", "bitsandbytes, training", OURS),
     (peer_openvino.NAME, peer_openvino.NAME, OURS),
     (peer_ggml.NAME, peer_ggml.NAME, OURS),
     ("int8 activations against ggml's", peer_ggml.NAME, INT8),
@@ -80,6 +82,13 @@ def _by_tokens(axis, tokens: list[int], title: str, words: str) -> None:
     axis.set_xticks(tokens, [str(m) for m in tokens])
 
 
+def _logarithmic(axis) -> None:
+    """A logarithmic y axis with numbers as people write them."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
+
+
 def _cases(document: dict, op: str, shape: tuple[int, int]) -> list[dict]:
     """Cold cases of the first dtype, by M."""
     wanted = (op, *shape, document["cases"][0]["dtype"], "cold")
@@ -124,7 +133,7 @@ def _times(axis, group: list[dict], title: str) -> None:
         return
     tokens = [case["M"] for case in group]
     _by_tokens(axis, tokens, title, "milliseconds per call")
-    axis.set_yscale("log")
+    _logarithmic(axis)
     axis.plot(tokens, [c["limit_ms"] for c in group], "k--", linewidth=1.2, label="limit")
     for name in sorted(group[0]["providers"], key=lambda name: name != OURS):
         _line(axis, [(c["M"], c["providers"][name]) for c in group], name)
@@ -153,7 +162,7 @@ def _speedup(document: dict, plt):
         group = _cases(document, "linear_4bit", shape)
         tokens = [case["M"] for case in group]
         _by_tokens(axis, tokens, f"W {shape[0]} x {shape[1]}", "times faster than")
-        axis.set_yscale("log")
+        _logarithmic(axis)
         axis.axhline(1, color="black", linewidth=1)
         for label, slow, fast in SPEEDUPS:
             pairs = [(c["M"], median(c, slow), median(c, fast)) for c in group]
@@ -193,7 +202,8 @@ def _growth(document: dict, plt):
     figure, axes = _figure(plt, len(by_tokens) + 1, title, 4.2)
     for axis, (M, group) in zip(axes, by_tokens.items()):
         axis.set(title=f"M = {M}", xlabel="weights N·K", ylabel="milliseconds per call")
-        axis.set(xscale="log", yscale="log")
+        axis.set_xscale("log")
+        _logarithmic(axis)
         sizes = [case["N"] * case["K"] for case in group]
         axis.plot(sizes, [c["limit_ms"] for c in group], "k--", linewidth=1.2, label="limit")
         for name in (OURS, "torch"):

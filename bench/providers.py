@@ -221,6 +221,11 @@ def linear_bitsandbytes(case: Case) -> Calls:
     return [functools.partial(m, x) for m in _bnb_inference(dataclasses.replace(case, M=1))]
 
 
+def linear_bitsandbytes_training(case: Case) -> Calls:
+    """The same module while training: it dequantizes and multiplies in the dtype of x, everywhere."""
+    return [functools.partial(module, x_of(case)) for module in _bnb_modules(case)]
+
+
 def linear_triton(case: Case) -> Calls:
     pairs, linear = each(case, x_of(case), weights_4bit(case)), _triton("linear_4bit", case)
     return [functools.partial(linear, x, *w.op_args(), None) for x, w in pairs]

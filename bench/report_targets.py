@@ -100,6 +100,7 @@ def targets(document: dict) -> list[Target]:
     for words, asked, value in (
         ("against F.linear", (5, 6, 4, 1.5, 1.0), _times("torch")),
         ("against bitsandbytes", (40, 40, 18, 7, 1.5), _times("bitsandbytes")),
+        ("against bitsandbytes, training", (40, 40, 18, 7, 1.5), _times("bitsandbytes, training")),
         ("against OpenVINO", (1.5, 2, 1.5, 1.1, 1.1), _times(openvino)),
         ("against ggml", (1.3, 1.5, 1.1, 1.5, 1.3), _times(ggml)),
         ("int8 against ggml", (1.3, 1.5, 1.5, 3, 3), _times(ggml, INT8)),
@@ -160,10 +161,10 @@ def _case(document: dict, op: str, shape: tuple[int, int], M: int) -> dict | Non
 
 
 def by_tokens(document: dict, shape: tuple[int, int]) -> tuple[list[list[str]], list[Verdict]]:
-    """The table of one shape, a column per M, and its verdicts."""
+    """The table of one shape, a column per M and no row without a figure, and its verdicts."""
     rows, verdicts = [["", "", *(f"M = {M}" for M in TOKENS)]], []
     for target in targets(document):
-        row = [WORDS[target.op], target.words]
+        row, measured = [WORDS[target.op], target.words], False
         for M in TOKENS:
             if M not in target.asked:
                 row.append("")
@@ -174,7 +175,8 @@ def by_tokens(document: dict, shape: tuple[int, int]) -> tuple[list[list[str]], 
             verdict = judge(where, M, value, target.asked[M], target.unit)
             verdicts.append(verdict)
             row.append(verdict.cell)
-        rows.append(row)
+            measured |= value is not None
+        rows += [row] * measured
     return rows, verdicts
 
 
