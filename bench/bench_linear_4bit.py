@@ -15,8 +15,8 @@ FLOAT32_PROVIDERS = {}  # more of them for float32 activations
 if DEVICE == "cuda":
     PROVIDERS["triton"] = providers.linear_triton
 else:
-    PROVIDERS[peer_openvino.NAME] = peer_openvino.linear_openvino
     FLOAT32_PROVIDERS = {
+        peer_openvino.NAME: peer_openvino.linear_openvino,
         "bitsandbytes, training": providers.linear_bitsandbytes_training,
         peer_ggml.NAME: peer_ggml.linear_ggml,
         INT8: variants.linear_int8,

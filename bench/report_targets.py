@@ -200,10 +200,8 @@ def of_formats(document: dict) -> tuple[list[list[str]], list[Verdict]]:
 
 
 def of_memory(document: dict) -> tuple[list[list[str]], list[Verdict]]:
-    """MiB beyond the outputs, a column per M; nothing where it was not measured."""
-    measured = document.get("memory")
-    if not measured:
-        return [], []
+    """MiB beyond the outputs, a column per M."""
+    measured = document["memory"]
     asked = EXTRA_MIB * measured["threads"]
     by_name = {name: by_m for name, by_m in measured["extra"].items() if isinstance(by_m, dict)}
     tokens = sorted({int(M) for by_m in by_name.values() for M in by_m})
@@ -226,22 +224,15 @@ def of_memory(document: dict) -> tuple[list[list[str]], list[Verdict]]:
 
 def _tables(document: dict) -> list[tuple[str, list[list[str]], list[Verdict]]]:
     """(title, table, verdicts) of all that was measured."""
-    measured = {(case["N"], case["K"]) for case in document["cases"]}
-    found = [
-        (f"W {N} x {K}, measured (asked)", *by_tokens(document, (N, K)))
-        for N, K in SHAPES
-        if (N, K) in measured
-    ]
-    if found:
-        found.append(("Quantization, measured (asked)", *of_formats(document)))
-    if table := of_memory(document)[0]:
-        where = document["memory"]
+    found = [(f"W {N} x {K}, measured (asked)", *by_tokens(document, (N, K))) for N, K in SHAPES]
+    found.append(("Quantization, measured (asked)", *of_formats(document)))
+    if where := document.get("memory"):
         words = (
             f"Memory of a call beyond its outputs, W {where['N']} x {where['K']}, MiB "
             f"(asked: at most {EXTRA_MIB} a thread, {EXTRA_MIB * where['threads']} together)"
         )
-        found.append((words, table, of_memory(document)[1]))
-    return found
+        found.append((words, *of_memory(document)))
+    return [part for part in found if any(verdict.met is not None for verdict in part[2])]
 
 
 def missed(verdicts: list[Verdict]) -> list[str]:

@@ -46,17 +46,6 @@ def test_openvino(M, cache):
         assert error(case, call()) < 1e-5
 
 
-def test_openvino_bfloat16():
-    present(peer_openvino.openvino)
-    case = Case("linear_4bit", 96, 128, 5, "bfloat16", "hot")
-    if "BF16" not in peer_openvino.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        with pytest.raises(providers.Unavailable, match="bfloat16"):
-            peer_openvino.linear_openvino(case)
-        return
-    (call,) = peer_openvino.linear_openvino(case)
-    assert error(case, call()) < 1e-2
-
-
 @pytest.mark.parametrize("N, K", [(96, 128), (64, 96), (136, 4096)])
 @pytest.mark.parametrize("M", [1, 4, 17])
 def test_ggml(M, N, K):
@@ -128,10 +117,18 @@ def test_without_ggml(monkeypatch, tmp_path):
         peer_ggml.library.cache_clear()
 
 
-def test_ggml_takes_float32_only():
+@pytest.mark.parametrize("module, of_case", [
+    (peer_ggml.library, peer_ggml.linear_ggml),
+    (peer_openvino.openvino, peer_openvino.linear_openvino),
+])  # fmt: skip
+def test_float32_only(module, of_case):
+    present(module)
     with pytest.raises(providers.Unavailable, match="float32 activations only"):
-        peer_ggml.linear_ggml(Case("linear_4bit", 96, 128, 1, "bfloat16"))
+        of_case(Case("linear_4bit", 96, 128, 1, "bfloat16"))
 
 
 def test_both_are_rows_of_the_table():
-    assert {peer_openvino.NAME, peer_ggml.NAME} <= set(bench_linear_4bit.PROVIDERS)
+    peers = {peer_openvino.NAME, peer_ggml.NAME}
+    assert peers <= set(bench_linear_4bit.providers_of(Case("linear_4bit", 96, 128, 1)))
+    bfloat16 = Case("linear_4bit", 96, 128, 1, "bfloat16")
+    assert not peers & set(bench_linear_4bit.providers_of(bfloat16))
