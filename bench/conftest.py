@@ -12,7 +12,7 @@ from . import cases, cuda, limits
 from .harness import Harness
 from .providers import Unavailable
 
-LIMIT_TURNS = 4
+LIMIT_TURNS = 4  # of a quick run: 2
 
 
 def harness_of(config: pytest.Config) -> Harness:
@@ -29,11 +29,15 @@ def providers_of(module, case: cases.Case) -> dict:
     return module.PROVIDERS.get(case.op, module.PROVIDERS)
 
 
+def _limit_turns(config: pytest.Config) -> int:
+    return LIMIT_TURNS // 2 if harness_of(config).settings.quick else LIMIT_TURNS
+
+
 def _limits(turn: int) -> list[str]:
-    """AVX2's first and last, and only where kernels for AVX2 are not what runs by itself."""
+    """AVX2's not every time, and only where kernels for AVX2 are not what runs by itself."""
     if cases.DEVICE == "cuda":
         return list(cuda.LIMITS)
-    with_avx2 = turn in (0, LIMIT_TURNS - 1) and "avx2" in backends.isas()[1:]
+    with_avx2 = turn % 2 == 0 and "avx2" in backends.isas()[1:]
     return [*limits.LIMITS, *([limits.AVX2] if with_avx2 else [])]
 
 
@@ -41,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "timed_limit" in metafunc.fixturenames:
         turns = [
             pytest.param(limit, id=f"limit-{limit}-{turn}")
-            for turn in range(LIMIT_TURNS)
+            for turn in range(_limit_turns(metafunc.config))
             for limit in _limits(turn)
         ]
         metafunc.parametrize("timed_limit", turns, indirect=True)
@@ -62,7 +66,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("timed", turns, indirect=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Spreads the turns of the limits evenly over the run, from its start to its end.
 
     All cases of one shape come together, since making the weights of a large one takes seconds.
@@ -71,10 +75,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = [item for item in items if "[limit-" not in item.name]
     others.sort(key=_shape_index)
     items.clear()
-    for turn in range(LIMIT_TURNS):
+    turns = _limit_turns(config)
+    for turn in range(turns):
         items += [item for item in of_machine if item.name.endswith(f"-{turn}]")]
-        if turn < LIMIT_TURNS - 1:
-            part = -(-len(others) // (LIMIT_TURNS - 1))
+        if turn < turns - 1:
+            part = -(-len(others) // (turns - 1))
             items += others[turn * part : (turn + 1) * part]
 
 

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+import lowrank_kernels as lk
+
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `bench` is no part of the installed package
 
@@ -70,6 +72,7 @@ def test_document(run):
     assert document["cpu"]["model"]
     assert document["limits"]["read_gbs"] > 0.1
     assert document["limits"]["sgemm_gflops"] > 0.1
+    assert ("sgemm_avx2_gflops" in document["limits"]) == ("avx2" in lk.backends.isas()[1:])
     assert len(document["memory"]["extra"]["linear_4bit"]) == 2
     for case in document["cases"]:
         assert case["limit_ms"] > 0
@@ -284,7 +287,7 @@ def test_batches_of_few_adapters_are_cold_too(monkeypatch):
             plan, module = call.args[2:]
             pages += [(module.name, page) for s in plan.slots for page in module.bank.pool.pages(s)]
         assert len(set(pages)) == len(pages)
-        assert len(pages) * 4 * (96 + 128) * 4 > 2 << 20
+        assert len(pages) * 4 * (96 + 128) * 4 > 1.25 * (1 << 20)
 
 
 def many_providers():
