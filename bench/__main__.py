@@ -176,6 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     if load is not None and load > BUSY and args.device == "cpu":
         print(f"bench: load average {load:.1f}: other programs disturb the result", file=sys.stderr)
     more = {"load_average_before": load} | ({"note": args.note} if args.note else {})
+    if args.device == "cpu":
+        more["freed_memory_kept"] = harness.keep_freed_memory()
     run = harness.Harness(_settings(args))
     output = _output(args, harness.header(run))
 

@@ -5,7 +5,8 @@ Rules, each against a way of fooling oneself:
 - *Cold* cases rotate over enough copies of the weight that none is still in the last-level cache
   when its turn comes; a model never finds its next layer there. *Hot* cases reuse one copy.
 - Every buffer is written before it is timed: untouched pages of ``torch.empty`` all read one zero
-  page.
+  page. Outputs get memory that was used before (:func:`keep_freed_memory`): fresh pages cost more
+  than what is written to them, for every provider alike.
 - Providers alternate within a case, several times over, so that a slow minute of the machine hits
   all of them.
 - Medians and quartiles, never means or minima; only the limits of the machine take the best round.
@@ -16,6 +17,7 @@ On a GPU `cuda.py` takes the times instead of pytest-benchmark; all else is the 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib.metadata
@@ -172,6 +174,19 @@ class Harness:
         per_pass = self.settings.seconds / self.settings.passes
         self._rounds[key] = min(MAX_ROUNDS, max(1, round(per_pass / seconds)))
         self._short[key] = seconds < SHORT_SECONDS
+
+
+def keep_freed_memory() -> bool:
+    """Has glibc keep all that is freed, for this process and for good; False without glibc.
+
+    By default it returns large blocks to the system, or not: that hangs on what was freed before.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError):
+        return False
+    kept = {-4: 0, -1: (1 << 31) - 1}  # M_MMAP_MAX: no blocks of their own, M_TRIM_THRESHOLD
+    return all([mallopt(option, value) == 1 for option, value in kept.items()])
 
 
 # -- the result document ---------------------------------------------------------------------------

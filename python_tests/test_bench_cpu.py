@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -124,6 +125,28 @@ def test_limit_of_avx2(monkeypatch):
     assert found["read_gbs"] == pytest.approx(limits.READ_BYTES / 0.5e9)
     assert found["sgemm_gflops"] == pytest.approx(2 * found["sgemm_avx2_gflops"])
     assert "sgemm_avx2_gflops" not in limits.limits_of({"read": 0.5, "sgemm": 1e-6})
+
+
+KEEP = """
+import resource, torch
+from bench import harness
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def of_one():
+    torch.ones(16 << 20)
+    before = faults()
+    torch.ones(16 << 20)
+    return faults() - before
+print(of_one(), harness.keep_freed_memory(), of_one())
+"""
+
+
+def test_freed_memory_is_kept():
+    """A large tensor gets the pages of the one before, which by default it does not."""
+    done = subprocess.run([sys.executable, "-c", KEEP], cwd=ROOT, capture_output=True, text=True)
+    before, kept, after = done.stdout.split()
+    if kept == "False":
+        pytest.skip("this system's malloc is not glibc's")
+    assert int(after) < 1000 < int(before)
 
 
 def test_memory(monkeypatch):
