@@ -130,13 +130,15 @@ def test_limit_of_avx2(monkeypatch):
 KEEP = """
 import resource, torch
 from bench import harness
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def of_one():
-    torch.ones(16 << 20)
     before = faults()
     torch.ones(16 << 20)
     return faults() - before
-print(of_one(), harness.keep_freed_memory(), of_one())
+def of_ten():  # small ones may have taken a bit of the block that was freed
+    return min(of_one() for _ in range(10))
+print(of_ten(), harness.keep_freed_memory(), of_ten())
 """
 
 
@@ -250,7 +252,9 @@ def test_verdicts(document):
     assert ("y = x Wᵀ", "against OpenVINO") not in cells, "no row without a figure"
     assert sum(v.met is None for v in verdicts) > 10, "but it counts"
     missed = report_targets.missed(verdicts)
-    assert "y = x Wᵀ, 4096 x 4096, against bitsandbytes: M = 16: 56% short" in missed
+    words = "y = x Wᵀ, 4096 x 4096, against bitsandbytes: M = 16: 56% short (at the limit 10x)"
+    assert words in missed
+    assert "y = x Wᵀ, 4096 x 4096, against ggml: M = 16: 27% short (at the limit 1.00x)" in missed
     assert "y = x Wᵀ, 4096 x 4096, bfloat16 over float32: M = 16: 10% too much" in missed
 
 
