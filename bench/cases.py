@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 
 import torch
 
@@ -22,8 +23,16 @@ MANY_SHAPE = (11008, 4096)
 MANY_TOKENS = (1, 4, 16, 64)
 MIX = (8, 16, 32, 64)
 POOL = 64  # adapters that the batches are drawn from
+
+
+def growth_shapes(memory_bytes: int) -> tuple[tuple[int, int], ...]:
+    """Squares whose float32 weight is at most a sixteenth of the memory: copies of it take turns."""
+    sizes = (512, 1024, 2048, 4096, 8192, 16384)
+    return tuple((size, size) for size in sizes if 16 * 4 * size * size <= memory_bytes)
+
+
 # Of the growth of time with N·K.
-GROWTH_SHAPES = tuple((size, size) for size in (512, 1024, 2048, 4096, 8192, 16384))
+GROWTH_SHAPES = growth_shapes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 GROWTH_TOKENS = (1, 16, 512)
 
 

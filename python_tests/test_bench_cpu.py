@@ -32,7 +32,7 @@ from bench import (  # noqa: E402
     report_targets,
     variants,
 )
-from bench.cases import Case, cases  # noqa: E402
+from bench.cases import Case, cases, growth_shapes  # noqa: E402
 from bench.tables import INT8, OURS, is_variant  # noqa: E402
 
 # -- variants ----------------------------------------------------------------------------------------
@@ -173,8 +173,8 @@ def test_memory_that_cannot_be_measured_says_why(monkeypatch):
 
 
 def test_growth_is_cold_at_every_size(monkeypatch):
-    sizes = [case.N for case in bench_growth.CASES]
-    assert (min(sizes), max(sizes)) == (512, 16384)
+    assert [N for N, _ in growth_shapes(20 << 30)] == [512, 1024, 2048, 4096, 8192, 16384]
+    assert max(growth_shapes(8 << 30)) == (8192, 8192)
     assert {case.M for case in bench_growth.CASES} == {1, 16, 512}
     monkeypatch.setattr(providers.machine, "last_level_cache_bytes", lambda: 480 << 20)
     for case in bench_growth.CASES:
@@ -256,6 +256,18 @@ def test_verdicts(document):
     assert words in missed
     assert "y = x Wᵀ, 4096 x 4096, against ggml: M = 16: 27% short (at the limit 1.00x)" in missed
     assert "y = x Wᵀ, 4096 x 4096, bfloat16 over float32: M = 16: 10% too much" in missed
+
+
+def test_an_isa_above_avx512(document):
+    """Both have a row, and what other units make of a product may exceed the limit of sgemm."""
+    (case,) = document["cases"][:1]
+    case["providers"][variants.named("avx512")] = case["providers"][OURS]
+    case["providers"][OURS] = case["providers"][INT8]
+    rows, _ = report_targets.by_tokens(document | {"isa": "amx"}, (4096, 4096))
+    of_limit = {row[1]: row[4] for row in rows if row[1].startswith("of the limit")}
+    assert list(of_limit.items())[:2] == [
+        ("of the limit, amx", "200% (75%)"), ("of the limit, avx512", "80% (75%)"),
+    ]  # fmt: skip
 
 
 def test_verdicts_of_training_quantization_memory(document):
