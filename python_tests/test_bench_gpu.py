@@ -38,7 +38,7 @@ from bench.cases import Case, cases  # noqa: E402
 @pytest.fixture
 def on_gpu(monkeypatch):
     """The lists of cases of a GPU; nothing of it needs one."""
-    for name in ("DEVICE", "SHAPES", "TOKENS", "TRAINING_TOKENS", "DTYPES"):
+    for name in ("DEVICE", "SHAPES", "TOKENS", "TRAINING_TOKENS", "DTYPES", "GROWTH_SHAPES"):
         monkeypatch.setattr(case_lists, name, getattr(case_lists, name))
     monkeypatch.setattr(cuda, "l2_bytes", lambda: 60 << 20)
     case_lists.choose("cuda")
