@@ -14,7 +14,7 @@ struct Constant {
 #include "cpu/kernels/multi_products.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/quantize.inl"
-#ifdef LK_VNNI
+#ifdef LK_INT8
 #include "cpu/kernels/int8.inl"
 #endif
 #include "cpu/kernels/linear.inl"

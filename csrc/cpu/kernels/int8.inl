@@ -115,12 +115,12 @@ inline void int8_scales(const Chunks& chunks, int64_t n0, int64_t count, float* 
 }
 
 // Packed dwords of a chunk of rows n .. n + count: lane l of dwords[d] is weights k + 8d .. of row
-// n + l. Those of row n + ahead are asked for.
-inline void int8_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k, int64_t ahead_n,
-                       int64_t ahead_k, vf (&dwords)[W]) {
+// n + l. Another chunk is asked for, one that will be wanted about a panel or some rows later.
+inline void int8_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k, int64_t next_n,
+                       int64_t next_k, vf (&dwords)[W]) {
   for (int64_t l = 0; l < W; ++l) {
     dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
-    chunks.prefetch(ahead_n + l, ahead_k);
+    chunks.prefetch(next_n + l, next_k);
   }
   transpose(dwords);
 }
@@ -134,8 +134,8 @@ inline vi odd_bytes(vi lut, vi packed) { return lut_bytes(lut, andi(packed, set1
 
 // c[m, 0 .. W) += the products of a tile of M rows with rows n .. n + count of the weight.
 template <int M>
-LK_VNNI void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_t count,
-                      const float* w_scale, float* c) {
+void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_t count,
+              const float* w_scale, float* c) {
   const int per_group = 1 << (x.group_shift - 3), shift = chunks.w.block_shift;
   vf total[M];
   for (int m = 0; m < M; ++m) total[m] = load(c + m * kWidth);
@@ -147,8 +147,7 @@ LK_VNNI void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n
     int8_chunk(chunks, n, count, k, n + W, k, dwords);
     const int present = static_cast<int>(min64(W, (x.K - k) / 8));
     for (int d0 = 0; d0 < present; d0 += per_group) {
-      vi even[M],
-          odd[M];  // two sums: the instruction takes longer than the work between two of one
+      vi even[M], odd[M];  // two sums: one alone would wait for itself
       for (int m = 0; m < M; ++m) {
         even[m] = set1i(static_cast<uint32_t>(bias[m]));
         odd[m] = set1i(0);
@@ -173,96 +172,97 @@ LK_VNNI void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n
 
 // -- more rows: panels of bytes -------------------------------------------------------------------
 
-// panel[quad][v][lane] for rows n0 .. n0 + count (at most kTile) of the weight, k in [p0, p0 +
-// depth).
-inline void int8_fill(const Chunks& chunks, vi lut, int64_t n0, int64_t count, int64_t p0,
-                      int64_t depth, uint32_t* panel) {
-  const int64_t K = chunks.w.K;
-  const bool last = p0 + depth == K;
-  for (int64_t v = 0; v * W < count; ++v)
-    for (int64_t p = 0; p < depth; p += kChunk) {
-      vf dwords[W];
-      const int64_t n = n0 + v * W;
-      int8_chunk(chunks, n, min64(W, count - v * W), p0 + p, last ? n + kWidth : n,
-                 last ? p : p0 + depth + p, dwords);
-      const int64_t present = min64(W, (depth - p) / 8);
-      uint32_t* out = panel + (p / 4 * NV + v) * W;
-      for (int64_t d = 0; d < present; ++d, out += 2 * NV * W) {
-        const vi packed = as_bits(dwords[d]);
-        storei(out, even_bytes(lut, packed));
-        storei(out + NV * W, odd_bytes(lut, packed));
-      }
-    }
-}
+// Bytes of rows n0 .. n0 + count (at most kTile) of the weight, k in [p0, p0 + depth).
+struct Int8Panel {
+  const Chunks& chunks;
+  int64_t n0, count, p0, depth;
+  uint32_t* quads;      // [quad][v][lane]
+  const float* scales;  // int8_scales of the first W rows; those of the others scale_stride later
+  int64_t scale_stride;
 
-// c += the products of a tile of x (its quads, scale and bias from the panel's first group on) with
-// a panel. w_scale: the scales of the first block of its first vector of columns, those of the
-// others w_stride later.
+  // `next` will be filled next: its bytes are on their way while this one is multiplied.
+  void fill(vi lut, const Int8Panel& next) const {
+    for (int64_t v = 0; v * W < count; ++v)
+      for (int64_t p = 0; p < depth; p += kChunk) {
+        vf dwords[W];
+        int8_chunk(chunks, n0 + v * W, min64(W, count - v * W), p0 + p, next.n0 + v * W,
+                   next.p0 + p, dwords);
+        const int64_t present = min64(W, (depth - p) / 8);
+        uint32_t* out = quads + (p / 4 * NV + v) * W;
+        for (int64_t d = 0; d < present; ++d, out += 2 * NV * W) {
+          const vi packed = as_bits(dwords[d]);
+          storei(out, even_bytes(lut, packed));
+          storei(out + NV * W, odd_bytes(lut, packed));
+        }
+      }
+  }
+};
+
+// c += the tile of Rows rows of x that begins at row i0, times the panel. Inlined, it would be
+// short of registers.
 template <int Rows, int Vectors>
-LK_VNNI void int8_tile(const uint32_t* quads, const float* scale, const int32_t* bias,
-                       int64_t depth, int group_shift, const uint32_t* panel, const float* w_scale,
-                       int64_t w_stride, int groups_shift, float* c) {
-  const int per_group = 1 << (group_shift - 2);
-  const int64_t groups = depth >> group_shift;
-  for (int64_t g = 0; g < groups; ++g) {
+__attribute__((noinline)) void int8_tile(const Int8Rows& x, int64_t i0, const Int8Panel& panel,
+                                         float* c) {
+  const int64_t first = panel.p0 >> x.group_shift, groups = panel.depth >> x.group_shift;
+  const int64_t per_group = int64_t{1} << (x.group_shift - 2);
+  const int block_shift = panel.chunks.w.block_shift - x.group_shift;
+  const uint32_t *quads = x.quads + i0 * (x.K / 4) + panel.p0 / 4 * Rows, *bytes = panel.quads;
+  const float* scale = x.scale + i0 * x.groups() + first * Rows;
+  const int32_t* bias = x.bias + i0 * x.groups() + first * Rows;
+  for (int64_t g = 0; g < groups; ++g, scale += Rows, bias += Rows) {
+    // Or g++ carries c from group to group, which takes the registers of the sums.
+    __asm__ volatile("" : : : "memory");
     vi sum[Rows][Vectors];
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < Vectors; ++v) sum[i][v] = set1i(static_cast<uint32_t>(bias[i]));
-    for (int q = 0; q < per_group; ++q, quads += Rows, panel += NV * W) {
+    for (int64_t q = 0; q < per_group; ++q, quads += Rows, bytes += NV * W) {
       vi b[Vectors];
-      for (int v = 0; v < Vectors; ++v) b[v] = loadi(panel + v * W);
+      for (int v = 0; v < Vectors; ++v) b[v] = loadi(bytes + v * W);
       for (int i = 0; i < Rows; ++i) {
-        const vi x = set1i(quads[i]);
-        for (int v = 0; v < Vectors; ++v) sum[i][v] = dot4(sum[i][v], b[v], x);
+        const vi a = set1i(quads[i]);
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = dot4(sum[i][v], b[v], a);
       }
     }
     vf weight[Vectors];
     for (int v = 0; v < Vectors; ++v)
-      weight[v] = load(w_scale + (g >> groups_shift) * W + v * w_stride);
+      weight[v] = load(panel.scales + ((first + g) >> block_shift) * W + v * panel.scale_stride);
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < Vectors; ++v) {
         float* to = c + i * kWidth + v * W;
         store(to, fma(mul(to_float(sum[i][v]), set1(scale[i])), weight[v], load(to)));
       }
-    scale += Rows;
-    bias += Rows;
   }
 }
 
 template <int Rows>
-inline void int8_tile_rows(int64_t rows, int64_t columns, const Int8Rows& x, int64_t i, int64_t p0,
-                           int64_t depth, const uint32_t* panel, const float* w_scale,
-                           int64_t w_stride, int groups_shift, float* c) {
+inline void int8_tile_rows(const Int8Rows& x, int64_t i, const Int8Panel& panel, float* c) {
   if constexpr (Rows > 0) {
-    if (rows != Rows)
-      return int8_tile_rows<Rows - 1>(rows, columns, x, i, p0, depth, panel, w_scale, w_stride,
-                                      groups_shift, c);
-    const uint32_t* quads = x.quads + i * (x.K / 4) + p0 / 4 * Rows;
-    const int64_t g = i * x.groups() + (p0 >> x.group_shift) * Rows;
-    const auto tile = columns > W ? int8_tile<Rows, NV> : int8_tile<Rows, 1>;
-    tile(quads, x.scale + g, x.bias + g, depth, x.group_shift, panel, w_scale, w_stride,
-         groups_shift, c);
+    if (x.height_of(i) != Rows) return int8_tile_rows<Rows - 1>(x, i, panel, c);
+    if (panel.count > W) return int8_tile<Rows, NV>(x, i, panel, c);
+    int8_tile<Rows, 1>(x, i, panel, c);
   }
 }
 
 // c[i, j] += Σ_k of rows [i0, i0 + rows) of x, which are whole tiles, and columns [j0, j0 +
-// columns). w_scale: int8_scales of each vector of columns.
+// columns). scales: int8_scales of each vector of columns.
 inline void int8_panels(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t i0, int64_t rows,
-                        int64_t j0, int64_t columns, const float* w_scale, float* c) {
-  uint32_t* panel = static_cast<uint32_t*>(scratch(Slot::panel, kInt8Depth * kTile));
-  const int shift = chunks.w.block_shift;
-  const int64_t w_stride = chunks.blocks_per_row * W;
-  for (int64_t p0 = 0; p0 < x.K; p0 += kInt8Depth) {
-    const int64_t depth = min64(kInt8Depth, x.K - p0);
+                        int64_t j0, int64_t columns, const float* scales, float* c) {
+  uint32_t* quads = static_cast<uint32_t*>(scratch(Slot::panel, kInt8Depth * kTile));
+  const int64_t stride = chunks.blocks_per_row * W;
+  const auto panel_of = [&](int64_t j, int64_t p0) -> Int8Panel {
+    const int64_t count = min64(kTile, columns - j), depth = min64(kInt8Depth, x.K - p0);
+    return {chunks, j0 + j, count, p0, depth, quads, scales + j / W * stride, stride};
+  };
+  for (int64_t p0 = 0; p0 < x.K; p0 += kInt8Depth)
     for (int64_t j = 0; j < columns; j += kTile) {
-      const int64_t width = min64(kTile, columns - j);
-      const float* scale = w_scale + j / W * w_stride + (p0 >> shift) * W;
-      int8_fill(chunks, lut, j0 + j, width, p0, depth, panel);
+      const Int8Panel panel = panel_of(j, p0);
+      const Int8Panel next = j + kTile < columns      ? panel_of(j + kTile, p0)
+                             : p0 + panel.depth < x.K ? panel_of(0, p0 + panel.depth)
+                                                      : panel_of(columns, 0);
+      panel.fill(lut, next);
       for (int64_t i = i0; i < i0 + rows; i += x.height)
-        int8_tile_rows<MR>(x.height_of(i), width, x, i, p0, depth, panel, scale, w_stride,
-                           shift - x.group_shift, c + (i - i0) * kWidth + j);
+        int8_tile_rows<MR>(x, i, panel, c + (i - i0) * kWidth + j);
     }
-  }
 }
 
 // -- the operator ---------------------------------------------------------------------------------

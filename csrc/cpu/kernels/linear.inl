@@ -53,7 +53,7 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
 inline void linear_with(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
-#ifdef LK_VNNI
+#ifdef LK_INT8
   if (a.int8) return linear_int8(a, many, pool);
 #endif
   if (is_few(a.base, a.x.rows)) return linear_few(a, many, pool);

@@ -115,10 +115,13 @@ inline void transpose(vf* r) {
 
 // -- int8 (explained in avx512.h) -----------------------------------------------------------------
 
-#define LK_VNNI __attribute__((target("avxvnni")))
+#define LK_INT8
 constexpr const char* kInt8 = "avx_vnni";
 
-LK_VNNI inline vi dot4(vi sum, vi u, vi s) { return _mm256_dpbusd_avx_epi32(sum, u, s); }
+inline vi dot4(vi sum, vi u, vi s) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s));
+  return sum;
+}
 inline vf to_float(vi v) { return _mm256_cvtepi32_ps(v); }
 inline vi to_int(vf v) { return _mm256_cvtps_epi32(v); }
 inline void store_bytes(void* p, vi v) {

@@ -111,13 +111,17 @@ inline void transpose(vf* r) {
 }
 
 // -- int8 -----------------------------------------------------------------------------------------
-// For functions marked LK_VNNI alone: not every CPU of this vocabulary has the instruction.
+// dot4 is an instruction that not every CPU of this vocabulary has: dispatch.cpp asks for kInt8.
 
-#define LK_VNNI __attribute__((target("avx512vnni")))
+#define LK_INT8
 constexpr const char* kInt8 = "avx512_vnni";
 
-// Lane j of sum + Σ u[4j + b] s[4j + b] over its four bytes b, u unsigned, s signed.
-LK_VNNI inline vi dot4(vi sum, vi u, vi s) { return _mm512_dpbusd_epi32(sum, u, s); }
+// Lane j of sum + Σ u[4j + b] s[4j + b] over its four bytes b, u unsigned, s signed. Written out:
+// around the intrinsic g++ copies sums between registers and memory.
+inline vi dot4(vi sum, vi u, vi s) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+  return sum;
+}
 inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
 inline vi to_int(vf v) { return _mm512_cvtps_epi32(v); }  // to nearest, ties to even
 inline void store_bytes(void* p, vi v) {
