@@ -336,10 +336,10 @@ inline void int8_rows(const LinearArgs& a, const Expansion* many, const ByteTabl
 
 inline void linear_int8(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   const Weight4& w = *a.base.quantized;
-  const int64_t M = a.x.rows, K = w.K, most = min64(kRows, kInt8Bytes / (K + 1)) / MR * MR;
+  const int64_t M = a.x.rows, K = w.K, most = min64(kRows, kInt8Bytes / (K + 1) + 1);
   const int shift = w.block_shift < 6 ? w.block_shift : 6;
   const ByteTable table(w.code);
-  const int64_t at_once = min64(M, most > MR ? most : MR), groups = K >> shift;
+  const int64_t at_once = ceil_div(M, ceil_div(M, most)), groups = K >> shift;
   uint32_t* quads = static_cast<uint32_t*>(
       scratch(Slot::shared, static_cast<size_t>(at_once * (K + 8 * groups))));
   float* scale = reinterpret_cast<float*>(quads + at_once * K / 4);
