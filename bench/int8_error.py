@@ -48,14 +48,20 @@ def layer_errors(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, tuple[f
     return errors
 
 
-def perplexity(model: torch.nn.Module, ids: torch.Tensor, context: int = 512) -> float:
-    """Of the text in pieces of ``context`` tokens."""
-    losses = []
+def read(
+    model: torch.nn.Module, ids: torch.Tensor, context: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token but the first of pieces of ``context``: -log p, and the token that the model expected most."""
+    losses, likeliest = [], []
     for piece in ids[0].split(context):
-        if len(piece) > 1:
-            logits = model(input_ids=piece[None], use_cache=False).logits[0, :-1].double()
-            losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none"))
-    return math.exp(torch.cat(losses).mean())
+        logits = model(input_ids=piece[None], use_cache=False).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none"))
+        likeliest.append(logits.argmax(1))
+    return torch.cat(losses), torch.cat(likeliest)
+
+
+def perplexity(losses: torch.Tensor) -> float:
+    return math.exp(losses.mean())
 
 
 @torch.no_grad()
@@ -69,7 +75,7 @@ def main() -> None:
     model, tokenizer, name = models.load(args.model)
     text = "\n".join(f"{row['prompt']} {row['response']}" for rows in corpus.load() for row in rows)
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : args.tokens]
-    dense = perplexity(model, ids)
+    dense = perplexity(read(model, ids)[0])
     lk.replace_linear(model, progress=False)
     print(f"{name}, {ids.shape[1]} tokens, {lk.backends.report()['int8']}")
 
@@ -85,13 +91,16 @@ def main() -> None:
             f"{kind:12} {len(found):6} {exact.median():16.1e} {rounded.median():13.2%} {rounded.max():14.2%}"
         )
 
-    exact = perplexity(model, ids)
+    losses, likeliest = read(model, ids)
     with lk.int8_activations():
-        rounded = perplexity(model, ids)
+        int8_losses, int8_likeliest = read(model, ids)
+    exact, rounded = perplexity(losses), perplexity(int8_losses)
+    same = (likeliest == int8_likeliest).double().mean().item()
     print(
-        f"\nperplexity: dense {dense:.4f}, 4 bits {exact:.4f} ({exact / dense - 1:+.2%}), ", end=""
+        f"\nperplexity: dense {dense:.3f}, 4 bits {exact:.3f} ({exact / dense - 1:+.2%}), ", end=""
     )
-    print(f"4 bits and int8 activations {rounded:.4f} ({rounded / exact - 1:+.2%} on 4 bits)")
+    print(f"4 bits and int8 {rounded:.3f} ({rounded / exact - 1:+.2%} on 4 bits)")
+    print(f"the likeliest next token is the same for {same:.1%} of the tokens")
 
 
 if __name__ == "__main__":
