@@ -94,8 +94,8 @@ struct Int8Rows {
       store_bytes(quad, rounded);
       for (int j = 0; j < W / 4; ++j) quads[(i / 4 + j) * stride] = quad[j];
     }
-    bias = -128 * static_cast<int32_t>(hsum(to_float(sum)));
     const bool finite = bits_of(absmax) < 0x7f800000u;
+    bias = finite ? -128 * static_cast<int32_t>(hsum(to_float(sum))) : 0;
     scale = finite ? largest * (1.0f / 127.0f) * step : float_of(0x7fc00000u);
   }
 };
