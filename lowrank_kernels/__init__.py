@@ -3,6 +3,7 @@
 from . import backends
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
+from .int8 import int8_activations
 from .interop.peft_files import load_adapter, save_adapter
 from .multi_lora.bank import AdapterBank
 from .multi_lora.functional import multi_lora_
@@ -16,6 +17,7 @@ __all__ = [
     "LoRALinear4bit",
     "Weight4bit",
     "backends",
+    "int8_activations",
     "linear_4bit",
     "load_adapter",
     "lora_linear",

@@ -247,13 +247,17 @@ def _cuda_build() -> str:
 
 
 def report() -> dict[str, object]:
-    """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds."""
+    """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds.
+
+    "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni" or None.
+    """
     native = _host is not None
     return {
         "active": _active,
         "available": list(_available()),
         "isa": isa() if native else None,
         "isas_supported": isas() if native else [],
+        "int8": _host.int8_kernels() if native else None,
         "threads": torch.get_num_threads(),
         "build": _host.build_info() if native else f"not built: {_native_error}",
         "cuda": _cuda_build(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import int8
 from .formats import Weight4bit
 from .schema import check_float, check_linear, check_lora, check_tensor, ops
 
@@ -123,7 +124,9 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
     rows = x.reshape(x.shape[:-1].numel(), K)
-    if wants_grad(x, bias):
+    needs_grad = wants_grad(x, bias)
+    int8.check(x, w, needs_grad)
+    if needs_grad:
         y = _Linear4bit.apply(rows, bias, *w.op_args())
     else:
         y = ops.linear_4bit(rows, *w.op_args(), bias)
@@ -168,8 +171,10 @@ def lora_linear_4bit(
     check_linear(x, N, K, w.device, bias)
     check_lora(x, N, K, A, B, scaling, dropout_p)
     rows = x.reshape(x.shape[:-1].numel(), K)
+    needs_grad = wants_grad(x, A, B, bias)
+    int8.check(x, w, needs_grad)
     seed = dropout_seed(dropout_p, x.device)
-    if wants_grad(x, A, B, bias):
+    if needs_grad:
         y = _LoRALinear4bit.apply(
             rows, A, B, bias, seed, float(scaling), float(dropout_p), *w.op_args()
         )

@@ -39,6 +39,17 @@ def test_a_failing_block_is_reported_with_its_line(monkeypatch, tmp_path):
     assert (error.traceback[-1].path.name, error.traceback[-1].lineno + 1) == ("page.md", 8)
 
 
+# -- int8.md -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(lk.backends.report()["int8"] is None, reason="this CPU has no int8 kernels")
+def test_int8():
+    model, x = torch.nn.Sequential(lk.Linear4bit(64, 8)), torch.randn(3, 64)
+    names = run("int8.md", {"torch": torch, "lk": lk, "model": model, "x": x})
+    error = (names["y"] - model(x)).norm() / names["y"].norm()
+    assert 1e-4 < error < 0.03
+
+
 # -- multi-lora.md -----------------------------------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ struct LinearArgs {
   Vector bias;
   MutMatrix y;
   float* s = nullptr;
+  bool int8 = false;  // x Wᵀ of a 4-bit base in 8-bit integers (CPU; cpu/kernels/int8.inl)
 };
 
 // dS = scaling dy B (scratch ds, float32 [M, R]); dx = dy W + mask (dS A); dA = dSᵀ dropout(x);
@@ -173,6 +174,7 @@ struct MultiArgs {
   MutMatrix y;
   float* s = nullptr;
   int64_t s_stride = 0;
+  bool int8 = false;  // as in LinearArgs
 };
 
 // dS[m] = scaling_u dy[m] B_u (scratch ds, laid out as S); dx = dy W + mask_u (dS A_u), without a

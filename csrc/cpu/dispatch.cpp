@@ -44,6 +44,17 @@ std::atomic<const KernelTable*>& active() {
   return table;
 }
 
+// By the names in the tables.
+bool has_feature(const char* name) {
+#if defined(__x86_64__)
+  if (std::strcmp(name, "avx512_vnni") == 0) return __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(name, "avx_vnni") == 0) return __builtin_cpu_supports("avxvnni");
+#endif
+  return false;
+}
+
+thread_local bool int8_active = false;
+
 struct Buffer {
   void* data = nullptr;
   size_t capacity = 0;
@@ -94,6 +105,19 @@ const char* lk_isa_name(int index) {
 
 int lk_isa_supported(int index) {
   return index >= 0 && index < lk::kCount && lk::kIsas[index].supported();
+}
+
+int lk_int8_set(int on) {
+  const bool before = lk::int8_active;
+  lk::int8_active = on != 0;
+  return before;
+}
+
+int lk_int8_active(void) { return lk::int8_active; }
+
+const char* lk_int8_kernels(void) {
+  const char* name = lk_kernels()->int8;
+  return name && lk::has_feature(name) ? name : nullptr;
 }
 
 const char* lk_build_info(void) { return "liblowrank_cpu, g++ " __VERSION__; }

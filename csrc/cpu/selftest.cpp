@@ -1,6 +1,7 @@
 // Torch-free self-test of the CPU kernels: every instruction set this CPU supports, against plain
 // loops in double. Buffers have exactly the size the kernels may touch, so that AddressSanitizer
 // sees a read or write beyond them.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -277,6 +278,42 @@ void check_linear(const Case& c, bool dense_base) {
       }
 }
 
+// The product on bytes, within half a step of every activation and code; exactly: the Python tests.
+void check_int8(const Case& c) {
+  if (!lk_int8_kernels() || !blocks_fit_rows(Problem(c).w)) return;
+  Problem p(c);
+  const int64_t M = c.M, N = c.N, K = c.K, size = c.shift < 6 ? 32 : 64;
+  Values x = p.normal(c.x, M * K), y(c.x, M * N);
+  LinearArgs a;
+  a.x = {x.data(), c.x, M, K, K};
+  a.base.quantized = &p.w;
+  a.y = {y.data(), c.x, M, N, N};
+  a.int8 = true;
+  lk_kernels()->linear(a, kPool);
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0, bound = 1e-5;
+      for (int64_t k = 0; k < K; ++k) {
+        double largest = 0, scale = 0;
+        for (int64_t i = k / size * size; i < k / size * size + size; ++i)
+          largest = std::max(largest, std::fabs(x.get(m * K + i)));
+        for (int64_t i = k >> c.shift << c.shift; i < ((k >> c.shift) + 1) << c.shift; ++i)
+          scale = std::max(scale, std::fabs(double{p.dense[static_cast<size_t>(n * K + i)]}));
+        const double value = x.get(m * K + k), weight = p.dense[static_cast<size_t>(n * K + k)];
+        sum += value * weight;
+        bound += largest / 253 * (std::fabs(weight) + scale / 128) + std::fabs(value) * scale / 128;
+      }
+      ++checks;
+      if (std::fabs(y.get(m * N + n) - sum) > bound + y.unit() * std::fabs(sum) && ++failures <= 20)
+        std::printf("FAIL %s\n", name_of(c, "int8 y").c_str());
+    }
+  if (M == 0) return;
+  x.set(K - 1, NAN);
+  lk_kernels()->linear(a, kPool);
+  for (int64_t n = 0; n < N; ++n)
+    if (!std::isnan(y.get(n))) ++failures;
+}
+
 void check_half() {
   for (uint32_t h = 0; h < 65536; ++h) {  // every 16-bit value survives a round trip
     const uint16_t u = static_cast<uint16_t>(h);
@@ -309,6 +346,7 @@ int run() {
     for (const Case& c : cases) {
       check_linear(c, false);
       check_linear(c, true);
+      check_int8(c);
     }
     std::printf("%s: %lld checks, %d failures\n", lk_isa_name(isa), checks, failures);
   }

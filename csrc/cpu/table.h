@@ -7,6 +7,7 @@ namespace lk {
 
 struct KernelTable {
   const char* isa;
+  const char* int8;  // what LinearArgs::int8 runs on, a CPU feature beyond `isa`; null: nothing
   void (*quantize)(const QuantizeArgs&, const Parallel&);
   void (*double_quantize)(const DoubleQuantizeArgs&, const Parallel&);
   void (*dequantize)(const DequantizeArgs&, const Parallel&);

@@ -52,6 +52,10 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "isa_supported", [] { return isa_list(true); },
       "Names of the compiled ISAs that this CPU supports.");
+  m.def(
+      "int8_set", [](bool on) { return lk_int8_set(on) != 0; }, py::arg("on"),
+      "Whether operators called by this thread round activations to int8; returns what it was.");
+  m.def("int8_kernels", &lk_int8_kernels, "Name of the int8 kernels that can run, or None.");
   m.def("build_info", &lk_build_info, "How the library was built: compiler, flags, ISAs.");
   lk::bind_multi_lora(m);
 }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.autograd.function import once_differentiable
 
+from .. import int8
 from ..formats import Weight4bit
 from ..functional import autocast, check_weight, dropout_seed, linear_4bit, wants_grad
 from ..schema import check_device, check_float, check_linear, check_shape, check_tensor, ops
@@ -137,7 +138,9 @@ def multi_lora_linear_4bit(
     rows = x.reshape(x.shape[:-1].numel(), K)
     seed = dropout_seed(pages.dropout(plan) if dropout else 0.0, x.device)
     slots, parameters = pages.parameters(plan)
-    if wants_grad(x, bias, *parameters):
+    needs_grad = wants_grad(x, bias, *parameters)
+    int8.check(x, w, needs_grad)
+    if needs_grad:
         y = _MultiLoRALinear4bit.apply(
             rows, bias, seed, plan, pages, w.op_args(), slots, *parameters
         )

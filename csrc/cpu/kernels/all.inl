@@ -13,9 +13,13 @@ struct Constant {
 #include "cpu/kernels/panel4.inl"
 #include "cpu/kernels/multi_products.inl"
 #include "cpu/kernels/gemv.inl"
+#include "cpu/kernels/quantize.inl"
+#ifdef LK_INT8
+#include "cpu/kernels/int8.inl"
+#endif
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/multi.inl"
-#include "cpu/kernels/quantize.inl"
 
-#define LK_KERNEL_TABLE(name) \
-  {name, quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward}
+#define LK_KERNEL_TABLE(name)                                      \
+  {name,   kInt8,           quantize, double_quantize, dequantize, \
+   linear, linear_backward, multi,    multi_backward}

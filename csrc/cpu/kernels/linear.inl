@@ -53,6 +53,9 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
 inline void linear_with(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
+#ifdef LK_INT8
+  if (a.int8) return linear_int8(a, many, pool);
+#endif
   if (is_few(a.base, a.x.rows)) return linear_few(a, many, pool);
   if (a.base.quantized) return linear_panels(a, Quantized(*a.base.quantized), many, pool);
   linear_panels(a, Dense{*a.base.dense}, many, pool);

@@ -14,6 +14,7 @@ void multi(const MultiArgs& a, const Parallel& pool) {
     linear.base.quantized = a.base;
     linear.bias = a.bias;
     linear.y = a.y;
+    linear.int8 = a.int8;
     return linear_with(linear, &delta, pool);
   }
   delta.all(pool, [&](const Segment& of, int64_t m, int64_t j0, int64_t columns, const float* c) {

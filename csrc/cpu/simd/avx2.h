@@ -112,3 +112,27 @@ inline void transpose(vf* r) {
   }
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
+
+// -- int8 (explained in avx512.h) -----------------------------------------------------------------
+
+#define LK_INT8
+constexpr const char* kInt8 = "avx_vnni";
+
+inline vi dot4(vi sum, vi u, vi s) {
+  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s));
+  return sum;
+}
+inline vf to_float(vi v) { return _mm256_cvtepi32_ps(v); }
+inline vi to_int(vf v) { return _mm256_cvtps_epi32(v); }
+inline void store_bytes(void* p, vi v) {
+  // Byte 0 of each dword to the front of its half, then the halves together.
+  const vi first = _mm256_set1_epi32(0x0c080400);
+  const vi bytes = _mm256_shuffle_epi8(v, first);
+  const vi together = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
+  _mm_storel_epi64(static_cast<__m128i*>(p), _mm256_castsi256_si128(together));
+}
+inline vi andi(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi make_byte_lut(const uint8_t* table) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline vi lut_bytes(vi lut, vi index) { return _mm256_shuffle_epi8(lut, index); }

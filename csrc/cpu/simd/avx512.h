@@ -109,3 +109,27 @@ inline void transpose(vf* r) {
   }
   for (int i = 0; i < 16; ++i) r[i] = t[i];
 }
+
+// -- int8 -----------------------------------------------------------------------------------------
+// dot4 is an instruction that not every CPU of this vocabulary has: dispatch.cpp asks for kInt8.
+
+#define LK_INT8
+constexpr const char* kInt8 = "avx512_vnni";
+
+// Lane j of sum + Σ u[4j + b] s[4j + b] over its four bytes b, u unsigned, s signed. Written out:
+// around the intrinsic g++ copies sums between registers and memory.
+inline vi dot4(vi sum, vi u, vi s) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+  return sum;
+}
+inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
+inline vi to_int(vf v) { return _mm512_cvtps_epi32(v); }  // to nearest, ties to even
+inline void store_bytes(void* p, vi v) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+inline vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
+// A table of 16 bytes, and its entries for the bytes of index, each below 16.
+inline vi make_byte_lut(const uint8_t* table) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+inline vi lut_bytes(vi lut, vi index) { return _mm512_shuffle_epi8(lut, index); }

@@ -106,3 +106,6 @@ inline void transpose(vf* rows) {
       rows[j][i] = t;
     }
 }
+
+// The other vocabularies have int8 products as well; see avx512.h.
+constexpr const char* kInt8 = nullptr;

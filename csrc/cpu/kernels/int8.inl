@@ -1,0 +1,352 @@
+// y = x Wᵀ on bytes, for a 4-bit weight whose blocks fit its rows. Only where somebody asked for it
+// (LinearArgs::int8): everything else in this folder computes with exact codes and float32.
+//
+//   group    64 consecutive k, or a block of 32
+//   x[m, k]  = scale(m, group) q[m, k], rounded: scale = largest |x| of the group / 127
+//   code[i]  = step (table[i] - 128), rounded
+//   y[m, n]  = Σ_group scale(m, group) step w_scale(n, group) (Σ_k table[nibble] q - 128 Σ_k q)
+//
+// The sum over a group is exact in int32; groups are added in float32, in their order. So a row's
+// bits depend on nothing but itself and the weight.
+//
+// Lanes are outputs: packed dwords of W rows of the weight are transposed as in panel4.inl, after
+// which a lookup of the high nibbles gives each lane a quad of weights, 8j, 8j+2, 8j+4, 8j+6, and
+// one of the low nibbles the odd ones. Bytes of x are laid out in tiles of a few rows to match:
+//
+//   tile     | quad 0: a dword for each row | quad 1: ... |
+//
+// and likewise scale and -128 Σ q by group.
+
+constexpr int64_t kInt8Depth = 512;  // k per panel: one of kTile rows fits the first-level cache
+constexpr int64_t kInt8Bytes = 4 << 20;     // of rounded x at a time
+constexpr float kInt8Smallest = 0x1p-100f;  // a group is rounded as if it had one value this large
+
+// 16 codes as bytes.
+struct ByteTable {
+  uint8_t entry[16];
+  float step;
+
+  // The largest code gets 64 to 127 steps: as many as leave the least squared error.
+  explicit ByteTable(const float* code) {
+    const float absmax = absmax_of(code, 16), largest = absmax > 0.0f ? absmax : 1.0f;
+    float best = 0.0f, least = 0.0f;
+    for (int steps = 127; steps >= 64; --steps) {
+      const float scale = static_cast<float>(steps) / largest, size = 1.0f / scale;
+      vf squares = zero();
+      for (int i = 0; i < 16; i += W) {
+        const vf exact = load(code + i), rounded = to_float(to_int(mul(exact, set1(scale))));
+        const vf error = fma(rounded, set1(-size), exact);
+        squares = fma(error, error, squares);
+      }
+      const float sum = hsum(squares);
+      if (best == 0.0f || sum < least) best = scale, least = sum;
+    }
+    step = 1.0f / best;
+    for (int i = 0; i < 16; i += W) {
+      uint32_t lane[W];
+      storei(lane, to_int(mul(load(code + i), set1(best))));
+      for (int j = 0; j < W; ++j) entry[i + j] = static_cast<uint8_t>(lane[j] + 128);
+    }
+  }
+};
+
+// Rows of x as bytes, in tiles of `height` rows; row i of them is row m0 + i of x.
+struct Int8Rows {
+  const LinearArgs& a;
+  int64_t m0, rows, height, K;
+  int group_shift;
+  uint32_t* quads;
+  float* scale;  // times the table's step
+  int32_t* bias;
+
+  int64_t groups() const { return K >> group_shift; }
+  int64_t height_of(int64_t i) const { return min64(height, rows - i); }
+
+  // Columns [k0, k0 + n) of the tile that begins at row i, n at most kInt8Depth.
+  void round_tile(int64_t i, int64_t k0, int64_t n, float step) const {
+    alignas(64) float values[kInt8Depth + W];
+    const int64_t tile_rows = height_of(i), size = int64_t{1} << group_shift;
+    for (int64_t r = 0; r < tile_rows; ++r) {
+      load_row(values, a.x.data, a.x.dtype, (m0 + i + r) * a.x.stride + k0, n);
+      for (int64_t k = 0; k < n; k += size) {
+        const int64_t g = i * groups() + ((k0 + k) >> group_shift) * tile_rows + r;
+        round_group(values + k, size, step, quads + i * (K / 4) + (k0 + k) / 4 * tile_rows + r,
+                    tile_rows, scale[g], bias[g]);
+      }
+    }
+  }
+
+ private:
+  // A NaN or infinity in the group shows in its scale.
+  static void round_group(const float* values, int64_t size, float step, uint32_t* quads,
+                          int64_t stride, float& scale, int32_t& bias) {
+    uint32_t order[W];
+    for (uint32_t j = 0; j < W; ++j) order[j] = j / 8 * 8 + j % 4 * 2 + j / 4 % 2;
+    const vi permutation = loadi(order);
+    const float absmax = absmax_of(values, size);
+    const float largest = absmax > kInt8Smallest ? absmax : kInt8Smallest;
+    const vf inverse = set1(127.0f / largest);
+    vi sum = set1i(0);
+    for (int64_t i = 0; i < size; i += W) {
+      const vi rounded = to_int(permute(mul(load(values + i), inverse), permutation));
+      sum = addi(sum, rounded);
+      uint32_t quad[W / 4];
+      store_bytes(quad, rounded);
+      for (int j = 0; j < W / 4; ++j) quads[(i / 4 + j) * stride] = quad[j];
+    }
+    const bool finite = bits_of(absmax) < 0x7f800000u;
+    bias = finite ? -128 * static_cast<int32_t>(hsum(to_float(sum))) : 0;
+    scale = finite ? largest * (1.0f / 127.0f) * step : float_of(0x7fc00000u);
+  }
+};
+
+// The scales of rows n0 .. n0 + count of the weight as lanes, dst[block * W + l]; a missing row
+// repeats the last one. rows: scratch of W rows of the scales, padded to vectors.
+inline void int8_scales(const Chunks& chunks, int64_t n0, int64_t count, float* rows, float* dst) {
+  const int64_t blocks = chunks.blocks_per_row, stride = ceil_div(blocks, W) * W;
+  for (int64_t l = 0; l < count; ++l) chunks.load_row_scales(rows + l * stride, n0 + l, 0, blocks);
+  for (int64_t b = 0; b < blocks; b += W) {
+    vf lanes[W];
+    for (int64_t l = 0; l < W; ++l) lanes[l] = load(rows + min64(l, count - 1) * stride + b);
+    transpose(lanes);
+    const int64_t n = min64(W, blocks - b);
+    for (int64_t i = 0; i < n; ++i) store(dst + (b + i) * W, lanes[i]);
+  }
+}
+
+// Packed dwords of a chunk of rows n .. n + count: lane l of dwords[d] is weights k + 8d .. of row
+// n + l. Another chunk is asked for, one that will be wanted about a panel or some rows later.
+inline void int8_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k, int64_t next_n,
+                       int64_t next_k, vf (&dwords)[W]) {
+  for (int64_t l = 0; l < W; ++l) {
+    dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
+    chunks.prefetch(next_n + l, next_k);
+  }
+  transpose(dwords);
+}
+
+inline vi even_bytes(vi lut, vi packed) {
+  return lut_bytes(lut, andi(shr<4>(packed), set1i(0x0f0f0f0f)));
+}
+inline vi odd_bytes(vi lut, vi packed) { return lut_bytes(lut, andi(packed, set1i(0x0f0f0f0f))); }
+
+// -- a few rows: bytes of the weight stay in registers --------------------------------------------
+
+// c[m, 0 .. W) += the products of a tile of M rows with rows n .. n + count of the weight.
+template <int M>
+void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_t count,
+              const float* w_scale, float* c) {
+  const int per_group = 1 << (x.group_shift - 3), shift = chunks.w.block_shift;
+  vf total[M];
+  for (int m = 0; m < M; ++m) total[m] = load(c + m * kWidth);
+  const uint32_t* quads = x.quads;
+  const float* scale = x.scale;
+  const int32_t* bias = x.bias;
+  for (int64_t k = 0; k < x.K; k += kChunk) {
+    vf dwords[W];
+    int8_chunk(chunks, n, count, k, n + W, k, dwords);
+    const int present = static_cast<int>(min64(W, (x.K - k) / 8));
+    for (int d0 = 0; d0 < present; d0 += per_group) {
+      vi even[M], odd[M];  // two sums: one alone would wait for itself
+      for (int m = 0; m < M; ++m) {
+        even[m] = set1i(static_cast<uint32_t>(bias[m]));
+        odd[m] = set1i(0);
+      }
+      for (int d = d0; d < d0 + per_group; ++d, quads += 2 * M) {
+        const vi packed = as_bits(dwords[d]);
+        const vi high = even_bytes(lut, packed), low = odd_bytes(lut, packed);
+        for (int m = 0; m < M; ++m) {
+          even[m] = dot4(even[m], high, set1i(quads[m]));
+          odd[m] = dot4(odd[m], low, set1i(quads[M + m]));
+        }
+      }
+      const vf weight = load(w_scale + ((k + 8 * d0) >> shift) * W);
+      for (int m = 0; m < M; ++m)
+        total[m] = fma(mul(to_float(addi(even[m], odd[m])), set1(scale[m])), weight, total[m]);
+      scale += M;
+      bias += M;
+    }
+  }
+  for (int m = 0; m < M; ++m) store(c + m * kWidth, total[m]);
+}
+
+// -- more rows: panels of bytes -------------------------------------------------------------------
+
+// Bytes of rows n0 .. n0 + count (at most kTile) of the weight, k in [p0, p0 + depth).
+struct Int8Panel {
+  const Chunks& chunks;
+  int64_t n0, count, p0, depth;
+  uint32_t* quads;      // [quad][v][lane]
+  const float* scales;  // int8_scales of the first W rows; those of the others scale_stride later
+  int64_t scale_stride;
+
+  // `next` will be filled next: its bytes are on their way while this one is multiplied.
+  void fill(vi lut, const Int8Panel& next) const {
+    for (int64_t v = 0; v * W < count; ++v)
+      for (int64_t p = 0; p < depth; p += kChunk) {
+        vf dwords[W];
+        int8_chunk(chunks, n0 + v * W, min64(W, count - v * W), p0 + p, next.n0 + v * W,
+                   next.p0 + p, dwords);
+        const int64_t present = min64(W, (depth - p) / 8);
+        uint32_t* out = quads + (p / 4 * NV + v) * W;
+        for (int64_t d = 0; d < present; ++d, out += 2 * NV * W) {
+          const vi packed = as_bits(dwords[d]);
+          storei(out, even_bytes(lut, packed));
+          storei(out + NV * W, odd_bytes(lut, packed));
+        }
+      }
+  }
+};
+
+// c += the tile of Rows rows of x that begins at row i0, times the panel. Inlined, it would be
+// short of registers.
+template <int Rows, int Vectors>
+__attribute__((noinline)) void int8_tile(const Int8Rows& x, int64_t i0, const Int8Panel& panel,
+                                         float* c) {
+  const int64_t first = panel.p0 >> x.group_shift, groups = panel.depth >> x.group_shift;
+  const int64_t per_group = int64_t{1} << (x.group_shift - 2);
+  const int block_shift = panel.chunks.w.block_shift - x.group_shift;
+  const uint32_t *quads = x.quads + i0 * (x.K / 4) + panel.p0 / 4 * Rows, *bytes = panel.quads;
+  const float* scale = x.scale + i0 * x.groups() + first * Rows;
+  const int32_t* bias = x.bias + i0 * x.groups() + first * Rows;
+  for (int64_t g = 0; g < groups; ++g, scale += Rows, bias += Rows) {
+    // Or g++ carries c from group to group, which takes the registers of the sums.
+    __asm__ volatile("" : : : "memory");
+    vi sum[Rows][Vectors];
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = set1i(static_cast<uint32_t>(bias[i]));
+    for (int64_t q = 0; q < per_group; ++q, quads += Rows, bytes += NV * W) {
+      vi b[Vectors];
+      for (int v = 0; v < Vectors; ++v) b[v] = loadi(bytes + v * W);
+      for (int i = 0; i < Rows; ++i) {
+        const vi a = set1i(quads[i]);
+        for (int v = 0; v < Vectors; ++v) sum[i][v] = dot4(sum[i][v], b[v], a);
+      }
+    }
+    vf weight[Vectors];
+    for (int v = 0; v < Vectors; ++v)
+      weight[v] = load(panel.scales + ((first + g) >> block_shift) * W + v * panel.scale_stride);
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) {
+        float* to = c + i * kWidth + v * W;
+        store(to, fma(mul(to_float(sum[i][v]), set1(scale[i])), weight[v], load(to)));
+      }
+  }
+}
+
+template <int Rows>
+inline void int8_tile_rows(const Int8Rows& x, int64_t i, const Int8Panel& panel, float* c) {
+  if constexpr (Rows > 0) {
+    if (x.height_of(i) != Rows) return int8_tile_rows<Rows - 1>(x, i, panel, c);
+    if (panel.count > W) return int8_tile<Rows, NV>(x, i, panel, c);
+    int8_tile<Rows, 1>(x, i, panel, c);
+  }
+}
+
+// c[i, j] += Σ_k of rows [i0, i0 + rows) of x, which are whole tiles, and columns [j0, j0 +
+// columns). scales: int8_scales of each vector of columns.
+inline void int8_panels(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t i0, int64_t rows,
+                        int64_t j0, int64_t columns, const float* scales, float* c) {
+  uint32_t* quads = static_cast<uint32_t*>(scratch(Slot::panel, kInt8Depth * kTile));
+  const int64_t stride = chunks.blocks_per_row * W;
+  const auto panel_of = [&](int64_t j, int64_t p0) -> Int8Panel {
+    const int64_t count = min64(kTile, columns - j), depth = min64(kInt8Depth, x.K - p0);
+    return {chunks, j0 + j, count, p0, depth, quads, scales + j / W * stride, stride};
+  };
+  for (int64_t p0 = 0; p0 < x.K; p0 += kInt8Depth)
+    for (int64_t j = 0; j < columns; j += kTile) {
+      const Int8Panel panel = panel_of(j, p0);
+      const Int8Panel next = j + kTile < columns      ? panel_of(j + kTile, p0)
+                             : p0 + panel.depth < x.K ? panel_of(0, p0 + panel.depth)
+                                                      : panel_of(columns, 0);
+      panel.fill(lut, next);
+      for (int64_t i = i0; i < i0 + rows; i += x.height)
+        int8_tile_rows<MR>(x, i, panel, c + (i - i0) * kWidth + j);
+    }
+}
+
+// -- the operator ---------------------------------------------------------------------------------
+
+// What the adapter of a adds to rows [i0, i0 + rows), into a zeroed tile.
+inline void int8_adapter(const LinearArgs& a, const Expansion* many, int64_t i0, int64_t rows,
+                         int64_t j0, int64_t columns, float* c) {
+  if (many) many->rows(i0, rows, j0, columns, false, c);
+  if (!a.lora.A.data) return;
+  const int64_t R = a.lora.A.rows;
+  accumulate<true>(Operand<false>{Matrix{a.s, DType::f32, a.x.rows, R, R}}, Dense{a.lora.B}, i0,
+                   rows, j0, columns, R, c);
+  for (int64_t k = 0; k < rows * kWidth; k += W)
+    store(c + k, mul(load(c + k), set1(a.lora.scaling)));
+}
+
+// Outputs of rows [i0, i0 + rows) of x and columns [j0, j0 + columns), at most kWidth.
+inline void int8_outputs(const LinearArgs& a, const Expansion* many, const Int8Rows& x, vi lut,
+                         int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
+  const Chunks chunks(*a.base.quantized);
+  float* c = static_cast<float*>(scratch(Slot::accumulator, rows * kWidth * sizeof(float)));
+  for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
+  int8_adapter(a, many, x.m0 + i0, rows, j0, columns, c);
+  const int64_t blocks = chunks.blocks_per_row, w_stride = blocks * W;
+  float* w_scale = static_cast<float*>(
+      scratch(Slot::rows, (kWidth * blocks + W * (blocks + W)) * sizeof(float)));
+  float* unordered = w_scale + kWidth * blocks;
+  for (int64_t j = 0; j < columns; j += W) {
+    const int64_t count = min64(W, columns - j);
+    float* scale = w_scale + j / W * w_stride;
+    int8_scales(chunks, j0 + j, count, unordered, scale);
+    if (x.rows == 1) int8_few<1>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 2) int8_few<2>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 3) int8_few<3>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 4) int8_few<4>(x, chunks, lut, j0 + j, count, scale, c + j);
+  }
+  if (x.rows > 4) int8_panels(x, chunks, lut, i0, rows, j0, columns, w_scale, c);
+  if (a.bias.data) {
+    float bias[kWidth];
+    load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
+  }
+  store_tile(a.y, x.m0 + i0, rows, j0, columns, c);
+}
+
+// Rows x.m0 .. x.m0 + x.rows of y.
+inline void int8_rows(const LinearArgs& a, const Expansion* many, const ByteTable& table,
+                      const Int8Rows& x, const Parallel& pool) {
+  const int64_t tiles = ceil_div(x.rows, x.height), depths = ceil_div(x.K, kInt8Depth);
+  parallel(pool, tiles * depths, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t k0 = t % depths * kInt8Depth;
+      x.round_tile(t / depths * x.height, k0, min64(kInt8Depth, x.K - k0), table.step);
+    }
+  });
+  const int64_t N = a.y.cols;
+  int64_t width = kWidth, parts = 1;  // as much work for each thread, in one piece where possible
+  while (width > kTile && ceil_div(N, width) < 4 * pool.threads) width /= 2;
+  while (parts * 2 <= tiles && ceil_div(N, width) * parts < 4 * pool.threads) parts *= 2;
+  const int64_t strips = ceil_div(N, width), part = ceil_div(tiles, parts) * x.height;
+  const int64_t tasks = strips * ceil_div(x.rows, part);
+  parallel(pool, tasks, [&](int64_t begin, int64_t end) {
+    const vi lut = make_byte_lut(table.entry);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i0 = t / strips * part, j0 = t % strips * width;
+      int8_outputs(a, many, x, lut, i0, min64(part, x.rows - i0), j0, min64(width, N - j0));
+    }
+  });
+}
+
+inline void linear_int8(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
+  const Weight4& w = *a.base.quantized;
+  const int64_t M = a.x.rows, K = w.K, most = min64(kRows, kInt8Bytes / (K + 1) + 1);
+  const int shift = w.block_shift < 6 ? w.block_shift : 6;
+  const ByteTable table(w.code);
+  const int64_t at_once = ceil_div(M, ceil_div(M, most)), groups = K >> shift;
+  uint32_t* quads = static_cast<uint32_t*>(
+      scratch(Slot::shared, static_cast<size_t>(at_once * (K + 8 * groups))));
+  float* scale = reinterpret_cast<float*>(quads + at_once * K / 4);
+  int32_t* bias = reinterpret_cast<int32_t*>(scale + at_once * groups);
+  for (int64_t m = 0; m < M; m += at_once) {
+    const int64_t rows = min64(at_once, M - m);
+    const int64_t height = ceil_div(rows, ceil_div(rows, MR));  // 16 rows as 8 + 8, not 14 + 2
+    int8_rows(a, many, table, {a, m, rows, height, K, shift, quads, scale, bias}, pool);
+  }
+}

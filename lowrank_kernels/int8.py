@@ -1,0 +1,79 @@
+"""``int8_activations``: 4-bit linear layers on 8-bit integers, for inference on a CPU, where somebody asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from . import backends
+from .formats import Weight4bit
+
+# Of this thread, as the native library's. torch.compile guards on it: compiled code is checked as well.
+_state = threading.local()
+
+
+def active() -> bool:
+    """Whether this thread is within :func:`int8_activations`."""
+    return getattr(_state, "active", False)
+
+
+@contextlib.contextmanager
+def int8_activations() -> Iterator[None]:
+    """Within the block, or the function it decorates, 4-bit linear layers on the CPU round x to int8.
+
+    Holds for :func:`linear_4bit`, :func:`lora_linear_4bit`, :class:`Linear4bit`, :class:`LoRALinear4bit`, with
+    many adapters too. Of a row x, in groups g of 64 columns (32 where the weight's blocksize is 32)::
+
+        s_g = max |x_k| / 127,   q_k = round(x_k / s_g)                        k in g
+        t_i = round(code_i / c)                                                |t_i| <= 127, c one number
+        y_n = Σ_g s_g · c · scale(n, g) · (Σ_k t(n, k) · q_k) + adapter + bias
+
+    The sum over a group is exact, groups are added in float32 in their order; adapters and bias are float32, as
+    always, and so is everything else: :func:`lora_linear`, gradients, quantization. A row's bits depend on no
+    other row, whatever their number. A NaN or infinity makes its row NaN. The error, measured: docs/int8.md.
+
+    Of the calling thread alone, like torch.no_grad; nests, and restores on leaving. Code under torch.compile obeys
+    the thread's state when it runs.
+
+    Raises, where a layer runs within the block:
+        RuntimeError: something requires a gradient and gradients are enabled; a tensor that is not on the CPU, or
+            another backend than "cpu"; no AVX512-VNNI or AVX-VNNI beside the instruction set in use
+            (``backends.report()["int8"]``).
+        ValueError: a weight whose in_features are no multiple of its blocksize.
+
+    Source: groups and bytes as in llama.cpp's IQ4_NL products with Q8_0, an unsigned table as in ik_llama.cpp.
+    """
+    host = backends.host_module()
+    before = active()
+    _state.active = True
+    host.int8_set(True)
+    try:
+        yield
+    finally:
+        _state.active = before
+        host.int8_set(before)
+
+
+def check(x: torch.Tensor, w: Weight4bit, needs_grad: bool) -> None:
+    """Raises if int8 activations were asked for and cannot be had here; see above. (The kernels ask for VNNI.)"""
+    if not active() or x.is_meta:
+        return
+    if needs_grad:
+        raise RuntimeError(
+            "int8_activations: for inference only, but an input requires a gradient; "
+            "use torch.no_grad() or torch.inference_mode()"
+        )
+    if x.device.type != "cpu":
+        raise RuntimeError(f"int8_activations: expected x on the CPU, got it on {x.device}")
+    if backends.active() not in ("cpu", "cuda"):  # "cuda" leaves the CPU's kernels where they are
+        raise RuntimeError(
+            f"int8_activations: expected the backend 'cpu', got {backends.active()!r}"
+        )
+    if w.shape[1] % w.blocksize:
+        raise ValueError(
+            f"w: expected in_features that are a multiple of the blocksize {w.blocksize} under "
+            f"int8_activations, got {w.shape[1]}"
+        )
