@@ -7,25 +7,27 @@
 //
 // six products of parts, each exact in float32. bfloat16 numbers have one part, float16 ones two.
 //
-// The unit takes subnormal numbers for zero. So rows of a are scaled by a power of two that brings
-// the largest element of kDepth to 2^40, and w by 2^40: what is lost then lies far below float32's
-// smallest number. A result that is not finite (an operand was not, or a product overflowed) is
-// computed again by float32 arithmetic.
+// The unit takes subnormal numbers for zero, so a is scaled by 2^40 and w by 2^24: what is lost then
+// lies below float32's smallest number. A sum that is not finite (an operand was not, or it was too
+// large) is computed again by float32 arithmetic.
 //
 //   operand  for each tile of rows, step of 32 p, part:  | row 0: 32 p | row 1 | ... 16 rows
 //   panel    for each step, part, tile of columns:       | p = 0, 1: 16 columns of pairs | ...
 //
-// Sums run over the steps in order, from zero for each kDepth: a row's bits depend on nothing else.
+// Sums run over the steps in order, from zero for each kTileDepth: a row's bits depend on nothing else.
 
 constexpr int64_t kTilesFrom = 5;  // rows from which this is faster
 constexpr int64_t kTilePanels = 4;  // panels at a time: an operand in parts costs a tenth of its product
 constexpr int kTileRows = 16;
 constexpr int64_t kStep = 32;  // p of a tile
-constexpr int64_t kSteps = kDepth / kStep;
+constexpr int64_t kTileDepth = 128;  // p per panel
+constexpr int64_t kSteps = kTileDepth / kStep;
 constexpr int64_t kTileBytes = 1024;
-constexpr int kMaxParts = 3;
-constexpr int kScaledTo = 40;  // exponents
+constexpr int64_t kShare = 2 * kTileRows / kSteps;
+constexpr float kScaleA = 0x1p40f, kScaleW = 0x1p24f, kUnscale = 0x1p-64f;
 static_assert(kTile == 2 * W, "two tiles of columns are filled at a time");
+
+constexpr int64_t kRowsAhead = 8;  // from a load of a to its prefetch
 
 inline int parts_of(DType t) { return t == DType::f32 ? 3 : t == DType::f16 ? 2 : 1; }
 inline int parts_of(const Quantized&) { return 3; }
@@ -37,6 +39,10 @@ inline vi take_part(vf& v) {
   v = _mm512_sub_ps(v, as_float(_mm512_and_si512(part, set1i(0xffff0000))));
   return part;
 }
+
+// What was stored there is seen by the tile instructions that follow: GCC's are asm statements that
+// do not say what they read.
+inline void in_memory(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
 // All tiles of rows of one shape; the tile registers of this thread are given back at the end.
 class Tiles {
@@ -51,6 +57,7 @@ class Tiles {
       shape.row_bytes[t] = 64;
       shape.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kTileRows);
     }
+    in_memory(&shape);
     _tile_loadconfig(&shape);
   }
   ~Tiles() { _tile_release(); }
@@ -60,33 +67,33 @@ class Tiles {
 
 // -- operand --------------------------------------------------------------------------------------
 
-// Rows [i0, i0 + rows) of a, columns [p0, p0 + depth), in tiles of `height` rows. exponent[i]: what
-// results of row i have to be scaled by; NaN if the row is not finite.
+// Rows [i0, i0 + rows) of a, columns [p0, p0 + depth), in tiles of `height` rows.
 template <int Parts>
 void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, int64_t p0,
-                int64_t depth, char* operand, float* exponent) {
+                int64_t depth, char* operand) {
   uint16_t odd_words[2 * W];  // of two vectors
   for (int i = 0; i < 2 * W; ++i) odd_words[i] = static_cast<uint16_t>(2 * i + 1);
   const vi words = loadi(odd_words);
+  const vf scale = set1(kScaleA);
   const int64_t steps = ceil_div(depth, kStep);
   for (int64_t i = 0; i < rows; ++i) {
-    float row[kDepth];
+    if (i + kRowsAhead < rows) a.prefetch(i0 + i + kRowsAhead, 1, p0, depth);
+    alignas(64) float row[kTileDepth];
     load_row(row, a.m.data, a.m.dtype, (i0 + i) * a.m.stride + p0, depth);
     for (int64_t p = depth; p < steps * kStep; ++p) row[p] = 0.0f;
-    vi largest = set1i(0);
-    for (int64_t p = 0; p < steps * kStep; p += W) largest = maxi(largest, abs_bits(load(row + p)));
-    const int biased = _mm512_reduce_max_epi32(largest) >> 23;
-    const int e = biased < 47 ? -80 : biased > 253 ? 126 : biased - 127;
-    exponent[i] = biased == 255 ? float_of(0x7fc00000) : static_cast<float>(e - 2 * kScaledTo);
-    const vf scale = set1(float_of(static_cast<uint32_t>(127 + kScaledTo - e) << 23));
-    char* to = operand + (i / height * kSteps * Parts) * kTileBytes + i % height * 64;
+    char* tile = operand + (i / height * kSteps * Parts) * kTileBytes + i % height * 64;
+    char* to = tile;
+    vf check = zero();
     for (int64_t s = 0; s < steps; ++s) {
       vf low = mul(load(row + s * kStep), scale), high = mul(load(row + s * kStep + W), scale);
+      check = fma(low, zero(), fma(high, zero(), check));
       for (int part = 0; part < Parts; ++part, to += kTileBytes) {
         const vi first = take_part(low), second = take_part(high);
         storei(reinterpret_cast<uint32_t*>(to), _mm512_permutex2var_epi16(first, words, second));
       }
     }
+    // Rounding its bits may have made a number of a NaN.
+    if (_mm512_cmp_ps_mask(check, check, _CMP_UNORD_Q)) *reinterpret_cast<uint16_t*>(tile) = 0x7fc0;
   }
 }
 
@@ -96,7 +103,7 @@ void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, i
 // a NaN among them, and rounding its bits may have made it a number.
 template <int Parts>
 bool split_panel(const float* panel, int64_t depth, char* to) {
-  const vf scale = set1(0x1p40f);
+  const vf scale = set1(kScaleW);
   __mmask16 nan = 0;
   for (int64_t s = 0; s < ceil_div(depth, kStep); ++s, to += 2 * Parts * kTileBytes)
     for (int64_t q = 0; q < kTileRows; ++q)
@@ -115,10 +122,13 @@ bool split_panel(const float* panel, int64_t depth, char* to) {
 
 // -- product --------------------------------------------------------------------------------------
 
-// sums[row tile][column tile]: the product of `steps` steps, the smallest parts first. Registers:
-// 0-3 the sums, 4-5 a part of two row tiles, 6-7 a part of two column tiles.
-template <int Rows, int PartsA, int PartsW>
-inline void multiply_tiles(const char* a, const char* w, int64_t steps, float* sums) {
+// sums[row][column] of kTile columns: the product of `steps` steps, the smallest parts first. Row tiles
+// of `height` rows. Registers: 0-3 the sums, 4-5 a part of two row tiles, 6-7 a part of two column
+// tiles.
+// After each step, between(s) runs beside the products that were begun.
+template <int Rows, int PartsA, int PartsW, class Between>
+inline void multiply_tiles(const char* a, const char* w, int64_t steps, int height, float* sums,
+                           const Between& between) {
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * kTileBytes, 64);
     if constexpr (Rows == 2) _tile_loadd(5, a + (kSteps * PartsA + part) * kTileBytes, 64);
@@ -135,6 +145,8 @@ inline void multiply_tiles(const char* a, const char* w, int64_t steps, float* s
       _tile_dpbf16ps(3, 5, 7);
     }
   };
+  in_memory(a);
+  in_memory(w);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -161,21 +173,21 @@ inline void multiply_tiles(const char* a, const char* w, int64_t steps, float* s
     }
     if constexpr (PartsA > 1) load_a(0);
     multiply();
+    between(s);
   }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
+  constexpr int64_t stride = kTile * sizeof(float);
+  _tile_stored(0, sums, stride);
+  _tile_stored(1, sums + W, stride);
   if constexpr (Rows == 2) {
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+    _tile_stored(2, sums + height * kTile, stride);
+    _tile_stored(3, sums + height * kTile + W, stride);
   }
 }
 
-inline bool all_finite(vf v) { return _mm512_fpclass_ps_mask(v, 0x99) == 0; }
-
 // c[j] += Σ_p row i of a times the panel, kTile columns, by float32 arithmetic.
-inline void add_row(const Operand<false>& a, int64_t i, int64_t p0, int64_t depth,
-                    const float* panel, float* c) {
-  float row[kDepth + kPad];
+__attribute__((noinline, cold)) void add_row(const Operand<false>& a, int64_t i, int64_t p0,
+                                             int64_t depth, const float* panel, float* c) {
+  float row[kTileDepth + kPad];
   a.pack(i, 1, p0, depth, row);
   vf sum[NV];
   for (int v = 0; v < NV; ++v) sum[v] = load(c + v * W);
@@ -185,6 +197,49 @@ inline void add_row(const Operand<false>& a, int64_t i, int64_t p0, int64_t dept
   for (int v = 0; v < NV; ++v) store(c + v * W, sum[v]);
 }
 
+inline bool is_finite(const float* sums, int64_t rows) {
+  vf check[NV] = {zero(), zero()};  // zero times a number stays zero
+#pragma GCC unroll 8
+  for (int64_t k = 0; k < rows * kTile; k += kTile)
+    for (int v = 0; v < NV; ++v) check[v] = fma(load(sums + k + v * W), zero(), check[v]);
+  return _mm512_cmp_ps_mask(check[0], check[1], _CMP_UNORD_Q) == 0;
+}
+
+// c[i, j] += sums[i, j] without their scale, kTile columns.
+inline void add_sums(const float* sums, int64_t rows, float* c) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < rows; ++i, sums += kTile, c += kWidth)
+    for (int v = 0; v < NV; ++v)
+      store(c + v * W, fma(load(sums + v * W), set1(kUnscale), load(c + v * W)));
+}
+
+// The product of rows with one panel of kTile columns.
+struct PanelProduct {
+  const Operand<false>& a;
+  int64_t i0, p0, depth;
+  const float* panel;
+  bool numbers;  // in the panel
+  float* c;
+
+  // Rows [i, i + rows).
+  void add(const float* sums, int64_t i, int64_t rows) const {
+    if (numbers && is_finite(sums, rows))
+      add_sums(sums, rows, c + i * kWidth);
+    else
+      add_with_care(sums, i, rows);
+  }
+  __attribute__((noinline, cold)) void add_with_care(const float* sums, int64_t i,
+                                                     int64_t rows) const {
+    for (int64_t k = 0; k < rows; ++k) {
+      float* row = c + (i + k) * kWidth;
+      if (numbers && is_finite(sums + k * kTile, 1))
+        add_sums(sums + k * kTile, 1, row);
+      else
+        add_row(a, i0 + i + k, p0, depth, panel, row);
+    }
+  }
+};
+
 // c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j] for columns of several panels, whose tiles of c
 // lie one after the other.
 template <bool TransposedSource, int PartsA, int PartsW, class Source>
@@ -193,18 +248,16 @@ void accumulate_parts(const Operand<false>& a, const Source& source, int64_t i0,
   const int height = static_cast<int>(ceil_div(rows, ceil_div(rows, kTileRows)));
   const int64_t row_tiles = ceil_div(rows, height);
   const int64_t tile_size = kSteps * PartsA * kTileBytes;
-  char* operand = static_cast<char*>(
-      scratch(Slot::operand, row_tiles * tile_size + kRows * sizeof(float)));
-  float* exponent = reinterpret_cast<float*>(operand + row_tiles * tile_size);
+  char* operand = static_cast<char*>(scratch(Slot::operand, row_tiles * tile_size));
   char* memory = static_cast<char*>(
-      scratch(Slot::panel, kDepth * kTile * sizeof(float) + kSteps * 2 * PartsW * kTileBytes));
+      scratch(Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * 2 * PartsW * kTileBytes));
   float* panel = reinterpret_cast<float*>(memory);
-  char* parts = memory + kDepth * kTile * sizeof(float);
-  alignas(64) float sums[4 * 256];
+  char* parts = memory + kTileDepth * kTile * sizeof(float);
+  alignas(64) float sums[2][2 * kTileRows * kTile];  // of this product and the one before
   const Tiles tiles(height);
-  for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
-    const int64_t n = min64(kDepth, depth - p0), steps = ceil_div(n, kStep);
-    pack_tiles<PartsA>(a, i0, rows, height, p0, n, operand, exponent);
+  for (int64_t p0 = 0; p0 < depth; p0 += kTileDepth) {
+    const int64_t n = min64(kTileDepth, depth - p0), steps = ceil_div(n, kStep);
+    pack_tiles<PartsA>(a, i0, rows, height, p0, n, operand);
     for (int64_t k = n * kTile; k < steps * kStep * kTile; k += W) store(panel + k, zero());
     for (int64_t j = 0; j < columns; j += kTile) {
       const int64_t width = min64(kTile, columns - j);
@@ -216,26 +269,26 @@ void accumulate_parts(const Operand<false>& a, const Source& source, int64_t i0,
         for (int64_t p = 0; p < n; ++p) store(panel + p * kTile + W, zero());
       const bool numbers = split_panel<PartsW>(panel, n, parts);
       float* to = c + j / kWidth * (rows * kWidth) + j % kWidth;
-      for (int64_t t = 0; t < row_tiles; t += 2) {
-        const int count = t + 1 < row_tiles ? 2 : 1;
-        if (count == 2)
-          multiply_tiles<2, PartsA, PartsW>(operand + t * tile_size, parts, steps, sums);
+      const PanelProduct product{a, i0, p0, n, panel, numbers, to};
+      const int64_t share = ceil_div(2 * height, steps);  // rows that are added in one step
+      int64_t before = 0, before_rows = 0, which = 0;
+      for (int64_t i = 0; i < rows; i += 2 * height, which ^= 1) {
+        const auto between = [&](int64_t s) {
+          const int64_t k = s * share, count = min64(share, before_rows - k);
+          if (count == kShare)  // unrolled
+            product.add(sums[which ^ 1] + k * kTile, before + k, kShare);
+          else if (count > 0)
+            product.add(sums[which ^ 1] + k * kTile, before + k, count);
+        };
+        const char* tile = operand + i / height * tile_size;
+        if (i + height < rows)
+          multiply_tiles<2, PartsA, PartsW>(tile, parts, steps, height, sums[which], between);
         else
-          multiply_tiles<1, PartsA, PartsW>(operand + t * tile_size, parts, steps, sums);
-        for (int u = 0; u < count; ++u)
-          for (int64_t r = 0, i = (t + u) * height; r < height && i < rows; ++r, ++i) {
-            const vf e = set1(exponent[i]);
-            const vf low = _mm512_scalef_ps(load(sums + u * 512 + r * W), e),
-                     high = _mm512_scalef_ps(load(sums + u * 512 + 256 + r * W), e);
-            float* row = to + i * kWidth;
-            if (numbers && all_finite(low) && all_finite(high)) {
-              store(row, add(load(row), low));
-              store(row + W, add(load(row + W), high));
-            } else {
-              add_row(a, i0 + i, p0, n, panel, row);
-            }
-          }
+          multiply_tiles<1, PartsA, PartsW>(tile, parts, steps, height, sums[which], between);
+        before = i;
+        before_rows = min64(2 * height, rows - i);
       }
+      product.add(sums[which ^ 1], before, before_rows);
     }
   }
 }
