@@ -7,12 +7,16 @@
 //
 // six products of parts, each exact in float32. bfloat16 numbers have one part, float16 ones two.
 //
-// The unit takes subnormal numbers for zero, so a is scaled by 2^40 and w by 2^24: what is lost then
-// lies below float32's smallest number. A sum that is not finite (an operand was not, or it was too
-// large) is computed again by float32 arithmetic.
+// The unit takes subnormal numbers for zero, so a is scaled by 2^40: what is lost then lies below
+// float32's smallest number. A sum that is not finite (an operand was not, or it was too large) is
+// computed again by float32 arithmetic.
+//
+// Of a 4-bit weight the codes are multiplied, and the sums of a block are scaled: each code has its
+// parts in a table. Other weights, and the transposed product, are split as they are, scaled by 2^24.
 //
 //   operand  for each tile of rows, step of 32 p, part:  | row 0: 32 p | row 1 | ... 16 rows
 //   panel    for each step, part, tile of columns:       | p = 0, 1: 16 columns of pairs | ...
+//   sums     [32 rows][32 columns] of a group of steps: those that share their scales
 //
 // Sums run over the steps in order, from zero for each kTileDepth: a row's bits depend on nothing else.
 
@@ -23,15 +27,11 @@ constexpr int64_t kStep = 32;  // p of a tile
 constexpr int64_t kTileDepth = 128;  // p per panel
 constexpr int64_t kSteps = kTileDepth / kStep;
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kShare = 2 * kTileRows / kSteps;
-constexpr float kScaleA = 0x1p40f, kScaleW = 0x1p24f, kUnscale = 0x1p-64f;
+constexpr int kMaxParts = 3;
+constexpr float kScaleA = 0x1p40f, kUnscaleA = 0x1p-40f, kScaleW = 0x1p24f;
 static_assert(kTile == 2 * W, "two tiles of columns are filled at a time");
 
 constexpr int64_t kRowsAhead = 8;  // from a load of a to its prefetch
-
-inline int parts_of(DType t) { return t == DType::f32 ? 3 : t == DType::f16 ? 2 : 1; }
-inline int parts_of(const Quantized&) { return 3; }
-inline int parts_of(const Dense& source) { return parts_of(source.m.dtype); }
 
 // The next part of v, in the upper halves of the lanes; v becomes the rest.
 inline vi take_part(vf& v) {
@@ -99,26 +99,145 @@ void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, i
 
 // -- panel ----------------------------------------------------------------------------------------
 
-// kTile columns of float32, as fill_transposed and fill_natural leave them, in parts. False: there is
-// a NaN among them, and rounding its bits may have made it a number.
+// kTile columns and up to kTileDepth values of p.
+struct TilePanel {
+  char* parts;
+  float* floats;  // the same as float32, for those that need care
+  bool filled;    // they are there
+  bool tame;      // finite, and so are the scales, far from the ends of float32
+  int64_t group;  // steps that share their scales
+  alignas(64) float scales[kSteps][kTile];
+};
+
+// The float32 panel, in parts.
 template <int Parts>
-bool split_panel(const float* panel, int64_t depth, char* to) {
-  const vf scale = set1(kScaleW);
-  __mmask16 nan = 0;
-  for (int64_t s = 0; s < ceil_div(depth, kStep); ++s, to += 2 * Parts * kTileBytes)
+void split_panel(int64_t depth, TilePanel& to) {
+  char* parts = to.parts;
+  __mmask16 nan = 0;  // rounding its bits may make a number of a NaN
+  for (int64_t s = 0; s < ceil_div(depth, kStep); ++s, parts += NV * Parts * kTileBytes)
     for (int64_t q = 0; q < kTileRows; ++q)
       for (int64_t v = 0; v < NV; ++v) {
-        const float* from = panel + (s * kStep + 2 * q) * kTile + v * W;
-        vf even = mul(load(from), scale), odd = mul(load(from + kTile), scale);
+        const float* from = to.floats + (s * kStep + 2 * q) * kTile + v * W;
+        vf even = mul(load(from), set1(kScaleW)), odd = mul(load(from + kTile), set1(kScaleW));
         nan |= _mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q);
         for (int part = 0; part < Parts; ++part) {
           const vi low = take_part(even), high = take_part(odd);
-          storei(reinterpret_cast<uint32_t*>(to + (part * NV + v) * kTileBytes + q * 64),
+          storei(reinterpret_cast<uint32_t*>(parts + (part * NV + v) * kTileBytes + q * 64),
                  _mm512_mask_blend_epi16(0xaaaaaaaa, shr<16>(low), high));
         }
       }
-  return nan == 0;
+  to.tame = nan == 0;
+  to.group = kSteps;
+  for (int v = 0; v < NV; ++v) store(to.scales[0] + v * W, set1(kUnscaleA / kScaleW));
 }
+
+// A source whose rows or columns are filled as float32 and split.
+template <bool Transposed, class Source>
+struct SplitSource {
+  const Source& source;
+
+  void floats(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    if constexpr (Transposed)
+      fill_transposed(source, j0, columns, p0, depth, to.floats);
+    else
+      fill_natural(source, j0, columns, p0, depth, to.floats);
+    for (int64_t p = 0; p < ceil_div(depth, kStep) * kStep; ++p)
+      for (int64_t v = p < depth ? ceil_div(columns, W) : 0; v < NV; ++v)
+        store(to.floats + p * kTile + v * W, zero());
+    to.filled = true;
+  }
+  template <int Parts>
+  void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    floats(j0, columns, p0, depth, to);
+    split_panel<Parts>(depth, to);
+  }
+};
+
+// Rows of a 4-bit weight whose blocks fit its rows, as columns of codes.
+class CodeSource {
+ public:
+  explicit CodeSource(const Quantized& weight) : source(weight), chunks(weight.w) {
+    vf rest = source.lut.entries;
+    for (vi& table : tables) {
+      uint32_t part[16];
+      uint16_t words[32];  // twice: the fifth bit of an index is not ours
+      storei(part, take_part(rest));
+      for (int i = 0; i < 32; ++i) words[i] = static_cast<uint16_t>(part[i % 16] >> 16);
+      table = loadi(words);
+    }
+    for (int b = 0; b < 4; ++b) {
+      uint8_t offsets[64];  // of bits in a quadword, for each byte of the result
+      for (int i = 0; i < 64; ++i)
+        offsets[i] = static_cast<uint8_t>(i / 4 % 2 * 32 + 8 * b + (i % 4 == 0 ? 4 : 0));
+      nibbles[b] = loadi(offsets);
+    }
+  }
+  // Codes that the tables hold exactly, and tame ones.
+  static bool takes(const Weight4& w) {
+    if (!blocks_fit_rows(w)) return false;
+    for (int i = 0; i < 16; ++i) {
+      const float size = float_of(bits_of(w.code[i]) & 0x7fffffff);
+      if (!(size == 0.0f || (size > 0x1p-60f && size < 0x1p60f))) return false;
+    }
+    return true;
+  }
+
+  void floats(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    SplitSource<true, Quantized>{source}.floats(j0, columns, p0, depth, to);
+  }
+  template <int>
+  void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    fill_scales(j0, columns, p0, depth, to);
+    for (int v = 0; v < NV; ++v) {
+      const int64_t first = j0 + v * W, count = min64(W, columns - v * W);
+      for (int64_t p = 0; p < depth; p += kChunk) {
+        vf dwords[W];
+        for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one; its scale is zero
+          const int64_t n = count > 0 ? first + min64(l, count - 1) : j0;
+          dwords[l] = as_float(chunks.packed(n, p0 + p));
+          chunks.prefetch(n + kTile, p0 + p);
+        }
+        transpose(dwords);
+        for (int64_t d = 0; d < min64(W, (depth - p) / 8); ++d) {
+          const int64_t q = (p + 8 * d) / 2;
+          char* at = to.parts + (q / kTileRows * NV * kMaxParts + v) * kTileBytes + q % kTileRows * 64;
+          for (int b = 0; b < 4; ++b) {
+            const vi index = _mm512_multishift_epi64_epi8(nibbles[b], as_bits(dwords[d]));
+            for (int part = 0; part < kMaxParts; ++part)
+              storei(reinterpret_cast<uint32_t*>(at + part * NV * kTileBytes + b * 64),
+                     _mm512_permutexvar_epi16(index, tables[part]));
+          }
+        }
+      }
+    }
+    to.filled = false;
+  }
+
+ private:
+  void fill_scales(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    const int64_t first = chunks.first_block(p0),
+                  blocks = chunks.first_block(p0 + depth - 1) + 1 - first;
+    to.group = min64(kSteps, (int64_t{1} << source.w.block_shift) / kStep);
+    float scales[kSteps * W];
+    vi largest = set1i(0), smallest = set1i(0x7f800000);
+    for (int v = 0; v < NV; ++v) {
+      load_lane_scales(chunks, j0 + v * W, columns - v * W, first, blocks, scales);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const vf scale = load(scales + b * W);
+        const vi size = abs_bits(scale);
+        largest = maxi(largest, size);
+        smallest = _mm512_mask_min_epi32(smallest, _mm512_test_epi32_mask(size, size), smallest, size);
+        store(to.scales[b] + v * W, mul(scale, set1(kUnscaleA)));
+      }
+    }
+    to.tame = _mm512_reduce_max_epi32(largest) < static_cast<int>(bits_of(0x1p60f)) &&
+              _mm512_reduce_min_epi32(smallest) > static_cast<int>(bits_of(0x1p-80f));
+  }
+
+  const Quantized& source;
+  Chunks chunks;
+  vi tables[kMaxParts], nibbles[4];
+};
 
 // -- product --------------------------------------------------------------------------------------
 
@@ -199,115 +318,155 @@ __attribute__((noinline, cold)) void add_row(const Operand<false>& a, int64_t i,
 
 inline bool is_finite(const float* sums, int64_t rows) {
   vf check[NV] = {zero(), zero()};  // zero times a number stays zero
-#pragma GCC unroll 8
   for (int64_t k = 0; k < rows * kTile; k += kTile)
     for (int v = 0; v < NV; ++v) check[v] = fma(load(sums + k + v * W), zero(), check[v]);
   return _mm512_cmp_ps_mask(check[0], check[1], _CMP_UNORD_Q) == 0;
 }
 
-// c[i, j] += sums[i, j] without their scale, kTile columns.
-inline void add_sums(const float* sums, int64_t rows, float* c) {
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < rows; ++i, sums += kTile, c += kWidth)
-    for (int v = 0; v < NV; ++v)
-      store(c + v * W, fma(load(sums + v * W), set1(kUnscale), load(c + v * W)));
+// c[i, j] += sums[i, j] * scales[j], kTile columns.
+inline void add_sums(const float* sums, const float* scales, int64_t rows, float* c) {
+  const vf low = load(scales), high = load(scales + W);
+  for (int64_t i = 0; i < rows; ++i, sums += kTile, c += kWidth) {
+    store(c, fma(load(sums), low, load(c)));
+    store(c + W, fma(load(sums + W), high, load(c + W)));
+  }
 }
 
-// The product of rows with one panel of kTile columns.
-struct PanelProduct {
-  const Operand<false>& a;
-  int64_t i0, p0, depth;
-  const float* panel;
-  bool numbers;  // in the panel
-  float* c;
-
-  // Rows [i, i + rows).
-  void add(const float* sums, int64_t i, int64_t rows) const {
-    if (numbers && is_finite(sums, rows))
-      add_sums(sums, rows, c + i * kWidth);
-    else
-      add_with_care(sums, i, rows);
-  }
-  __attribute__((noinline, cold)) void add_with_care(const float* sums, int64_t i,
-                                                     int64_t rows) const {
-    for (int64_t k = 0; k < rows; ++k) {
-      float* row = c + (i + k) * kWidth;
-      if (numbers && is_finite(sums + k * kTile, 1))
-        add_sums(sums + k * kTile, 1, row);
-      else
-        add_row(a, i0 + i + k, p0, depth, panel, row);
-    }
-  }
+// Sums of rows [row, row + rows) and the steps of one group, on their way to c.
+struct Sums {
+  alignas(64) float values[2 * kTileRows * kTile];
+  int64_t row = 0, rows = 0, group = 0;
 };
 
 // c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j] for columns of several panels, whose tiles of c
 // lie one after the other.
-template <bool TransposedSource, int PartsA, int PartsW, class Source>
-void accumulate_parts(const Operand<false>& a, const Source& source, int64_t i0, int64_t rows,
-                      int64_t j0, int64_t columns, int64_t depth, float* c) {
-  const int height = static_cast<int>(ceil_div(rows, ceil_div(rows, kTileRows)));
-  const int64_t row_tiles = ceil_div(rows, height);
-  const int64_t tile_size = kSteps * PartsA * kTileBytes;
-  char* operand = static_cast<char*>(scratch(Slot::operand, row_tiles * tile_size));
-  char* memory = static_cast<char*>(
-      scratch(Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * 2 * PartsW * kTileBytes));
-  float* panel = reinterpret_cast<float*>(memory);
-  char* parts = memory + kTileDepth * kTile * sizeof(float);
-  alignas(64) float sums[2][2 * kTileRows * kTile];  // of this product and the one before
-  const Tiles tiles(height);
-  for (int64_t p0 = 0; p0 < depth; p0 += kTileDepth) {
-    const int64_t n = min64(kTileDepth, depth - p0), steps = ceil_div(n, kStep);
-    pack_tiles<PartsA>(a, i0, rows, height, p0, n, operand);
-    for (int64_t k = n * kTile; k < steps * kStep * kTile; k += W) store(panel + k, zero());
-    for (int64_t j = 0; j < columns; j += kTile) {
-      const int64_t width = min64(kTile, columns - j);
-      if constexpr (TransposedSource)
-        fill_transposed(source, j0 + j, width, p0, n, panel);
-      else
-        fill_natural(source, j0 + j, width, p0, n, panel);
-      if (width <= W)
-        for (int64_t p = 0; p < n; ++p) store(panel + p * kTile + W, zero());
-      const bool numbers = split_panel<PartsW>(panel, n, parts);
-      float* to = c + j / kWidth * (rows * kWidth) + j % kWidth;
-      const PanelProduct product{a, i0, p0, n, panel, numbers, to};
-      const int64_t share = ceil_div(2 * height, steps);  // rows that are added in one step
-      int64_t before = 0, before_rows = 0, which = 0;
-      for (int64_t i = 0; i < rows; i += 2 * height, which ^= 1) {
-        const auto between = [&](int64_t s) {
-          const int64_t k = s * share, count = min64(share, before_rows - k);
-          if (count == kShare)  // unrolled
-            product.add(sums[which ^ 1] + k * kTile, before + k, kShare);
-          else if (count > 0)
-            product.add(sums[which ^ 1] + k * kTile, before + k, count);
-        };
-        const char* tile = operand + i / height * tile_size;
-        if (i + height < rows)
-          multiply_tiles<2, PartsA, PartsW>(tile, parts, steps, height, sums[which], between);
-        else
-          multiply_tiles<1, PartsA, PartsW>(tile, parts, steps, height, sums[which], between);
-        before = i;
-        before_rows = min64(2 * height, rows - i);
+template <int PartsA, int PartsW, class Source>
+class PartsProduct {
+ public:
+  PartsProduct(const Operand<false>& operand, const Source& weight, int64_t first, int64_t count)
+      : a(operand),
+        source(weight),
+        i0(first),
+        rows(count),
+        height(static_cast<int>(ceil_div(count, ceil_div(count, kTileRows)))),
+        tiles(height) {
+    const int64_t row_tiles = ceil_div(rows, height);
+    packed = static_cast<char*>(scratch(Slot::operand, row_tiles * kTileSize));
+    panel.floats = static_cast<float*>(
+        scratch(Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * NV * PartsW * kTileBytes));
+    panel.parts = reinterpret_cast<char*>(panel.floats + kTileDepth * kTile);
+  }
+
+  void run(int64_t j0, int64_t columns, int64_t depth, float* c) {
+    for (p0 = 0; p0 < depth; p0 += kTileDepth) {
+      n = min64(kTileDepth, depth - p0);
+      pack_tiles<PartsA>(a, i0, rows, height, p0, n, packed);
+      for (int64_t j = 0; j < columns; j += kTile) {
+        panel_j0 = j0 + j;
+        panel_columns = min64(kTile, columns - j);
+        source.template fill<PartsW>(panel_j0, panel_columns, p0, n, panel);
+        multiply(c + j / kWidth * (rows * kWidth) + j % kWidth);
       }
-      product.add(sums[which ^ 1], before, before_rows);
     }
   }
+
+ private:
+  static constexpr int64_t kTileSize = kSteps * PartsA * kTileBytes;
+
+  // All rows by the panel. While sums are computed, those before are added to c.
+  void multiply(float* c) {
+    const int64_t steps = ceil_div(n, kStep);
+    int which = 0;
+    sums[1].rows = 0;
+    for (int64_t i = 0; i < rows; i += 2 * height)
+      for (int64_t s = 0; s < steps; s += panel.group, which ^= 1) {
+        const int64_t count = min64(panel.group, steps - s), share = ceil_div(2 * height, count);
+        const Sums& before = sums[which ^ 1];
+        const auto between = [&](int64_t step) {
+          const int64_t k = step * share, some = min64(share, before.rows - k);
+          if (some > 0) add(before, k, some, c);
+        };
+        const char* at = packed + i / height * kTileSize + s * PartsA * kTileBytes;
+        const char* parts = panel.parts + s * NV * PartsW * kTileBytes;
+        if (i + height < rows)
+          multiply_tiles<2, PartsA, PartsW>(at, parts, count, height, sums[which].values, between);
+        else
+          multiply_tiles<1, PartsA, PartsW>(at, parts, count, height, sums[which].values, between);
+        sums[which].row = i;
+        sums[which].rows = min64(2 * height, rows - i);
+        sums[which].group = s / panel.group;
+      }
+    add(sums[which ^ 1], 0, sums[which ^ 1].rows, c);
+  }
+
+  // Rows [k, k + count) of those sums.
+  void add(const Sums& from, int64_t k, int64_t count, float* c) {
+    const float* values = from.values + k * kTile;
+    if (panel.tame && is_finite(values, count))
+      add_sums(values, panel.scales[from.group], count, c + (from.row + k) * kWidth);
+    else
+      add_with_care(from, k, count, c);
+  }
+  __attribute__((noinline, cold)) void add_with_care(const Sums& from, int64_t k, int64_t count,
+                                                     float* c) {
+    if (!panel.filled) source.floats(panel_j0, panel_columns, p0, n, panel);
+    const int64_t begin = from.group * panel.group * kStep;
+    for (int64_t i = from.row + k; i < from.row + k + count; ++i) {
+      const float* values = from.values + (i - from.row) * kTile;
+      if (panel.tame && is_finite(values, 1))
+        add_sums(values, panel.scales[from.group], 1, c + i * kWidth);
+      else
+        add_row(a, i0 + i, p0 + begin, min64(panel.group * kStep, n - begin),
+                panel.floats + begin * kTile, c + i * kWidth);
+    }
+  }
+
+  const Operand<false>& a;
+  const Source& source;
+  const int64_t i0, rows;
+  const int height;
+  const Tiles tiles;
+  int64_t p0 = 0, n = 0, panel_j0 = 0, panel_columns = 0;
+  char* packed;
+  TilePanel panel;
+  Sums sums[2];
+};
+
+template <int PartsA, int PartsW, class Source>
+void accumulate_parts(const Operand<false>& a, const Source& source, int64_t i0, int64_t rows,
+                      int64_t j0, int64_t columns, int64_t depth, float* c) {
+  PartsProduct<PartsA, PartsW, Source>(a, source, i0, rows).run(j0, columns, depth, c);
 }
 
-template <bool TransposedSource, class Source>
-void accumulate_tiles(const Operand<false>& a, const Source& source, int64_t i0, int64_t rows,
+template <int PartsW, class Source>
+void accumulate_from(const Operand<false>& a, const Source& source, int64_t i0, int64_t rows,
+                     int64_t j0, int64_t columns, int64_t depth, float* c) {
+  if (a.m.dtype == DType::f32)
+    accumulate_parts<3, PartsW>(a, source, i0, rows, j0, columns, depth, c);
+  else if (a.m.dtype == DType::f16)
+    accumulate_parts<2, PartsW>(a, source, i0, rows, j0, columns, depth, c);
+  else
+    accumulate_parts<1, PartsW>(a, source, i0, rows, j0, columns, depth, c);
+}
+
+template <bool TransposedSource>
+void accumulate_tiles(const Operand<false>& a, const Quantized& source, int64_t i0, int64_t rows,
                       int64_t j0, int64_t columns, int64_t depth, float* c) {
-  const auto run = [&](auto parts_a, auto parts_w) {
-    accumulate_parts<TransposedSource, decltype(parts_a)::value, decltype(parts_w)::value>(
-        a, source, i0, rows, j0, columns, depth, c);
-  };
-  const auto with_w = [&](auto parts_a) {
-    const int parts = parts_of(source);
-    if (parts == 3) return run(parts_a, Constant<3>{});
-    if (parts == 2) return run(parts_a, Constant<2>{});
-    run(parts_a, Constant<1>{});
-  };
-  const int parts = parts_of(a.m.dtype);
-  if (parts == 3) return with_w(Constant<3>{});
-  if (parts == 2) return with_w(Constant<2>{});
-  with_w(Constant<1>{});
+  if (TransposedSource && CodeSource::takes(source.w))
+    accumulate_from<3>(a, CodeSource(source), i0, rows, j0, columns, depth, c);
+  else
+    accumulate_from<3>(a, SplitSource<TransposedSource, Quantized>{source}, i0, rows, j0, columns,
+                       depth, c);
+}
+
+template <bool TransposedSource>
+void accumulate_tiles(const Operand<false>& a, const Dense& source, int64_t i0, int64_t rows,
+                      int64_t j0, int64_t columns, int64_t depth, float* c) {
+  const SplitSource<TransposedSource, Dense> split{source};
+  if (source.m.dtype == DType::f32)
+    accumulate_from<3>(a, split, i0, rows, j0, columns, depth, c);
+  else if (source.m.dtype == DType::f16)
+    accumulate_from<2>(a, split, i0, rows, j0, columns, depth, c);
+  else
+    accumulate_from<1>(a, split, i0, rows, j0, columns, depth, c);
 }
