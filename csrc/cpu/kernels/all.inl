@@ -14,7 +14,8 @@ struct Constant {
 #ifdef LK_TILES  // of simd/amx.h
 #include "cpu/kernels/tiles.inl"
 #else
-constexpr int64_t kTilesFrom = INT64_MAX, kTilePanels = 1;
+constexpr int64_t kTilesFrom = INT64_MAX;
+constexpr int64_t tile_panels(int64_t) { return 1; }
 template <bool TransposedSource, class Source>
 void accumulate_tiles(const Operand<false>&, const Source&, int64_t, int64_t, int64_t, int64_t,
                       int64_t, float*) {}

@@ -51,7 +51,7 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
     }
     store_tile(a.y, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, N, tiles ? kTilePanels : 1, begin_with, body);
+  for_tiles_of(many, pool, M, N, tiles ? tile_panels(M) : 1, begin_with, body);
 }
 
 // With the adapter of a, or those of `many`, or none.
@@ -87,7 +87,7 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* man
     if (!tiles) accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
     store_tile(a.dx, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, K, tiles ? kTilePanels : 1, begin_with, body);
+  for_tiles_of(many, pool, M, K, tiles ? tile_panels(M) : 1, begin_with, body);
 }
 
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.

@@ -21,7 +21,8 @@
 // Sums run over the steps in order, from zero for each kTileDepth: a row's bits depend on nothing else.
 
 constexpr int64_t kTilesFrom = 5;  // rows from which this is faster
-constexpr int64_t kTilePanels = 4;  // panels at a time: an operand in parts costs a tenth of its product
+// Panels at a time: splitting an operand costs a tenth of its product with four of them.
+inline int64_t tile_panels(int64_t rows) { return rows >= kRows ? 4 : 4 * kRows / rows; }
 constexpr int kTileRows = 16;
 constexpr int64_t kStep = 32;  // p of a tile
 constexpr int64_t kTileDepth = 128;  // p per panel
@@ -31,7 +32,9 @@ constexpr int kMaxParts = 3;
 constexpr float kScaleA = 0x1p40f, kUnscaleA = 0x1p-40f, kScaleW = 0x1p24f;
 static_assert(kTile == 2 * W, "two tiles of columns are filled at a time");
 
-constexpr int64_t kRowsAhead = 8;  // from a load of a to its prefetch
+constexpr int64_t kCodesAhead = 512;  // p from a load of codes to their prefetch
+constexpr int64_t kRowsAhead = 8;         // from a load of a to its prefetch
+constexpr int64_t kWholeOperand = 3 << 19;  // bytes: kept for all p, the weight is read row by row
 
 // The next part of v, in the upper halves of the lanes; v becomes the rest.
 inline vi take_part(vf& v) {
@@ -105,8 +108,8 @@ struct TilePanel {
   float* floats;  // the same as float32, for those that need care
   bool filled;    // they are there
   bool tame;      // finite, and so are the scales, far from the ends of float32
-  int64_t group;  // steps that share their scales
-  alignas(64) float scales[kSteps][kTile];
+  int64_t group;        // steps that share their scales
+  const float* scales;  // [group][kTile]
 };
 
 // The float32 panel, in parts.
@@ -127,15 +130,19 @@ void split_panel(int64_t depth, TilePanel& to) {
         }
       }
   to.tame = nan == 0;
-  to.group = kSteps;
-  for (int v = 0; v < NV; ++v) store(to.scales[0] + v * W, set1(kUnscaleA / kScaleW));
 }
 
 // A source whose rows or columns are filled as float32 and split.
 template <bool Transposed, class Source>
 struct SplitSource {
   const Source& source;
+  float scales[kTile];
 
+  explicit SplitSource(const Source& from) : source(from) {
+    for (int v = 0; v < NV; ++v) store(scales + v * W, set1(kUnscaleA / kScaleW));
+  }
+  static bool whole_rows() { return Transposed; }
+  void begin(int64_t, int64_t) const {}
   void floats(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
     if constexpr (Transposed)
       fill_transposed(source, j0, columns, p0, depth, to.floats);
@@ -150,6 +157,8 @@ struct SplitSource {
   void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
     floats(j0, columns, p0, depth, to);
     split_panel<Parts>(depth, to);
+    to.group = kSteps;
+    to.scales = scales;
   }
 };
 
@@ -183,20 +192,49 @@ class CodeSource {
   }
 
   void floats(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
-    SplitSource<true, Quantized>{source}.floats(j0, columns, p0, depth, to);
+    SplitSource<true, Quantized>(source).floats(j0, columns, p0, depth, to);
+  }
+  static bool whole_rows() { return true; }
+  // Columns [j0, j0 + columns) come next.
+  void begin(int64_t j0, int64_t columns) {
+    const int64_t blocks = chunks.blocks_per_row, stride = Chunks::scales_size(source.w);
+    const int64_t panels = ceil_div(columns, kTile);
+    first_column = j0;
+    scales = static_cast<float*>(
+        scratch(Slot::rows, (panels * blocks * kTile + W * stride) * sizeof(float)));
+    float* by_row = scales + panels * blocks * kTile;
+    vi largest = set1i(0), smallest = set1i(bits_of(1.0f));
+    for (int64_t j = 0; j < panels * kTile; j += W) {
+      for (int64_t l = 0; l < W; ++l)
+        chunks.load_row_scales(by_row + l * stride, j0 + min64(j + l, columns - 1), 0, blocks);
+      float* to = scales + j / kTile * (blocks * kTile) + j % kTile;
+      for (int64_t b = 0; b < blocks; b += W) {
+        vf lanes[W];
+        for (int64_t l = 0; l < W; ++l) lanes[l] = load(by_row + l * stride + b);
+        transpose(lanes);
+        for (int64_t q = 0; q < min64(W, blocks - b); ++q) {
+          const vi size = abs_bits(lanes[q]);
+          largest = maxi(largest, size);
+          smallest = _mm512_mask_min_epi32(smallest, _mm512_test_epi32_mask(size, size), smallest, size);
+          store(to + (b + q) * kTile, mul(lanes[q], set1(kUnscaleA)));
+        }
+      }
+    }
+    tame = _mm512_reduce_max_epi32(largest) < static_cast<int>(bits_of(0x1p60f)) &&
+           _mm512_reduce_min_epi32(smallest) > static_cast<int>(bits_of(0x1p-80f));
   }
   template <int>
   void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
-    fill_scales(j0, columns, p0, depth, to);
-    for (int v = 0; v < NV; ++v) {
-      const int64_t first = j0 + v * W, count = min64(W, columns - v * W);
+    for (int64_t v = 0; v < NV; ++v) {
+      const int64_t count = min64(W, columns - v * W);
       for (int64_t p = 0; p < depth; p += kChunk) {
         vf dwords[W];
-        for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one; its scale is zero
-          const int64_t n = count > 0 ? first + min64(l, count - 1) : j0;
+        for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one
+          const int64_t n = j0 + min64(v * W + l, columns - 1);
           dwords[l] = as_float(chunks.packed(n, p0 + p));
-          chunks.prefetch(n + kTile, p0 + p);
+          chunks.prefetch(n, p0 + p + kCodesAhead);
         }
+        if (count <= 0) continue;
         transpose(dwords);
         for (int64_t d = 0; d < min64(W, (depth - p) / 8); ++d) {
           const int64_t q = (p + 8 * d) / 2;
@@ -211,40 +249,25 @@ class CodeSource {
       }
     }
     to.filled = false;
+    to.tame = tame;
+    to.group = min64(kSteps, (int64_t{1} << source.w.block_shift) / kStep);
+    to.scales = scales + ((j0 - first_column) / kTile * chunks.blocks_per_row + chunks.first_block(p0)) * kTile;
   }
 
  private:
-  void fill_scales(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
-    const int64_t first = chunks.first_block(p0),
-                  blocks = chunks.first_block(p0 + depth - 1) + 1 - first;
-    to.group = min64(kSteps, (int64_t{1} << source.w.block_shift) / kStep);
-    float scales[kSteps * W];
-    vi largest = set1i(0), smallest = set1i(0x7f800000);
-    for (int v = 0; v < NV; ++v) {
-      load_lane_scales(chunks, j0 + v * W, columns - v * W, first, blocks, scales);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const vf scale = load(scales + b * W);
-        const vi size = abs_bits(scale);
-        largest = maxi(largest, size);
-        smallest = _mm512_mask_min_epi32(smallest, _mm512_test_epi32_mask(size, size), smallest, size);
-        store(to.scales[b] + v * W, mul(scale, set1(kUnscaleA)));
-      }
-    }
-    to.tame = _mm512_reduce_max_epi32(largest) < static_cast<int>(bits_of(0x1p60f)) &&
-              _mm512_reduce_min_epi32(smallest) > static_cast<int>(bits_of(0x1p-80f));
-  }
-
   const Quantized& source;
   Chunks chunks;
   vi tables[kMaxParts], nibbles[4];
+  int64_t first_column = 0;
+  float* scales = nullptr;  // [panel][block][column], of a
+  bool tame = true;
 };
 
 // -- product --------------------------------------------------------------------------------------
 
-// sums[row][column] of kTile columns: the product of `steps` steps, the smallest parts first. Row tiles
-// of `height` rows. Registers: 0-3 the sums, 4-5 a part of two row tiles, 6-7 a part of two column
-// tiles.
-// After each step, between(s) runs beside the products that were begun.
+// sums[row][column] of one or two tiles of `height` rows, and kTile columns: the product of `steps`
+// steps, the smallest parts first. Registers: 0-3 sums, 4-5 a part of a, 6-7 a part of two column
+// tiles. After each step, between(s) runs beside the products that were begun.
 template <int Rows, int PartsA, int PartsW, class Between>
 inline void multiply_tiles(const char* a, const char* w, int64_t steps, int height, float* sums,
                            const Between& between) {
@@ -253,8 +276,8 @@ inline void multiply_tiles(const char* a, const char* w, int64_t steps, int heig
     if constexpr (Rows == 2) _tile_loadd(5, a + (kSteps * PartsA + part) * kTileBytes, 64);
   };
   const auto load_w = [&](int part) {
-    _tile_loadd(6, w + 2 * part * kTileBytes, 64);
-    _tile_loadd(7, w + (2 * part + 1) * kTileBytes, 64);
+    _tile_loadd(6, w + NV * part * kTileBytes, 64);
+    _tile_loadd(7, w + (NV * part + 1) * kTileBytes, 64);
   };
   const auto multiply = [] {
     _tile_dpbf16ps(0, 4, 6);
@@ -270,7 +293,7 @@ inline void multiply_tiles(const char* a, const char* w, int64_t steps, int heig
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t s = 0; s < steps; ++s, a += PartsA * kTileBytes, w += 2 * PartsW * kTileBytes) {
+  for (int64_t s = 0; s < steps; ++s) {
     load_a(0);
     if constexpr (PartsW > 2) {
       load_w(2);
@@ -285,13 +308,17 @@ inline void multiply_tiles(const char* a, const char* w, int64_t steps, int heig
       if constexpr (PartsW > 1) multiply();
     }
     load_w(0);
-    if constexpr (PartsA > 1) multiply();
-    if constexpr (PartsA > 2) {
-      load_a(2);
+    if constexpr (PartsA > 1) {
       multiply();
+      if constexpr (PartsA > 2) {
+        load_a(2);
+        multiply();
+      }
+      load_a(0);
     }
-    if constexpr (PartsA > 1) load_a(0);
     multiply();
+    a += PartsA * kTileBytes;
+    w += NV * PartsW * kTileBytes;
     between(s);
   }
   constexpr int64_t stride = kTile * sizeof(float);
@@ -332,7 +359,7 @@ inline void add_sums(const float* sums, const float* scales, int64_t rows, float
   }
 }
 
-// Sums of rows [row, row + rows) and the steps of one group, on their way to c.
+// Sums on their way to rows [row, row + rows) of c.
 struct Sums {
   alignas(64) float values[2 * kTileRows * kTile];
   int64_t row = 0, rows = 0, group = 0;
@@ -343,78 +370,96 @@ struct Sums {
 template <int PartsA, int PartsW, class Source>
 class PartsProduct {
  public:
-  PartsProduct(const Operand<false>& operand, const Source& weight, int64_t first, int64_t count)
+  PartsProduct(const Operand<false>& operand, Source& weight, int64_t first, int64_t count)
       : a(operand),
         source(weight),
         i0(first),
         rows(count),
         height(static_cast<int>(ceil_div(count, ceil_div(count, kTileRows)))),
         tiles(height) {
-    const int64_t row_tiles = ceil_div(rows, height);
-    packed = static_cast<char*>(scratch(Slot::operand, row_tiles * kTileSize));
     panel.floats = static_cast<float*>(
         scratch(Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * NV * PartsW * kTileBytes));
     panel.parts = reinterpret_cast<char*>(panel.floats + kTileDepth * kTile);
   }
 
   void run(int64_t j0, int64_t columns, int64_t depth, float* c) {
-    for (p0 = 0; p0 < depth; p0 += kTileDepth) {
-      n = min64(kTileDepth, depth - p0);
-      pack_tiles<PartsA>(a, i0, rows, height, p0, n, packed);
+    const int64_t size = ceil_div(rows, height) * kTileSize, chunks = ceil_div(depth, kTileDepth);
+    const auto at = [&](int64_t j) { return c + j / kWidth * (rows * kWidth) + j % kWidth; };
+    if (source.whole_rows() && chunks * size <= kWholeOperand) {
+      char* operand = static_cast<char*>(scratch(Slot::operand, chunks * size));
+      for (int64_t k = 0; k < chunks; ++k) pack(k, depth, operand + k * size);
       for (int64_t j = 0; j < columns; j += kTile) {
-        panel_j0 = j0 + j;
-        panel_columns = min64(kTile, columns - j);
-        source.template fill<PartsW>(panel_j0, panel_columns, p0, n, panel);
-        multiply(c + j / kWidth * (rows * kWidth) + j % kWidth);
+        source.begin(j0 + j, min64(kTile, columns - j));
+        for (int64_t k = 0; k < chunks; ++k)
+          multiply(k, depth, operand + k * size, j0 + j, min64(kTile, columns - j), at(j));
       }
+      return;
+    }
+    char* operand = static_cast<char*>(scratch(Slot::operand, size));
+    source.begin(j0, columns);
+    for (int64_t k = 0; k < chunks; ++k) {
+      pack(k, depth, operand);
+      for (int64_t j = 0; j < columns; j += kTile)
+        multiply(k, depth, operand, j0 + j, min64(kTile, columns - j), at(j));
     }
   }
 
  private:
   static constexpr int64_t kTileSize = kSteps * PartsA * kTileBytes;
 
-  // All rows by the panel. While sums are computed, those before are added to c.
-  void multiply(float* c) {
+  void pack(int64_t chunk, int64_t depth, char* operand) const {
+    const int64_t p = chunk * kTileDepth;
+    pack_tiles<PartsA>(a, i0, rows, height, p, min64(kTileDepth, depth - p), operand);
+  }
+
+  // All rows by one panel. While sums are computed, those before are added to c.
+  void multiply(int64_t chunk, int64_t depth, const char* operand, int64_t j0, int64_t columns,
+                float* c) {
+    p0 = chunk * kTileDepth;
+    n = min64(kTileDepth, depth - p0);
+    panel_j0 = j0;
+    panel_columns = columns;
+    source.template fill<PartsW>(j0, columns, p0, n, panel);
     const int64_t steps = ceil_div(n, kStep);
     int which = 0;
     sums[1].rows = 0;
     for (int64_t i = 0; i < rows; i += 2 * height)
       for (int64_t s = 0; s < steps; s += panel.group, which ^= 1) {
         const int64_t count = min64(panel.group, steps - s), share = ceil_div(2 * height, count);
-        const Sums& before = sums[which ^ 1];
         const auto between = [&](int64_t step) {
-          const int64_t k = step * share, some = min64(share, before.rows - k);
-          if (some > 0) add(before, k, some, c);
+          add(sums[which ^ 1], step * share, (step + 1) * share, c);
         };
-        const char* at = packed + i / height * kTileSize + s * PartsA * kTileBytes;
+        const char* at = operand + i / height * kTileSize + s * PartsA * kTileBytes;
         const char* parts = panel.parts + s * NV * PartsW * kTileBytes;
+        Sums& to = sums[which];
         if (i + height < rows)
-          multiply_tiles<2, PartsA, PartsW>(at, parts, count, height, sums[which].values, between);
+          multiply_tiles<2, PartsA, PartsW>(at, parts, count, height, to.values, between);
         else
-          multiply_tiles<1, PartsA, PartsW>(at, parts, count, height, sums[which].values, between);
-        sums[which].row = i;
-        sums[which].rows = min64(2 * height, rows - i);
-        sums[which].group = s / panel.group;
+          multiply_tiles<1, PartsA, PartsW>(at, parts, count, height, to.values, between);
+        to.row = i;
+        to.rows = min64(2 * height, rows - i);
+        to.group = s / panel.group;
       }
-    add(sums[which ^ 1], 0, sums[which ^ 1].rows, c);
+    add(sums[which ^ 1], 0, 2 * height, c);
   }
 
-  // Rows [k, k + count) of those sums.
-  void add(const Sums& from, int64_t k, int64_t count, float* c) {
-    const float* values = from.values + k * kTile;
+  // Rows [begin, end) of those.
+  void add(const Sums& from, int64_t begin, int64_t end, float* c) {
+    const int64_t count = min64(end, from.rows) - begin, row = from.row + begin;
+    if (count <= 0) return;
+    const float* values = from.values + begin * kTile;
     if (panel.tame && is_finite(values, count))
-      add_sums(values, panel.scales[from.group], count, c + (from.row + k) * kWidth);
+      add_sums(values, panel.scales + from.group * kTile, count, c + row * kWidth);
     else
-      add_with_care(from, k, count, c);
+      add_with_care(values, from.group, row, count, c);
   }
-  __attribute__((noinline, cold)) void add_with_care(const Sums& from, int64_t k, int64_t count,
-                                                     float* c) {
+  __attribute__((noinline, cold)) void add_with_care(const float* values, int64_t group, int64_t row,
+                                                     int64_t count, float* c) {
     if (!panel.filled) source.floats(panel_j0, panel_columns, p0, n, panel);
-    const int64_t begin = from.group * panel.group * kStep;
-    for (int64_t i = from.row + k; i < from.row + k + count; ++i) {
-      const float* values = from.values + (i - from.row) * kTile;
+    const int64_t begin = group * panel.group * kStep;
+    for (int64_t i = row; i < row + count; ++i, values += kTile) {
       if (panel.tame && is_finite(values, 1))
-        add_sums(values, panel.scales[from.group], 1, c + i * kWidth);
+        add_sums(values, panel.scales + group * kTile, 1, c + i * kWidth);
       else
         add_row(a, i0 + i, p0 + begin, min64(panel.group * kStep, n - begin),
                 panel.floats + begin * kTile, c + i * kWidth);
@@ -422,24 +467,23 @@ class PartsProduct {
   }
 
   const Operand<false>& a;
-  const Source& source;
+  Source& source;
   const int64_t i0, rows;
   const int height;
   const Tiles tiles;
   int64_t p0 = 0, n = 0, panel_j0 = 0, panel_columns = 0;
-  char* packed;
   TilePanel panel;
   Sums sums[2];
 };
 
 template <int PartsA, int PartsW, class Source>
-void accumulate_parts(const Operand<false>& a, const Source& source, int64_t i0, int64_t rows,
+void accumulate_parts(const Operand<false>& a, Source& source, int64_t i0, int64_t rows,
                       int64_t j0, int64_t columns, int64_t depth, float* c) {
   PartsProduct<PartsA, PartsW, Source>(a, source, i0, rows).run(j0, columns, depth, c);
 }
 
 template <int PartsW, class Source>
-void accumulate_from(const Operand<false>& a, const Source& source, int64_t i0, int64_t rows,
+void accumulate_from(const Operand<false>& a, Source source, int64_t i0, int64_t rows,
                      int64_t j0, int64_t columns, int64_t depth, float* c) {
   if (a.m.dtype == DType::f32)
     accumulate_parts<3, PartsW>(a, source, i0, rows, j0, columns, depth, c);
@@ -455,14 +499,14 @@ void accumulate_tiles(const Operand<false>& a, const Quantized& source, int64_t 
   if (TransposedSource && CodeSource::takes(source.w))
     accumulate_from<3>(a, CodeSource(source), i0, rows, j0, columns, depth, c);
   else
-    accumulate_from<3>(a, SplitSource<TransposedSource, Quantized>{source}, i0, rows, j0, columns,
+    accumulate_from<3>(a, SplitSource<TransposedSource, Quantized>(source), i0, rows, j0, columns,
                        depth, c);
 }
 
 template <bool TransposedSource>
 void accumulate_tiles(const Operand<false>& a, const Dense& source, int64_t i0, int64_t rows,
                       int64_t j0, int64_t columns, int64_t depth, float* c) {
-  const SplitSource<TransposedSource, Dense> split{source};
+  const SplitSource<TransposedSource, Dense> split(source);
   if (source.m.dtype == DType::f32)
     accumulate_from<3>(a, split, i0, rows, j0, columns, depth, c);
   else if (source.m.dtype == DType::f16)
