@@ -33,8 +33,9 @@ bool has_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid(7, 0).edx
   constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM
-  static const bool granted = has_avx512() && __builtin_cpu_supports("avx512vbmi") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
-                              (d & kAmxBf16) && (d & kAmxTile) &&
+  static const bool granted = has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
+                              __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) &&
+                              (d & kAmxTile) &&
                               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 #else

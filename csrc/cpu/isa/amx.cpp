@@ -9,7 +9,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 // In force to the end of the file: templates are instantiated there.
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512,avx512vbmi,amx-tile,amx-bf16")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512,avx512vbmi,amx-tile,amx-bf16")
 
 namespace lk {
 namespace {

@@ -1,7 +1,7 @@
 // The base product on the tile registers of AMX, which multiply bfloat16 and add in float32.
 //
-// A float32 number is the exact sum of three bfloat16 numbers, its parts: v = v1 + v2 + v3, each the
-// rest rounded to nearest, |v2| <= 2^-8 |v|, |v3| <= 2^-16 |v|. A product of two is then
+// A float32 number is the exact sum of three bfloat16 numbers, its parts: v = v1 + v2 + v3, each
+// the rest rounded to nearest, |v2| <= 2^-8 |v|, |v3| <= 2^-16 |v|. A product of two is then
 //
 //   a w = a1 w1 + (a1 w2 + a2 w1) + (a1 w3 + a2 w2 + a3 w1) + less than 2^-22 |a w|
 //
@@ -12,19 +12,21 @@
 // computed again by float32 arithmetic.
 //
 // Of a 4-bit weight the codes are multiplied, and the sums of a block are scaled: each code has its
-// parts in a table. Other weights, and the transposed product, are split as they are, scaled by 2^24.
+// parts in a table. Other weights, and the transposed product, are split as they are, scaled by
+// 2^24.
 //
 //   operand  for each tile of rows, step of 32 p, part:  | row 0: 32 p | row 1 | ... 16 rows
 //   panel    for each step, part, tile of columns:       | p = 0, 1: 16 columns of pairs | ...
 //   sums     [32 rows][32 columns] of a group of steps: those that share their scales
 //
-// Sums run over the steps in order, from zero for each kTileDepth: a row's bits depend on nothing else.
+// Sums run over the steps in order, from zero for each kTileDepth: a row's bits depend on nothing
+// else.
 
-constexpr int64_t kTilesFrom = 5;  // rows from which this is faster
+constexpr int64_t kTilesFrom = 24;  // rows from which this is faster
 // Panels at a time: splitting an operand costs a tenth of its product with four of them.
 inline int64_t tile_panels(int64_t rows) { return rows >= kRows ? 4 : 4 * kRows / rows; }
 constexpr int kTileRows = 16;
-constexpr int64_t kStep = 32;  // p of a tile
+constexpr int64_t kStep = 32;        // p of a tile
 constexpr int64_t kTileDepth = 128;  // p per panel
 constexpr int64_t kSteps = kTileDepth / kStep;
 constexpr int64_t kTileBytes = 1024;
@@ -32,8 +34,8 @@ constexpr int kMaxParts = 3;
 constexpr float kScaleA = 0x1p40f, kUnscaleA = 0x1p-40f, kScaleW = 0x1p24f;
 static_assert(kTile == 2 * W, "two tiles of columns are filled at a time");
 
-constexpr int64_t kCodesAhead = 512;  // p from a load of codes to their prefetch
-constexpr int64_t kRowsAhead = 8;         // from a load of a to its prefetch
+constexpr int64_t kCodesAhead = 256;        // p from a load of codes to their prefetch
+constexpr int64_t kRowsAhead = 8;           // from a load of a to its prefetch
 constexpr int64_t kWholeOperand = 3 << 19;  // bytes: kept for all p, the weight is read row by row
 
 // The next part of v, in the upper halves of the lanes; v becomes the rest.
@@ -105,9 +107,9 @@ void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, i
 // kTile columns and up to kTileDepth values of p.
 struct TilePanel {
   char* parts;
-  float* floats;  // the same as float32, for those that need care
-  bool filled;    // they are there
-  bool tame;      // finite, and so are the scales, far from the ends of float32
+  float* floats;        // the same as float32, for those that need care
+  bool filled;          // they are there
+  bool tame;            // finite, and so are the scales, far from the ends of float32
   int64_t group;        // steps that share their scales
   const float* scales;  // [group][kTile]
 };
@@ -215,7 +217,8 @@ class CodeSource {
         for (int64_t q = 0; q < min64(W, blocks - b); ++q) {
           const vi size = abs_bits(lanes[q]);
           largest = maxi(largest, size);
-          smallest = _mm512_mask_min_epi32(smallest, _mm512_test_epi32_mask(size, size), smallest, size);
+          smallest =
+              _mm512_mask_min_epi32(smallest, _mm512_test_epi32_mask(size, size), smallest, size);
           store(to + (b + q) * kTile, mul(lanes[q], set1(kUnscaleA)));
         }
       }
@@ -238,7 +241,8 @@ class CodeSource {
         transpose(dwords);
         for (int64_t d = 0; d < min64(W, (depth - p) / 8); ++d) {
           const int64_t q = (p + 8 * d) / 2;
-          char* at = to.parts + (q / kTileRows * NV * kMaxParts + v) * kTileBytes + q % kTileRows * 64;
+          char* at =
+              to.parts + (q / kTileRows * NV * kMaxParts + v) * kTileBytes + q % kTileRows * 64;
           for (int b = 0; b < 4; ++b) {
             const vi index = _mm512_multishift_epi64_epi8(nibbles[b], as_bits(dwords[d]));
             for (int part = 0; part < kMaxParts; ++part)
@@ -251,7 +255,9 @@ class CodeSource {
     to.filled = false;
     to.tame = tame;
     to.group = min64(kSteps, (int64_t{1} << source.w.block_shift) / kStep);
-    to.scales = scales + ((j0 - first_column) / kTile * chunks.blocks_per_row + chunks.first_block(p0)) * kTile;
+    to.scales =
+        scales +
+        ((j0 - first_column) / kTile * chunks.blocks_per_row + chunks.first_block(p0)) * kTile;
   }
 
  private:
@@ -365,8 +371,8 @@ struct Sums {
   int64_t row = 0, rows = 0, group = 0;
 };
 
-// c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j] for columns of several panels, whose tiles of c
-// lie one after the other.
+// c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j] for columns of several panels, whose tiles
+// of c lie one after the other.
 template <int PartsA, int PartsW, class Source>
 class PartsProduct {
  public:
@@ -377,8 +383,8 @@ class PartsProduct {
         rows(count),
         height(static_cast<int>(ceil_div(count, ceil_div(count, kTileRows)))),
         tiles(height) {
-    panel.floats = static_cast<float*>(
-        scratch(Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * NV * PartsW * kTileBytes));
+    panel.floats = static_cast<float*>(scratch(
+        Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * NV * PartsW * kTileBytes));
     panel.parts = reinterpret_cast<char*>(panel.floats + kTileDepth * kTile);
   }
 
@@ -453,8 +459,8 @@ class PartsProduct {
     else
       add_with_care(values, from.group, row, count, c);
   }
-  __attribute__((noinline, cold)) void add_with_care(const float* values, int64_t group, int64_t row,
-                                                     int64_t count, float* c) {
+  __attribute__((noinline, cold)) void add_with_care(const float* values, int64_t group,
+                                                     int64_t row, int64_t count, float* c) {
     if (!panel.filled) source.floats(panel_j0, panel_columns, p0, n, panel);
     const int64_t begin = group * panel.group * kStep;
     for (int64_t i = row; i < row + count; ++i, values += kTile) {
@@ -477,14 +483,14 @@ class PartsProduct {
 };
 
 template <int PartsA, int PartsW, class Source>
-void accumulate_parts(const Operand<false>& a, Source& source, int64_t i0, int64_t rows,
-                      int64_t j0, int64_t columns, int64_t depth, float* c) {
+void accumulate_parts(const Operand<false>& a, Source& source, int64_t i0, int64_t rows, int64_t j0,
+                      int64_t columns, int64_t depth, float* c) {
   PartsProduct<PartsA, PartsW, Source>(a, source, i0, rows).run(j0, columns, depth, c);
 }
 
 template <int PartsW, class Source>
-void accumulate_from(const Operand<false>& a, Source source, int64_t i0, int64_t rows,
-                     int64_t j0, int64_t columns, int64_t depth, float* c) {
+void accumulate_from(const Operand<false>& a, Source source, int64_t i0, int64_t rows, int64_t j0,
+                     int64_t columns, int64_t depth, float* c) {
   if (a.m.dtype == DType::f32)
     accumulate_parts<3, PartsW>(a, source, i0, rows, j0, columns, depth, c);
   else if (a.m.dtype == DType::f16)
