@@ -228,8 +228,7 @@ class CodeSource {
   }
   template <int>
   void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
-    for (int64_t v = 0; v < NV; ++v) {
-      const int64_t count = min64(W, columns - v * W);
+    for (int64_t v = 0; v < NV; ++v)
       for (int64_t p = 0; p < depth; p += kChunk) {
         vf dwords[W];
         for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one
@@ -237,7 +236,6 @@ class CodeSource {
           dwords[l] = as_float(chunks.packed(n, p0 + p));
           chunks.prefetch(n, p0 + p + kCodesAhead);
         }
-        if (count <= 0) continue;
         transpose(dwords);
         for (int64_t d = 0; d < min64(W, (depth - p) / 8); ++d) {
           const int64_t q = (p + 8 * d) / 2;
@@ -251,7 +249,6 @@ class CodeSource {
           }
         }
       }
-    }
     to.filled = false;
     to.tame = tame;
     to.group = min64(kSteps, (int64_t{1} << source.w.block_shift) / kStep);
