@@ -47,7 +47,7 @@ elif ONLY_TRITON:
 elif ON_GPU:
     KERNELS = ("cuda",)
 else:
-    KERNELS = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "emulator")
+    KERNELS = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cpu-amx", "emulator")
 
 
 @contextlib.contextmanager

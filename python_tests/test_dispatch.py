@@ -18,7 +18,7 @@ from lowrank_kernels.schema import OPS, ops
 needs_native = pytest.mark.skipif(
     conftest.ONLY_REFERENCE, reason="LOWRANK_BACKEND=reference: the native kernels are not tested"
 )
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "amx")
 PACKAGE = pathlib.Path(lk.__file__).parent
 
 
@@ -65,12 +65,15 @@ def test_use_isa_forces_and_restores():
 
 @needs_native
 def test_another_instruction_set_is_other_code():
-    """Lanes of 1, 8 and 16 sum in another order, which shows in the last bits of some of 1000 sums."""
-    x, *rest = cases.make("linear_4bit", cases.Case(1, 1000, 1024))
+    """Another order of the sums shows in the last bits of some of 1000 of them.
+
+    Of one row lanes of 1, 8 and 16 differ, of many rows tile registers from all others.
+    """
+    x, *rest = cases.make("linear_4bit", cases.Case(64, 1000, 1024))
     results = {}
     for isa in lk.backends.isas():
         with lk.backends.use_isa(isa):
-            results[isa] = ops.linear_4bit(x, *rest)
+            results[isa] = torch.cat([ops.linear_4bit(x[:1], *rest), ops.linear_4bit(x, *rest)])
     if len(results) == 1:
         pytest.skip(f"this CPU has kernels for {list(results)} alone: nothing to tell apart")
     for a in results:

@@ -1,4 +1,10 @@
 // Choice of the instruction set at run time, and the per-thread scratch memory of the kernels.
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -15,14 +21,34 @@ struct Isa {
   bool (*supported)();
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+// Linux lets a process use tile registers after it has asked for them.
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid(7, 0).edx
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM
+  static const bool granted = has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
+                              __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) &&
+                              (d & kAmxTile) &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first. The one place that lists the instruction sets.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
-    {&kAvx512Table,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-     }},
+    {&kAmxTable, has_amx},
+    {&kAvx512Table, has_avx512},
     {&kAvx2Table,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

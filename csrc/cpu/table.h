@@ -21,6 +21,7 @@ extern const KernelTable kScalarTable;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Table;
 extern const KernelTable kAvx512Table;
+extern const KernelTable kAmxTable;
 #endif
 
 // Scratch of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls. Slots

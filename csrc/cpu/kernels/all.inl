@@ -11,6 +11,15 @@ struct Constant {
 #include "cpu/kernels/rows.inl"
 #include "cpu/kernels/gemm.inl"
 #include "cpu/kernels/panel4.inl"
+#ifdef LK_TILES  // of simd/amx.h
+#include "cpu/kernels/tiles.inl"
+#else
+constexpr int64_t kTilesFrom = INT64_MAX;
+constexpr int64_t tile_panels(int64_t) { return 1; }
+template <bool TransposedSource, class Source>
+void accumulate_tiles(const Operand<false>&, const Source&, int64_t, int64_t, int64_t, int64_t,
+                      int64_t, float*) {}
+#endif
 #include "cpu/kernels/multi_products.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/quantize.inl"

@@ -31,13 +31,18 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
                    const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, N = a.y.cols, R = a.lora.A.rows;
   const Operand<false> x{a.x}, s{Matrix{a.s, DType::f32, M, R, R}};
-  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    if (a.lora.A.data) {
-      accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
+  const bool tiles = M >= kTilesFrom;
+  const auto begin_with = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    for (int64_t j = 0; a.lora.A.data && j < columns; j += kWidth) {
+      float* panel = c + j * rows;
+      accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0 + j, min64(kWidth, columns - j), R, panel);
       for (int64_t k = 0; k < rows * kWidth; k += W)
-        store(c + k, mul(load(c + k), set1(a.lora.scaling)));
+        store(panel + k, mul(load(panel + k), set1(a.lora.scaling)));
     }
-    accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
+    if (tiles) accumulate_tiles<true>(x, weight, i0, rows, j0, columns, K, c);
+  };
+  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    if (!tiles) accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
     if (a.bias.data) {
       float bias[kWidth];
       load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
@@ -46,7 +51,7 @@ void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* m
     }
     store_tile(a.y, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, N, body);
+  for_tiles_of(many, pool, M, N, tiles ? tile_panels(M) : 1, begin_with, body);
 }
 
 // With the adapter of a, or those of `many`, or none.
@@ -70,16 +75,22 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* man
                const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols, R = a.lora.A.rows;
   const Operand<false> dy{a.dy}, ds{Matrix{a.ds, DType::f32, M, R, R}};
-  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    if (a.lora.A.data) {
-      accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
+  const bool tiles = M >= kTilesFrom;
+  const auto begin_with = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    for (int64_t j = 0; a.lora.A.data && j < columns; j += kWidth) {
+      const int64_t n = min64(kWidth, columns - j);
+      float* panel = c + j * rows;
+      accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0 + j, n, R, panel);
       for (int64_t i = 0; i < rows; ++i)
-        apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
+        apply_dropout(a.lora.dropout, i0 + i, j0 + j, n, panel + i * kWidth);
     }
-    accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
+    if (tiles) accumulate_tiles<false>(dy, weight, i0, rows, j0, columns, N, c);
+  };
+  const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    if (!tiles) accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
     store_tile(a.dx, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, K, body);
+  for_tiles_of(many, pool, M, K, tiles ? tile_panels(M) : 1, begin_with, body);
 }
 
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.

@@ -287,15 +287,16 @@ struct Expansion {
   }
 };
 
-// for_tiles, where c has the part of the adapters of `many` in it, if any.
-template <class Body>
-void for_tiles_of(const Expansion* many, const Parallel& pool, int64_t I, int64_t J,
-                  const Body& body) {
-  if (!many) return for_tiles(pool, I, J, body);
+// for_tiles, where c has the part of the adapters of `many` in it, if any, before begin_with.
+template <class Begin, class Body>
+void for_tiles_of(const Expansion* many, const Parallel& pool, int64_t I, int64_t J, int64_t group,
+                  const Begin& begin_with, const Body& body) {
+  if (!many) return for_tiles(pool, I, J, group, begin_with, body);
   for_tiles(
       pool, I, J, kExpandPanels,
       [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
         many->rows(i0, rows, j0, columns, false, c);
+        begin_with(i0, rows, j0, columns, c);
       },
       body);
 }

@@ -1,0 +1,24 @@
+// The kernels for amx: those for avx512, and large products on tile registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "common/half.h"
+#include "cpu/table.h"
+
+// GCC 12 warns of its own intrinsics' undefined vectors.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+// In force to the end of the file: templates are instantiated there.
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512,avx512vbmi,amx-tile,amx-bf16")
+
+namespace lk {
+namespace {
+#include "cpu/simd/amx.h"
+
+#include "cpu/kernels/all.inl"
+}  // namespace
+
+const KernelTable kAmxTable = LK_KERNEL_TABLE("amx");
+}  // namespace lk
+#endif
