@@ -18,6 +18,8 @@ constexpr int kWidth = kSubPanels * kTile;
 constexpr int64_t kDepth = 256;  // p per panel
 constexpr int64_t kRows = 512;   // rows of C per task at most
 constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
+// Rows of C that are never cut.
+constexpr int64_t kWhole = 2 * (MR > kSmallRows ? MR : kSmallRows);
 
 // -- operand --------------------------------------------------------------------------------------
 
@@ -200,7 +202,7 @@ void for_tiles(const Parallel& pool, int64_t I, int64_t J, int64_t group, const 
     return 8 * (slots - tasks) > slots;
   };
   int64_t chunks = ceil_div(I, kRows);
-  while (ceil_div(I, chunks) > 2 * MR && idle(panels * chunks)) ++chunks;
+  while (ceil_div(I, chunks) > kWhole && idle(panels * chunks)) ++chunks;
   const int64_t height = ceil_div(I, chunks);
   chunks = ceil_div(I, height);
   parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
