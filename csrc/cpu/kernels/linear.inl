@@ -9,7 +9,7 @@ inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
   const Operand<false> x{a.x, &a.lora.dropout};
   for_tiles(pool, M, R, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     accumulate<true>(x, Dense{a.lora.A}, i0, rows, j0, columns, K, c);
-    store_tile(out, i0, rows, j0, columns, c);
+    store_tiles(out, i0, rows, j0, columns, c);
   });
 }
 
@@ -20,7 +20,7 @@ void product(const A& a, const Source& source, int64_t depth, float scale, const
   for_tiles(pool, out.rows, out.cols,
             [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
               accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
-              store_tile(out, i0, rows, j0, columns, c, scale);
+              store_tiles(out, i0, rows, j0, columns, c, scale);
             });
 }
 
@@ -35,17 +35,18 @@ void linear_tiles(const LinearArgs& a, const Expansion* many, const Parallel& po
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
-      for (int64_t k = 0; k < rows * kWidth; k += W)
+      for (int64_t k = 0; k < ceil_div(columns, kWidth) * rows * kWidth; k += W)
         store(c + k, mul(load(c + k), set1(a.lora.scaling)));
     }
     base(i0, rows, j0, columns, c);
-    if (a.bias.data) {
-      float bias[kWidth];
-      load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
-    }
-    store_tile(a.y, i0, rows, j0, columns, c);
+    if (a.bias.data)
+      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+        float bias[kWidth];
+        load_row(bias, a.bias.data, a.bias.dtype, j0 + j, width);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t k = 0; k < width; ++k) tile[i * kWidth + k] += bias[k];
+      });
+    store_tiles(a.y, i0, rows, j0, columns, c);
   };
   for_tiles_of(many, pool, M, N, body);
 }
@@ -75,7 +76,9 @@ inline void linear_lanes(const LinearArgs& a, const Expansion* many, const Paral
       interleave(a.x, k, min64(kStage, K - k), x);
   });
   linear_tiles(a, many, pool, [&](int64_t, int64_t, int64_t j0, int64_t columns, float* c) {
-    accumulate_small(x, M, weight_of(j0, columns), c);
+    for_panels(M, columns, c, [&](int64_t j, int64_t width, float* tile) {
+      accumulate_small(x, M, weight_of(j0 + j, width), tile);
+    });
   });
 }
 
@@ -103,11 +106,13 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* man
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
-      for (int64_t i = 0; i < rows; ++i)
-        apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
+      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+        for (int64_t i = 0; i < rows; ++i)
+          apply_dropout(a.lora.dropout, i0 + i, j0 + j, width, tile + i * kWidth);
+      });
     }
     accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
-    store_tile(a.dx, i0, rows, j0, columns, c);
+    store_tiles(a.dx, i0, rows, j0, columns, c);
   };
   for_tiles_of(many, pool, M, K, body);
 }

@@ -112,20 +112,19 @@ struct LaneRows {
 
 // Overload of gemm.inl's for the rows that the source holds: packed dwords are transposed before
 // they are decoded, an eighth of the shuffles.
-inline void fill_transposed(const LaneRows& source, int64_t, int64_t columns, int64_t p0,
+inline void fill_transposed(const LaneRows& source, int64_t j0, int64_t columns, int64_t p0,
                             int64_t depth, float* panel) {
   uint32_t codes[kDepth / 8 * W];
   const Lut lut = source.lut;
   for (int64_t j = 0; j < columns; j += W) {
-    float* dst = panel + j / kTile * (kDepth * kTile) + j % kTile;
-    source.load_codes(j / W, p0, depth, codes);
+    const int64_t g = (j0 - source.n0 + j) / W;
+    source.load_codes(g, p0, depth, codes);
     for (int64_t l = 0; l < W; ++l)
-      for (int64_t p = 0; p < depth; p += 128)
-        source.chunks.prefetch(source.n0 + j + l, p0 + depth + p);
+      for (int64_t p = 0; p < depth; p += 128) source.chunks.prefetch(j0 + j + l, p0 + depth + p);
     for (int64_t d = 0; d < depth / 8; ++d) {
       const Eight eight(lut, loadi(codes + d * W));
-      const vf scale = load(source.scale(j / W, p0 + 8 * d));
-      float* out = dst + 8 * d * kTile;
+      const vf scale = load(source.scale(g, p0 + 8 * d));
+      float* out = panel + 8 * d * kTile + j;
       for_nibbles([&](auto s) {
         constexpr int S = decltype(s)::value;
         store(out + S * kTile, mul(eight.template weight<S>(lut), scale));
@@ -152,8 +151,7 @@ inline void fill_natural(const Quantized& source, int64_t j0, int64_t columns, i
         block = b;
         scale = set1(block_scale(w, b));
       }
-      float* dst = panel + v / NV * (kDepth * kTile) + p * kTile + v % NV * W;
-      store(dst, mul(lut_nibbles(lut, packed + v * (W / 2)), scale));
+      store(panel + p * kTile + v * W, mul(lut_nibbles(lut, packed + v * (W / 2)), scale));
     }
   }
 }
