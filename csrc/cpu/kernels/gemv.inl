@@ -39,23 +39,34 @@ inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* scales,
   const uint8_t* row = chunks.w.packed + n * row_bytes;
   const int block_shift = chunks.w.block_shift;
   const vi scale_lane = chunks.scale_lane;
-  for (int64_t k = 0; k < K; k += kChunk, row += kChunk / 2, x += kChunk) {
-    for (int r = 0; r < Rows; ++r) {
-      const uint8_t* p = row + r * row_bytes;
-      const Eight weights(
-          lut, K - k >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>((K - k) >> 3)));
-      __builtin_prefetch(p + kDotRowsAhead * row_bytes, 0, 2);
-      vf part[M];
-      for (int m = 0; m < M; ++m) part[m] = zero();
+  constexpr int Group = Rows < kDotRows ? Rows : kDotRows;
+  for (int64_t k = 0; k < K; k += kChunk, row += kChunk / 2, x += kChunk)
+    for (int first = 0; first < Rows; first += Group) {
+      Eight weights[Group];
+      vf part[Group][M];
+      for (int r = 0; r < Group; ++r) {
+        const uint8_t* p = row + (first + r) * row_bytes;
+        weights[r] = Eight(
+            lut, K - k >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>((K - k) >> 3)));
+        __builtin_prefetch(p + kDotRowsAhead * row_bytes, 0, 2);
+        for (int m = 0; m < M; ++m) part[r][m] = zero();
+      }
       for_nibbles([&](auto s) {
         constexpr int S = decltype(s)::value;
-        const vf weight = weights.template weight<S>(lut);
-        for (int m = 0; m < M; ++m) part[m] = fma(weight, load(x + m * x_stride + S * W), part[m]);
+        vf activation[M];  // loaded once for the group
+        for (int m = 0; m < M; ++m) activation[m] = load(x + m * x_stride + S * W);
+        for (int r = 0; r < Group; ++r) {
+          const vf weight = weights[r].template weight<S>(lut);
+          for (int m = 0; m < M; ++m) part[r][m] = fma(weight, activation[m], part[r][m]);
+        }
       });
-      const vf scale = permute(load(scales + r * scales_stride + (k >> block_shift)), scale_lane);
-      for (int m = 0; m < M; ++m) total[r][m] = fma(part[m], scale, total[r][m]);
+      for (int r = 0; r < Group; ++r) {
+        const float* of_row = scales + (first + r) * scales_stride;
+        const vf scale = permute(load(of_row + (k >> block_shift)), scale_lane);
+        for (int m = 0; m < M; ++m)
+          total[first + r][m] = fma(part[r][m], scale, total[first + r][m]);
+      }
     }
-  }
 }
 
 struct FewArgs {

@@ -119,8 +119,6 @@ inline void fill_transposed(const LaneRows& source, int64_t j0, int64_t columns,
   for (int64_t j = 0; j < columns; j += W) {
     const int64_t g = (j0 - source.n0 + j) / W;
     source.load_codes(g, p0, depth, codes);
-    for (int64_t l = 0; l < W; ++l)
-      for (int64_t p = 0; p < depth; p += 128) source.chunks.prefetch(j0 + j + l, p0 + depth + p);
     for (int64_t d = 0; d < depth / 8; ++d) {
       const Eight eight(lut, loadi(codes + d * W));
       // Of the next panel's rows, two lines each.
