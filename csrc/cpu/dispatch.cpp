@@ -81,6 +81,9 @@ bool has_feature(const char* name) {
 
 thread_local bool int8_active = false;
 
+constexpr const char* kKernelNames[] = {"", "few", "small", "panels", "tiles", "invariant"};
+std::atomic<Kernel> asked{Kernel::any};
+
 struct Buffer {
   void* data = nullptr;
   size_t capacity = 0;
@@ -88,6 +91,8 @@ struct Buffer {
 };
 
 }  // namespace
+
+Kernel asked_kernel() { return asked.load(std::memory_order_relaxed); }
 
 void* scratch(Slot slot, size_t bytes) {
   thread_local Buffer buffers[static_cast<int>(Slot::count)];
@@ -144,6 +149,22 @@ int lk_int8_active(void) { return lk::int8_active; }
 const char* lk_int8_kernels(void) {
   const char* name = lk_kernels()->int8;
   return name && lk::has_feature(name) ? name : nullptr;
+}
+
+int lk_kernel_set(const char* name) {
+  int kernel = 0;
+  for (const char* known : lk::kKernelNames) {
+    if (std::strcmp(known, name ? name : "") == 0) {
+      lk::asked = static_cast<lk::Kernel>(kernel);
+      return 0;
+    }
+    ++kernel;
+  }
+  return 1;
+}
+
+const char* lk_kernel_active(void) {
+  return lk::kKernelNames[static_cast<int>(lk::asked_kernel())];
 }
 
 const char* lk_build_info(void) { return "liblowrank_cpu, g++ " __VERSION__; }

@@ -7,9 +7,12 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/table.h"
 #include "host/multi_lora.h"
 
 namespace py = pybind11;
@@ -56,6 +59,23 @@ PYBIND11_MODULE(_host, m) {
       "int8_set", [](bool on) { return lk_int8_set(on) != 0; }, py::arg("on"),
       "Whether operators called by this thread round activations to int8; returns what it was.");
   m.def("int8_kernels", &lk_int8_kernels, "Name of the int8 kernels that can run, or None.");
+  m.def(
+      "kernel_set",
+      [](const std::string& name) {
+        if (lk_kernel_set(name.c_str()) != 0) throw py::value_error("unknown kernel " + name);
+      },
+      py::arg("name"), "Asks for one kernel of the frozen base; '' for the fastest again.");
+  m.def("kernel_active", &lk_kernel_active, "The kernel that was asked for; '' for the fastest.");
+  m.def(
+      "crossovers",
+      [] {
+        const auto of = [](const lk::Crossovers& at) {
+          return std::make_tuple(at.few, at.small, at.tiles);
+        };
+        return std::make_pair(of(lk_kernels()->forward), of(lk_kernels()->dx));
+      },
+      "Of the ISA in use, for y and dx: rows up to which `few` and `small` are fastest, and from "
+      "which `tiles` are.");
   m.def("build_info", &lk_build_info, "How the library was built: compiler, flags, ISAs.");
   lk::bind_multi_lora(m);
 }

@@ -11,14 +11,11 @@ struct Constant {
 #include "cpu/kernels/rows.inl"
 #include "cpu/kernels/gemm.inl"
 #include "cpu/kernels/panel4.inl"
+#include "cpu/kernels/small.inl"
 #ifdef LK_TILES  // of simd/amx.h
 #include "cpu/kernels/tiles.inl"
 #else
-constexpr int64_t kTilesFrom = INT64_MAX;
-constexpr int64_t tile_panels(int64_t) { return 1; }
-template <bool TransposedSource, class Source>
-void accumulate_tiles(const Operand<false>&, const Source&, int64_t, int64_t, int64_t, int64_t,
-                      int64_t, float*) {}
+#include "cpu/kernels/no_tiles.inl"
 #endif
 #include "cpu/kernels/multi_products.inl"
 #include "cpu/kernels/gemv.inl"
@@ -29,6 +26,6 @@ void accumulate_tiles(const Operand<false>&, const Source&, int64_t, int64_t, in
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/multi.inl"
 
-#define LK_KERNEL_TABLE(name)                                      \
-  {name,   kInt8,           quantize, double_quantize, dequantize, \
-   linear, linear_backward, multi,    multi_backward}
+#define LK_KERNEL_TABLE(name)                                                  \
+  {name,       kInt8,  kForward,        kDx,   quantize,      double_quantize, \
+   dequantize, linear, linear_backward, multi, multi_backward}

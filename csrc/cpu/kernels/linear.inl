@@ -1,5 +1,24 @@
 // The linear operators: which product runs, in which order, over which tasks.
 
+// -- choice ---------------------------------------------------------------------------------------
+
+constexpr Crossovers kForward{kMaxFew, kMaxSmall, kTilesForward}, kDx{kMaxFew, 0, kTilesDx};
+
+// lanes: of a 4-bit weight whose blocks fit its rows.
+inline bool in_lanes(const Base& base) {
+  return base.quantized && blocks_fit_rows(*base.quantized) && base.quantized->K > 0;
+}
+
+inline Kernel kernel_for(const Crossovers& at, const Base& base, int64_t M) {
+  const Kernel asked = asked_kernel();
+  const bool any = asked == Kernel::any, lanes = in_lanes(base);
+  if (lanes && M <= at.few && (any || asked == Kernel::few)) return Kernel::few;
+  if (kHasTiles && ((any && M >= at.tiles) || asked == Kernel::tiles)) return Kernel::tiles;
+  if (lanes && M <= at.small && (any || asked == Kernel::small || asked == Kernel::invariant))
+    return Kernel::small;
+  return Kernel::panels;
+}
+
 // -- adapter pieces -------------------------------------------------------------------------------
 
 // S = dropout(x) Aᵀ, float32 [M, R].
@@ -9,7 +28,7 @@ inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
   const Operand<false> x{a.x, &a.lora.dropout};
   for_tiles(pool, M, R, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     accumulate<true>(x, Dense{a.lora.A}, i0, rows, j0, columns, K, c);
-    store_tile(out, i0, rows, j0, columns, c);
+    store_tiles(out, i0, rows, j0, columns, c);
   });
 }
 
@@ -20,38 +39,78 @@ void product(const A& a, const Source& source, int64_t depth, float scale, const
   for_tiles(pool, out.rows, out.cols,
             [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
               accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
-              store_tile(out, i0, rows, j0, columns, c, scale);
+              store_tiles(out, i0, rows, j0, columns, c, scale);
             });
 }
 
 // -- forward --------------------------------------------------------------------------------------
 
-template <class Source>
-void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* many,
-                   const Parallel& pool) {
-  const int64_t M = a.x.rows, K = a.x.cols, N = a.y.cols, R = a.lora.A.rows;
-  const Operand<false> x{a.x}, s{Matrix{a.s, DType::f32, M, R, R}};
-  const bool tiles = M >= kTilesFrom;
-  const auto begin_with = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    for (int64_t j = 0; a.lora.A.data && j < columns; j += kWidth) {
-      float* panel = c + j * rows;
-      accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0 + j, min64(kWidth, columns - j), R, panel);
-      for (int64_t k = 0; k < rows * kWidth; k += W)
-        store(panel + k, mul(load(panel + k), set1(a.lora.scaling)));
-    }
-    if (tiles) accumulate_tiles<true>(x, weight, i0, rows, j0, columns, K, c);
-  };
+// y of pieces to which base(i0, rows, j0, columns, c) adds x Wᵀ.
+template <class Base>
+void linear_pieces(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                   const Base& base) {
+  const int64_t M = a.x.rows, N = a.y.cols, R = a.lora.A.rows;
+  const Operand<false> s{Matrix{a.s, DType::f32, M, R, R}};
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    if (!tiles) accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
-    if (a.bias.data) {
-      float bias[kWidth];
-      load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
+    if (a.lora.A.data) {
+      accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
+      for (int64_t k = 0; k < ceil_div(columns, kWidth) * rows * kWidth; k += W)
+        store(c + k, mul(load(c + k), set1(a.lora.scaling)));
     }
-    store_tile(a.y, i0, rows, j0, columns, c);
+    base(i0, rows, j0, columns, c);
+    if (a.bias.data)
+      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+        float bias[kWidth];
+        load_row(bias, a.bias.data, a.bias.dtype, j0 + j, width);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t k = 0; k < width; ++k) tile[i * kWidth + k] += bias[k];
+      });
+    store_tiles(a.y, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, N, tiles ? tile_panels(M) : 1, begin_with, body);
+  for_tiles_of(many, pool, M, N, body);
+}
+
+// weight_of(j0, columns): W, or at least these of its rows.
+template <class WeightOf>
+void linear_panels(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                   const WeightOf& weight_of) {
+  const Operand<false> x{a.x};
+  linear_pieces(a, many, pool,
+                [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+                  accumulate<true>(x, weight_of(j0, columns), i0, rows, j0, columns, a.x.cols, c);
+                });
+}
+
+template <class Source>
+void linear_on_tiles(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                     const Source& weight) {
+  const Operand<false> x{a.x};
+  linear_pieces(a, many, pool,
+                [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+                  accumulate_tiles<true>(x, weight, i0, rows, j0, columns, a.x.cols, c);
+                });
+}
+
+// Of a weight whose blocks fit its rows, by small.inl or by panels.
+inline void linear_lanes(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                         bool small) {
+  const int64_t M = a.x.rows, K = a.x.cols;
+  const Chunks chunks(*a.base.quantized);
+  const Lut lut = make_lut(a.base.quantized->code);
+  const auto weight_of = [&](int64_t j0, int64_t columns) {
+    return LaneRows(chunks, lut, j0, columns);
+  };
+  if (!small) return linear_panels(a, many, pool, weight_of);
+  float* x = static_cast<float*>(scratch(Slot::shared, M * K * sizeof(float)));
+  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)
+      interleave(a.x, k, min64(kStage, K - k), x);
+  });
+  linear_pieces(a, many, pool, [&](int64_t, int64_t, int64_t j0, int64_t columns, float* c) {
+    for_panels(M, columns, c, [&](int64_t j, int64_t width, float* tile) {
+      accumulate_small(x, M, weight_of(j0 + j, width), tile);
+    });
+  });
 }
 
 // With the adapter of a, or those of `many`, or none.
@@ -61,36 +120,69 @@ inline void linear_with(const LinearArgs& a, const Expansion* many, const Parall
 #ifdef LK_INT8
   if (a.int8) return linear_int8(a, many, pool);
 #endif
-  if (is_few(a.base, a.x.rows)) return linear_few(a, many, pool);
-  if (a.base.quantized) return linear_panels(a, Quantized(*a.base.quantized), many, pool);
-  linear_panels(a, Dense{*a.base.dense}, many, pool);
+  const Kernel kernel = kernel_for(kForward, a.base, a.x.rows);
+  if (kernel == Kernel::few) return linear_few(a, many, pool);
+  if (a.base.dense) {
+    const Dense weight{*a.base.dense};
+    if (kernel == Kernel::tiles) return linear_on_tiles(a, many, pool, weight);
+    return linear_panels(a, many, pool, [&](int64_t, int64_t) { return weight; });
+  }
+  const Quantized weight(*a.base.quantized);
+  if (kernel == Kernel::tiles) return linear_on_tiles(a, many, pool, weight);
+  if (in_lanes(a.base)) return linear_lanes(a, many, pool, kernel == Kernel::small);
+  linear_panels(a, many, pool, [&](int64_t, int64_t) { return weight; });
 }
 
 void linear(const LinearArgs& a, const Parallel& pool) { linear_with(a, nullptr, pool); }
 
 // -- backward -------------------------------------------------------------------------------------
 
-template <class Source>
-void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* many,
-               const Parallel& pool) {
-  const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols, R = a.lora.A.rows;
-  const Operand<false> dy{a.dy}, ds{Matrix{a.ds, DType::f32, M, R, R}};
-  const bool tiles = M >= kTilesFrom;
-  const auto begin_with = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    for (int64_t j = 0; a.lora.A.data && j < columns; j += kWidth) {
-      const int64_t n = min64(kWidth, columns - j);
-      float* panel = c + j * rows;
-      accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0 + j, n, R, panel);
-      for (int64_t i = 0; i < rows; ++i)
-        apply_dropout(a.lora.dropout, i0 + i, j0 + j, n, panel + i * kWidth);
-    }
-    if (tiles) accumulate_tiles<false>(dy, weight, i0, rows, j0, columns, N, c);
-  };
+// dx of pieces to which base(i0, rows, j0, columns, c) adds dy W.
+template <class Base>
+void dx_pieces(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
+               const Base& base) {
+  const int64_t M = a.dy.rows, K = a.dx.cols, R = a.lora.A.rows;
+  const Operand<false> ds{Matrix{a.ds, DType::f32, M, R, R}};
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    if (!tiles) accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
-    store_tile(a.dx, i0, rows, j0, columns, c);
+    if (a.lora.A.data) {
+      accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
+      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+        for (int64_t i = 0; i < rows; ++i)
+          apply_dropout(a.lora.dropout, i0 + i, j0 + j, width, tile + i * kWidth);
+      });
+    }
+    base(i0, rows, j0, columns, c);
+    store_tiles(a.dx, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, K, tiles ? tile_panels(M) : 1, begin_with, body);
+  for_tiles_of(many, pool, M, K, body);
+}
+
+// strip_of(j0, columns): W, or at least these of its columns.
+template <class StripOf>
+void dx_panels(const BackwardArgs& a, const Expansion* many, const Parallel& pool, Kernel kernel,
+               const StripOf& strip_of) {
+  const Operand<false> dy{a.dy};
+  dx_pieces(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    const auto strip = strip_of(j0, columns);
+    if (kernel == Kernel::tiles)
+      accumulate_tiles<false>(dy, strip, i0, rows, j0, columns, a.dy.cols, c);
+    else
+      accumulate<false>(dy, strip, i0, rows, j0, columns, a.dy.cols, c);
+  });
+}
+
+// dS is in a.ds already.
+inline void dx(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+  const Kernel kernel = kernel_for(kDx, a.base, a.dy.rows);
+  if (kernel == Kernel::few) return dx_few(a, many, pool);
+  if (a.base.dense)
+    return dx_panels(a, many, pool, kernel, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
+  const Quantized weight(*a.base.quantized);
+  if (!in_lanes(a.base))
+    return dx_panels(a, many, pool, kernel, [&](int64_t, int64_t) { return weight; });
+  dx_panels(a, many, pool, kernel, [&](int64_t j0, int64_t columns) {
+    return ColumnStrip(weight.w, weight.lut, j0, columns);
+  });
 }
 
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.
@@ -116,14 +208,7 @@ inline void linear_backward_with(const BackwardArgs& a, const Expansion* many,
     const MutMatrix ds{a.ds, DType::f32, M, R, R};
     product(Operand<false>{a.dy}, Dense{a.lora.B}, N, a.lora.scaling, ds, pool);
   }
-  if (a.dx.data && M > 0) {
-    if (is_few(a.base, M))
-      dx_few(a, many, pool);
-    else if (a.base.quantized)
-      dx_panels(a, Quantized(*a.base.quantized), many, pool);
-    else
-      dx_panels(a, Dense{*a.base.dense}, many, pool);
-  }
+  if (a.dx.data && M > 0) dx(a, many, pool);
   if (a.dA.data)
     product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f,
             a.dA, pool);

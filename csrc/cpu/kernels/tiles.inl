@@ -19,16 +19,12 @@
 //   panel    for each step, part, tile of columns:       | p = 0, 1: 16 columns of pairs | ...
 //   sums     [32 rows][32 columns] of a group of steps: those that share their scales
 //
-// Sums run over the steps in order, from zero for each kTileDepth: a row's bits depend on nothing
-// else.
+// Sums run over the steps in order, from zero for each group: a row's bits depend on nothing else.
 
-constexpr int64_t kTilesFrom = 24;  // rows from which this is faster
-// Panels at a time: splitting an operand costs a tenth of its product with four of them.
-inline int64_t tile_panels(int64_t rows) { return rows >= kRows ? 4 : 4 * kRows / rows; }
+constexpr bool kHasTiles = true;
+constexpr int64_t kTilesForward = 24, kTilesDx = 48;  // rows from which this is faster
 constexpr int kTileRows = 16;
-constexpr int64_t kStep = 32;        // p of a tile
-constexpr int64_t kTileDepth = 128;  // p per panel
-constexpr int64_t kSteps = kTileDepth / kStep;
+constexpr int64_t kStep = 32;  // p of a tile
 constexpr int64_t kTileBytes = 1024;
 constexpr int kMaxParts = 3;
 constexpr float kScaleA = 0x1p40f, kUnscaleA = 0x1p-40f, kScaleW = 0x1p24f;
@@ -73,7 +69,7 @@ class Tiles {
 // -- operand --------------------------------------------------------------------------------------
 
 // Rows [i0, i0 + rows) of a, columns [p0, p0 + depth), in tiles of `height` rows.
-template <int Parts>
+template <int Parts, int64_t Depth>
 void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, int64_t p0,
                 int64_t depth, char* operand) {
   uint16_t odd_words[2 * W];  // of two vectors
@@ -83,10 +79,10 @@ void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, i
   const int64_t steps = ceil_div(depth, kStep);
   for (int64_t i = 0; i < rows; ++i) {
     if (i + kRowsAhead < rows) a.prefetch(i0 + i + kRowsAhead, 1, p0, depth);
-    alignas(64) float row[kTileDepth];
+    alignas(64) float row[Depth];
     load_row(row, a.m.data, a.m.dtype, (i0 + i) * a.m.stride + p0, depth);
     for (int64_t p = depth; p < steps * kStep; ++p) row[p] = 0.0f;
-    char* tile = operand + (i / height * kSteps * Parts) * kTileBytes + i % height * 64;
+    char* tile = operand + (i / height * (Depth / kStep) * Parts) * kTileBytes + i % height * 64;
     char* to = tile;
     vf check = zero();
     for (int64_t s = 0; s < steps; ++s) {
@@ -104,7 +100,7 @@ void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, i
 
 // -- panel ----------------------------------------------------------------------------------------
 
-// kTile columns and up to kTileDepth values of p.
+// kTile columns and up to Source::kDepth values of p.
 struct TilePanel {
   char* parts;
   float* floats;        // the same as float32, for those that need care
@@ -137,6 +133,7 @@ void split_panel(int64_t depth, TilePanel& to) {
 // A source whose rows or columns are filled as float32 and split.
 template <bool Transposed, class Source>
 struct SplitSource {
+  static constexpr int64_t kDepth = 256;
   const Source& source;
   float scales[kTile];
 
@@ -159,7 +156,7 @@ struct SplitSource {
   void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
     floats(j0, columns, p0, depth, to);
     split_panel<Parts>(depth, to);
-    to.group = kSteps;
+    to.group = kDepth / kStep;
     to.scales = scales;
   }
 };
@@ -167,6 +164,7 @@ struct SplitSource {
 // Rows of a 4-bit weight whose blocks fit its rows, as columns of codes.
 class CodeSource {
  public:
+  static constexpr int64_t kDepth = 128;
   explicit CodeSource(const Quantized& weight) : source(weight), chunks(weight.w) {
     vf rest = source.lut.entries;
     for (vi& table : tables) {
@@ -203,7 +201,7 @@ class CodeSource {
     const int64_t panels = ceil_div(columns, kTile);
     first_column = j0;
     scales = static_cast<float*>(
-        scratch(Slot::rows, (panels * blocks * kTile + W * stride) * sizeof(float)));
+        scratch(Slot::scales, (panels * blocks * kTile + W * stride) * sizeof(float)));
     float* by_row = scales + panels * blocks * kTile;
     vi largest = set1i(0), smallest = set1i(bits_of(1.0f));
     for (int64_t j = 0; j < panels * kTile; j += W) {
@@ -251,7 +249,7 @@ class CodeSource {
       }
     to.filled = false;
     to.tame = tame;
-    to.group = min64(kSteps, (int64_t{1} << source.w.block_shift) / kStep);
+    to.group = min64(kDepth / kStep, (int64_t{1} << source.w.block_shift) / kStep);
     to.scales =
         scales +
         ((j0 - first_column) / kTile * chunks.blocks_per_row + chunks.first_block(p0)) * kTile;
@@ -269,14 +267,15 @@ class CodeSource {
 // -- product --------------------------------------------------------------------------------------
 
 // sums[row][column] of one or two tiles of `height` rows, and kTile columns: the product of `steps`
-// steps, the smallest parts first. Registers: 0-3 sums, 4-5 a part of a, 6-7 a part of two column
-// tiles. After each step, between(s) runs beside the products that were begun.
-template <int Rows, int PartsA, int PartsW, class Between>
+// steps, the smallest parts first. TileSize: from one tile of rows to the next. Registers: 0-3
+// sums, 4-5 a part of a, 6-7 a part of two column tiles. After each step, between(s) runs beside
+// the products that were begun.
+template <int Rows, int PartsA, int PartsW, int64_t TileSize, class Between>
 inline void multiply_tiles(const char* a, const char* w, int64_t steps, int height, float* sums,
                            const Between& between) {
   const auto load_a = [&](int part) {
     _tile_loadd(4, a + part * kTileBytes, 64);
-    if constexpr (Rows == 2) _tile_loadd(5, a + (kSteps * PartsA + part) * kTileBytes, 64);
+    if constexpr (Rows == 2) _tile_loadd(5, a + TileSize + part * kTileBytes, 64);
   };
   const auto load_w = [&](int part) {
     _tile_loadd(6, w + NV * part * kTileBytes, 64);
@@ -336,7 +335,7 @@ inline void multiply_tiles(const char* a, const char* w, int64_t steps, int heig
 // c[j] += Σ_p row i of a times the panel, kTile columns, by float32 arithmetic.
 __attribute__((noinline, cold)) void add_row(const Operand<false>& a, int64_t i, int64_t p0,
                                              int64_t depth, const float* panel, float* c) {
-  float row[kTileDepth + kPad];
+  float row[kDepth + kPad];
   a.pack(i, 1, p0, depth, row);
   vf sum[NV];
   for (int v = 0; v < NV; ++v) sum[v] = load(c + v * W);
@@ -380,13 +379,13 @@ class PartsProduct {
         rows(count),
         height(static_cast<int>(ceil_div(count, ceil_div(count, kTileRows)))),
         tiles(height) {
-    panel.floats = static_cast<float*>(scratch(
-        Slot::panel, kTileDepth * kTile * sizeof(float) + kSteps * NV * PartsW * kTileBytes));
-    panel.parts = reinterpret_cast<char*>(panel.floats + kTileDepth * kTile);
+    panel.floats = static_cast<float*>(
+        scratch(Slot::panel, kDepth * kTile * sizeof(float) + kSteps * NV * PartsW * kTileBytes));
+    panel.parts = reinterpret_cast<char*>(panel.floats + kDepth * kTile);
   }
 
   void run(int64_t j0, int64_t columns, int64_t depth, float* c) {
-    const int64_t size = ceil_div(rows, height) * kTileSize, chunks = ceil_div(depth, kTileDepth);
+    const int64_t size = ceil_div(rows, height) * kTileSize, chunks = ceil_div(depth, kDepth);
     const auto at = [&](int64_t j) { return c + j / kWidth * (rows * kWidth) + j % kWidth; };
     if (source.whole_rows() && chunks * size <= kWholeOperand) {
       char* operand = static_cast<char*>(scratch(Slot::operand, chunks * size));
@@ -408,18 +407,19 @@ class PartsProduct {
   }
 
  private:
+  static constexpr int64_t kDepth = Source::kDepth, kSteps = kDepth / kStep;
   static constexpr int64_t kTileSize = kSteps * PartsA * kTileBytes;
 
   void pack(int64_t chunk, int64_t depth, char* operand) const {
-    const int64_t p = chunk * kTileDepth;
-    pack_tiles<PartsA>(a, i0, rows, height, p, min64(kTileDepth, depth - p), operand);
+    const int64_t p = chunk * kDepth;
+    pack_tiles<PartsA, kDepth>(a, i0, rows, height, p, min64(kDepth, depth - p), operand);
   }
 
   // All rows by one panel. While sums are computed, those before are added to c.
   void multiply(int64_t chunk, int64_t depth, const char* operand, int64_t j0, int64_t columns,
                 float* c) {
-    p0 = chunk * kTileDepth;
-    n = min64(kTileDepth, depth - p0);
+    p0 = chunk * kDepth;
+    n = min64(kDepth, depth - p0);
     panel_j0 = j0;
     panel_columns = columns;
     source.template fill<PartsW>(j0, columns, p0, n, panel);
@@ -436,9 +436,11 @@ class PartsProduct {
         const char* parts = panel.parts + s * NV * PartsW * kTileBytes;
         Sums& to = sums[which];
         if (i + height < rows)
-          multiply_tiles<2, PartsA, PartsW>(at, parts, count, height, to.values, between);
+          multiply_tiles<2, PartsA, PartsW, kTileSize>(at, parts, count, height, to.values,
+                                                       between);
         else
-          multiply_tiles<1, PartsA, PartsW>(at, parts, count, height, to.values, between);
+          multiply_tiles<1, PartsA, PartsW, kTileSize>(at, parts, count, height, to.values,
+                                                       between);
         to.row = i;
         to.rows = min64(2 * height, rows - i);
         to.group = s / panel.group;
@@ -504,6 +506,13 @@ void accumulate_tiles(const Operand<false>& a, const Quantized& source, int64_t 
   else
     accumulate_from<3>(a, SplitSource<TransposedSource, Quantized>(source), i0, rows, j0, columns,
                        depth, c);
+}
+
+template <bool TransposedSource>
+void accumulate_tiles(const Operand<false>& a, const ColumnStrip& source, int64_t i0, int64_t rows,
+                      int64_t j0, int64_t columns, int64_t depth, float* c) {
+  accumulate_from<3>(a, SplitSource<TransposedSource, ColumnStrip>(source), i0, rows, j0, columns,
+                     depth, c);
 }
 
 template <bool TransposedSource>

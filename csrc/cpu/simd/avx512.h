@@ -6,6 +6,9 @@ constexpr int MR = 14;
 constexpr int NV = 2;
 constexpr int DR = 3;
 constexpr int DC = 8;
+constexpr int kSmallRows = 16;
+constexpr int kSmallWide = 12;
+constexpr int kDotRows = 4;
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -60,6 +63,16 @@ inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   const vi shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm512_srlv_epi32(dwords, shifts));
 }
+struct Eight {
+  vi dwords;
+
+  Eight() = default;
+  Eight(const Lut&, vi packed) : dwords(packed) {}
+  template <int S>
+  vf weight(const Lut& lut) const {
+    return lut16(lut, shr<S % 2 ? 4 * (S - 1) : 4 * (S + 1)>(dwords));
+  }
+};
 inline vf gather(const float* table, vi index) { return _mm512_i32gather_ps(index, table, 4); }
 inline vf permute(vf v, vi index) { return _mm512_permutexvar_ps(index, v); }
 

@@ -7,6 +7,9 @@ constexpr int MR = 4;  // register tile of the GEMM: MR rows x NV vectors
 constexpr int NV = 2;
 constexpr int DR = 3;  // register tile of dot products: DR rows x DC rows
 constexpr int DC = 4;
+constexpr int kSmallRows = 4;  // rows of small.inl's register tile
+constexpr int kSmallWide = 0;  // up to so many rows, it is two vectors wide
+constexpr int kDotRows = 4;    // rows of the weight whose lookups fit the registers together
 
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vi __attribute__((vector_size(16)));
@@ -78,6 +81,18 @@ inline vf lut16(const Lut& lut, vi index) {
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   return vf{lut.entry[p[0] >> 4], lut.entry[p[0] & 15], lut.entry[p[1] >> 4], lut.entry[p[1] & 15]};
 }
+// The eight weights of each dword: weight<S>(lut) has in lane j the table entry of nibble S of
+// dword j, high nibble of byte 0 first.
+struct Eight {
+  vi dwords;
+
+  Eight() = default;
+  Eight(const Lut&, vi packed) : dwords(packed) {}
+  template <int S>
+  vf weight(const Lut& lut) const {
+    return lut16(lut, shr<S % 2 ? 4 * (S - 1) : 4 * (S + 1)>(dwords));
+  }
+};
 inline vf gather(const float* table, vi index) {
   return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
