@@ -173,6 +173,9 @@ inline void linear_few(const LinearArgs& a, const Expansion* many, const Paralle
 
 // -- dx = dy W: outer-product form ----------------------------------------------------------------
 
+// Rows between a load and its prefetch. A strip of a row is too short for hardware to stream.
+constexpr int64_t kRowsAhead = 8, kScalesAhead = 32;
+
 // acc[m][k] (shuffled) += Σ_r dy[m, n + r] W[n + r, k] over the chunks of [k_begin, k_end).
 template <int Rows, int M>
 inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n,
@@ -183,6 +186,7 @@ inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* const*
     vf coefficient[Rows][M];
     for (int r = 0; r < Rows; ++r) {
       packed[r] = chunks.packed(n + r, k);
+      chunks.prefetch(n + r + kRowsAhead, k);
       const vf scale = chunks.scale(scales[r], chunks.first_block(k_begin), k);
       for (int m = 0; m < M; ++m) coefficient[r][m] = mul(scale, set1(dy[m * dy_stride + n + r]));
     }
@@ -250,7 +254,10 @@ void few_columns(const BackwardArgs& a, const Expansion* many, const float* dy, 
   for (int64_t i = 0; i < M * width; i += W) store(acc + i, zero());
   int64_t n = 0;
   for (; n + kRowsAtOnce <= w.N; n += kRowsAtOnce) {
-    for (int r = 0; r < kRowsAtOnce; ++r) chunks.load_row_scales(scales[r], n + r, first, blocks);
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      chunks.prefetch_scales(n + r + kScalesAhead, first, blocks);
+      chunks.load_row_scales(scales[r], n + r, first, blocks);
+    }
     outer_rows<kRowsAtOnce, M>(chunks, lut, scales, n, dy, w.N, k_begin, k_end, acc, width);
   }
   for (; n < w.N; ++n) {

@@ -47,6 +47,11 @@ inline vi abs_bits(vf v) {
   return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
 }
 inline vi maxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline uint32_t hmax(vi v) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
 inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
   const vi greater = _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ));
@@ -61,12 +66,22 @@ inline vf lut16(const Lut& lut, vi index) {
   const vf high = _mm256_permutevar8x32_ps(lut.high, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
+inline vf lut8(const Lut& lut, vi index) { return _mm256_permutevar8x32_ps(lut.low, index); }
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   int bytes;
   __builtin_memcpy(&bytes, p, 4);
   // Lane 2j takes the high nibble of byte j, lane 2j+1 the low one.
   const vi shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts));
+}
+inline void store_nibbles(uint8_t* p, vi v) {
+  const vi pairs = _mm256_or_si256(_mm256_slli_epi64(v, 4), _mm256_srli_epi64(v, 32));
+  const __m128i low = _mm256_castsi256_si128(pairs), high = _mm256_extracti128_si256(pairs, 1);
+  // Byte 0 of the four quadwords.
+  const __m128i bytes = _mm_unpacklo_epi16(_mm_unpacklo_epi8(low, _mm_unpackhi_epi64(low, low)),
+                                           _mm_unpacklo_epi8(high, _mm_unpackhi_epi64(high, high)));
+  const int packed = _mm_cvtsi128_si32(bytes);
+  __builtin_memcpy(p, &packed, 4);
 }
 inline vf gather(const float* table, vi index) { return _mm256_i32gather_ps(table, index, 4); }
 inline vf permute(vf v, vi index) { return _mm256_permutevar8x32_ps(v, index); }

@@ -41,6 +41,7 @@ inline vi abs_bits(vf v) {
   return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
 }
 inline vi maxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline uint32_t hmax(vi v) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
 inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
   return _mm512_mask_add_epi32(idx, _mm512_cmp_ps_mask(x, t, _CMP_GT_OQ), idx, set1i(step));
@@ -50,6 +51,7 @@ inline vf clamp1(vf v) { return _mm512_min_ps(_mm512_max_ps(v, set1(-1.0f)), set
 inline Lut make_lut(const float* code) { return {load(code)}; }
 // vpermps reads index bits 3:0 and ignores the rest, so nibbles need shifts but never masks.
 inline vf lut16(const Lut& lut, vi index) { return _mm512_permutexvar_ps(index, lut.entries); }
+inline vf lut8(const Lut& lut, vi index) { return lut16(lut, index); }
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   long long bytes;
   __builtin_memcpy(&bytes, p, 8);
@@ -59,6 +61,10 @@ inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
       _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(bytes));
   const vi shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm512_srlv_epi32(dwords, shifts));
+}
+inline void store_nibbles(uint8_t* p, vi v) {
+  const vi pairs = _mm512_or_si512(_mm512_slli_epi64(v, 4), _mm512_srli_epi64(v, 32));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
 }
 inline vf gather(const float* table, vi index) { return _mm512_i32gather_ps(index, table, 4); }
 inline vf permute(vf v, vi index) { return _mm512_permutexvar_ps(index, v); }

@@ -54,6 +54,10 @@ inline vi maxi(vi a, vi b) {  // signed order; only used on abs_bits
   for (int i = 0; i < W; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
   return r;
 }
+inline uint32_t hmax(vi v) {  // likewise
+  const uint32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
 inline vi addi(vi a, vi b) { return a + b; }
 // idx + step where x > t.
 inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
@@ -74,9 +78,16 @@ inline vf lut16(const Lut& lut, vi index) {
   return vf{lut.entry[index[0] & 15], lut.entry[index[1] & 15], lut.entry[index[2] & 15],
             lut.entry[index[3] & 15]};
 }
+// Of an index below 8.
+inline vf lut8(const Lut& lut, vi index) { return lut16(lut, index); }
 // W consecutive nibbles, high nibble first, from W/2 bytes.
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   return vf{lut.entry[p[0] >> 4], lut.entry[p[0] & 15], lut.entry[p[1] >> 4], lut.entry[p[1] & 15]};
+}
+// The inverse of lut_nibbles' order: W values below 16 into W/2 bytes.
+inline void store_nibbles(uint8_t* p, vi v) {
+  p[0] = static_cast<uint8_t>(v[0] << 4 | v[1]);
+  p[1] = static_cast<uint8_t>(v[2] << 4 | v[3]);
 }
 inline vf gather(const float* table, vi index) {
   return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
