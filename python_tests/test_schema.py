@@ -239,6 +239,7 @@ BATCH = [
     cases.Case(130, 70, 65, "fp4", 64, True, cases.BF16, cases.BF16, 20, cases.BF16),
     cases.Case(130, 17, 256, "nf4", 256, True, cases.F16, None, 3),
     cases.Case(600, 48, 128, "nf4", 64, True, cases.BF16, cases.F32, 16),
+    cases.Case(65, 131, 1088, "nf4", 64, True, cases.F32, cases.F32, 16),  # sums in several stages
 ]
 
 

@@ -24,7 +24,7 @@ extern const KernelTable kAvx512Table;
 
 // Scratch of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls. Slots
 // are independent.
-enum class Slot : int { panel, rows, operand, accumulator, shared, count };
+enum class Slot : int { panel, rows, scales, operand, accumulator, shared, count };
 void* scratch(Slot slot, size_t bytes);
 
 }  // namespace lk

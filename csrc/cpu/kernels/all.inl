@@ -11,6 +11,7 @@ struct Constant {
 #include "cpu/kernels/rows.inl"
 #include "cpu/kernels/gemm.inl"
 #include "cpu/kernels/panel4.inl"
+#include "cpu/kernels/small.inl"
 #include "cpu/kernels/multi_products.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/linear.inl"

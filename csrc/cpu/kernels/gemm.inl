@@ -1,12 +1,13 @@
 // C[i, j] += Σ_p a(i, p) · P[p, j] over panels: the one product behind every operator with more
 // than a few rows.
 //
-//   panel    P[p, j] for kDepth values of p and kWidth columns j, float32, filled from a source;
-//            sub-panel s holds columns [s*kTile, (s+1)*kTile):
+//   panel    P[p, j] for kDepth values of p and kTile columns j, float32, filled from a source;
+//   small
+//            enough for the first-level cache
 //
 //              | p = 0: kTile floats | p = 1: kTile floats | ...
 //
-//   operand  a(i, p) for MR rows and kDepth values of p, float32, row by row
+//   operand  a(i, p) for all rows and kDepth values of p, float32, row by row
 //   C        float32 tile [rows, kWidth] in scratch; one rounding into the output at the end
 //
 // The order of the sum over p is the same for every row and every partition of the work: rows are
@@ -17,7 +18,13 @@ constexpr int kSubPanels = 4;
 constexpr int kWidth = kSubPanels * kTile;
 constexpr int64_t kDepth = 256;  // p per panel
 constexpr int64_t kRows = 512;   // rows of C per task at most
-constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
+// The operand is read anew for each piece of C, from beyond the second-level cache: pieces are as
+// wide as that cache allows.
+constexpr int64_t kPanels = 8;
+constexpr int64_t kSums = 1 << 18;  // floats
+constexpr int64_t kPad = 16;        // keeps rows of scratch off one cache set
+// Rows of C that are never cut.
+constexpr int64_t kWhole = 2 * (MR > kSmallRows ? MR : kSmallRows);
 
 // -- operand --------------------------------------------------------------------------------------
 
@@ -46,8 +53,8 @@ struct Operand {
       }
     }
   }
-  // Rows of the next tile, on their way while this one is multiplied: runs too short for hardware
-  // to see coming.
+  // Rows of the next tile, on their way while these are packed: runs too short for hardware to see
+  // coming.
   void prefetch(int64_t i0, int rows, int64_t p0, int64_t depth) const {
     if constexpr (!Transposed) {
       const int64_t size = element_size(m.dtype);
@@ -70,7 +77,7 @@ void fill_transposed_rows(const Source& source, int64_t j0, int64_t columns, int
   constexpr int64_t stride = kDepth + kPad;
   float* rows = static_cast<float*>(scratch(Slot::rows, W * stride * sizeof(float)));
   for (int64_t j = 0; j < columns; j += W) {
-    float* dst = panel + j / kTile * (kDepth * kTile) + j % kTile;
+    float* dst = panel + j;
     for (int l = 0; l < W; ++l) {
       if (j + l < columns)
         source.row(j0 + j + l, p0, depth, rows + l * stride);
@@ -91,13 +98,12 @@ void fill_transposed_rows(const Source& source, int64_t j0, int64_t columns, int
 template <class Source>
 void fill_natural_rows(const Source& source, int64_t j0, int64_t columns, int64_t p0, int64_t depth,
                        float* panel) {
-  float* row = static_cast<float*>(scratch(Slot::rows, (kWidth + W) * sizeof(float)));
+  float* row = static_cast<float*>(scratch(Slot::rows, (kTile + W) * sizeof(float)));
   const int64_t padded = ceil_div(columns, W) * W;
   for (int64_t p = 0; p < depth; ++p) {
     source.row(p0 + p, j0, columns, row);
     for (int64_t j = columns; j < padded; ++j) row[j] = 0.0f;
-    for (int64_t j = 0; j < padded; j += W)
-      store(panel + j / kTile * (kDepth * kTile) + p * kTile + j % kTile, load(row + j));
+    for (int64_t j = 0; j < padded; j += W) store(panel + p * kTile + j, load(row + j));
   }
 }
 
@@ -122,10 +128,7 @@ inline void tile(const float* a, const float* panel, int64_t depth, float* c) {
     for (int v = 0; v < Vectors; ++v) acc[i][v] = load(c + i * kWidth + v * W);
   for (int64_t p = 0; p < depth; ++p) {
     vf b[Vectors];
-    for (int v = 0; v < Vectors; ++v) {
-      b[v] = load(panel + p * kTile + v * W);
-      __builtin_prefetch(panel + (p + 8) * kTile + v * W);
-    }
+    for (int v = 0; v < Vectors; ++v) b[v] = load(panel + p * kTile + v * W);
     for (int i = 0; i < Rows; ++i) {
       const vf x = set1(a[i * (kDepth + kPad) + p]);
       for (int v = 0; v < Vectors; ++v) acc[i][v] = fma(x, b[v], acc[i][v]);
@@ -148,27 +151,33 @@ inline void tile_rows(int rows, int vectors, const float* a, const float* panel,
 // -- product --------------------------------------------------------------------------------------
 
 // c[i, j] += Σ_{p < depth} a(i0 + i, p) · P[p, j0 + j]; P is the source, transposed or as it lies.
+// c is a [rows, kWidth] tile for each kWidth of the columns, one after the other.
 template <bool TransposedSource, class A, class Source>
 void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int64_t j0,
                 int64_t columns, int64_t depth, float* c) {
-  float* panel = static_cast<float*>(scratch(Slot::panel, kDepth * kWidth * sizeof(float)));
-  float* operand =
-      static_cast<float*>(scratch(Slot::operand, MR * (kDepth + kPad) * sizeof(float)));
+  constexpr int64_t stride = kDepth + kPad;
+  float* panel = static_cast<float*>(scratch(Slot::panel, kDepth * kTile * sizeof(float)));
+  float* operand = static_cast<float*>(scratch(Slot::operand, rows * stride * sizeof(float)));
   const int64_t even = ceil_div(rows, ceil_div(rows, MR));  // 16 rows as 8 + 8, not 14 + 2
+  const auto height = [&](int64_t i) {
+    return i < rows ? static_cast<int>(min64(even, rows - i)) : 0;
+  };
   for (int64_t p0 = 0; p0 < depth; p0 += kDepth) {
     const int64_t n = min64(kDepth, depth - p0);
-    if constexpr (TransposedSource)
-      fill_transposed(source, j0, columns, p0, n, panel);
-    else
-      fill_natural(source, j0, columns, p0, n, panel);
     for (int64_t i = 0; i < rows; i += even) {
-      const int height = static_cast<int>(min64(even, rows - i));
-      a.pack(i0 + i, height, p0, n, operand);
-      a.prefetch(i0 + i + height, static_cast<int>(min64(even, rows - i - height)), p0, n);
-      for (int64_t j = 0; j < columns; j += kTile) {
-        const int vectors = columns - j <= W ? 1 : NV;
-        tile_rows<MR>(height, vectors, operand, panel + j * kDepth, n, c + i * kWidth + j);
-      }
+      a.prefetch(i0 + i + even, height(i + even), p0, n);
+      a.pack(i0 + i, height(i), p0, n, operand + i * stride);
+    }
+    for (int64_t j = 0; j < columns; j += kTile) {
+      const int64_t width = min64(kTile, columns - j);
+      if constexpr (TransposedSource)
+        fill_transposed(source, j0 + j, width, p0, n, panel);
+      else
+        fill_natural(source, j0 + j, width, p0, n, panel);
+      float* tile = c + j / kWidth * (rows * kWidth) + j % kWidth;
+      for (int64_t i = 0; i < rows; i += even)
+        tile_rows<MR>(height(i), width <= W ? 1 : NV, operand + i * stride, panel, n,
+                      tile + i * kWidth);
     }
   }
 }
@@ -185,13 +194,11 @@ void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Calls body(i0, rows, j0, columns, c) over the tiles of an [I, J] output. c is a scratch tile:
-// zero, or what begin_with(i0, rows, j0, columns, c) made of zeros, for up to `group` panels at
-// once whose tiles lie one after the other. Rows are cut into as few chunks as keep all threads
+// Calls body(i0, rows, j0, columns, c) over pieces of an [I, J] output: up to kPanels panels, c a
+// zeroed tile for each, one after the other. Rows are cut into as few chunks as keep all threads
 // busy (each chunk fills its panels anew); a row's result does not depend on the cut.
-template <class Begin, class Body>
-void for_tiles(const Parallel& pool, int64_t I, int64_t J, int64_t group, const Begin& begin_with,
-               const Body& body) {
+template <class Body>
+void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   if (I == 0 || J == 0) return;
   const int64_t panels = ceil_div(J, kWidth);
   // Whether threads would wait for more than an eighth of the time, in the last round.
@@ -200,32 +207,30 @@ void for_tiles(const Parallel& pool, int64_t I, int64_t J, int64_t group, const 
     return 8 * (slots - tasks) > slots;
   };
   int64_t chunks = ceil_div(I, kRows);
-  while (ceil_div(I, chunks) > 2 * MR && idle(panels * chunks)) ++chunks;
-  const int64_t height = ceil_div(I, chunks);
+  while (ceil_div(I, chunks) > kWhole && idle(panels * chunks)) ++chunks;
+  const int64_t height = ceil_div(I, chunks), tile = height * kWidth;
+  const int64_t at_once = min64(kPanels, kSums / tile);
   chunks = ceil_div(I, height);
   parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
-    const int64_t size = (group > 1 ? group * height : kRows) * kWidth;
-    float* c = static_cast<float*>(scratch(Slot::accumulator, size * sizeof(float)));
-    for (int64_t t = begin, ready; t < end; t = ready) {
+    float* c = static_cast<float*>(scratch(Slot::accumulator, at_once * tile * sizeof(float)));
+    for (int64_t t = begin, count; t < end; t += count) {
       const int64_t panel = t % panels, i0 = t / panels * height, rows = min64(height, I - i0);
-      ready = min64(end, t + min64(group, panels - panel));
-      for (int64_t k = 0; k < (ready - t) * rows * kWidth; k += W) store(c + k, zero());
-      const int64_t first = panel * kWidth;
-      begin_with(i0, rows, first, min64((ready - t) * kWidth, J - first), c);
-      for (int64_t g = 0; g < ready - t; ++g) {
-        const int64_t j0 = first + g * kWidth;
-        body(i0, rows, j0, min64(kWidth, J - j0), c + g * rows * kWidth);
-      }
+      count = min64(min64(at_once, panels - panel), end - t);
+      for (int64_t k = 0; k < count * rows * kWidth; k += W) store(c + k, zero());
+      const int64_t j0 = panel * kWidth;
+      body(i0, rows, j0, min64(count * kWidth, J - j0), c);
     }
   });
 }
 
+// body(j, width, c) for each tile of `columns` columns.
 template <class Body>
-void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
-  for_tiles(pool, I, J, 1, [](int64_t, int64_t, int64_t, int64_t, float*) {}, body);
+void for_panels(int64_t rows, int64_t columns, float* c, const Body& body) {
+  for (int64_t j = 0; j < columns; j += kWidth, c += rows * kWidth)
+    body(j, min64(kWidth, columns - j), c);
 }
 
-// out[i0 + i, j0 + j] = c[i, j] * scale, rounded once.
+// out[i0 + i, j0 + j] = c[i, j] * scale, rounded once; one tile.
 inline void store_tile(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j0, int64_t columns,
                        float* c, float scale = 1.0f) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -234,4 +239,12 @@ inline void store_tile(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j
       for (int64_t j = 0; j < columns; ++j) row[j] *= scale;
     store_row(out.data, out.dtype, (i0 + i) * out.stride + j0, row, columns);
   }
+}
+
+// Of the tiles of several panels.
+inline void store_tiles(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+                        float* c, float scale = 1.0f) {
+  for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+    store_tile(out, i0, rows, j0 + j, width, tile, scale);
+  });
 }

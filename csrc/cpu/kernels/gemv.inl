@@ -33,18 +33,19 @@ inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* s
                      const float* x, int64_t x_stride, vf (&total)[Rows][M]) {
   const int64_t K = chunks.w.K;
   for (int64_t k = 0; k < K; k += kChunk) {
-    vi packed[Rows];
+    Eight weights[Rows];
     vf part[Rows][M];
     for (int r = 0; r < Rows; ++r) {
-      packed[r] = chunks.packed(n + r, k);
+      weights[r] = Eight(lut, chunks.packed(n + r, k));
       chunks.prefetch(n + r + Rows, k);
       for (int m = 0; m < M; ++m) part[r][m] = zero();
     }
-    for_shifts([&](int s, auto shift) {
+    for_nibbles([&](auto s) {
+      constexpr int S = decltype(s)::value;
       vf activation[M];  // loaded once for all rows: M rows of x may not fit the first-level cache
-      for (int m = 0; m < M; ++m) activation[m] = load(x + k + m * x_stride + s * W);
+      for (int m = 0; m < M; ++m) activation[m] = load(x + k + m * x_stride + S * W);
       for (int r = 0; r < Rows; ++r) {
-        const vf weight = lut16(lut, shr<decltype(shift)::value>(packed[r]));
+        const vf weight = weights[r].template weight<S>(lut);
         for (int m = 0; m < M; ++m) part[r][m] = fma(weight, activation[m], part[r][m]);
       }
     });

@@ -9,7 +9,7 @@ inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
   const Operand<false> x{a.x, &a.lora.dropout};
   for_tiles(pool, M, R, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     accumulate<true>(x, Dense{a.lora.A}, i0, rows, j0, columns, K, c);
-    store_tile(out, i0, rows, j0, columns, c);
+    store_tiles(out, i0, rows, j0, columns, c);
   });
 }
 
@@ -20,33 +20,66 @@ void product(const A& a, const Source& source, int64_t depth, float scale, const
   for_tiles(pool, out.rows, out.cols,
             [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
               accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
-              store_tile(out, i0, rows, j0, columns, c, scale);
+              store_tiles(out, i0, rows, j0, columns, c, scale);
             });
 }
 
 // -- forward --------------------------------------------------------------------------------------
 
-template <class Source>
-void linear_panels(const LinearArgs& a, const Source& weight, const Expansion* many,
-                   const Parallel& pool) {
-  const int64_t M = a.x.rows, K = a.x.cols, N = a.y.cols, R = a.lora.A.rows;
-  const Operand<false> x{a.x}, s{Matrix{a.s, DType::f32, M, R, R}};
+// y of tiles to which base(i0, rows, j0, columns, c) adds x Wᵀ.
+template <class Base>
+void linear_tiles(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                  const Base& base) {
+  const int64_t M = a.x.rows, N = a.y.cols, R = a.lora.A.rows;
+  const Operand<false> s{Matrix{a.s, DType::f32, M, R, R}};
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
-      for (int64_t k = 0; k < rows * kWidth; k += W)
+      for (int64_t k = 0; k < ceil_div(columns, kWidth) * rows * kWidth; k += W)
         store(c + k, mul(load(c + k), set1(a.lora.scaling)));
     }
-    accumulate<true>(x, weight, i0, rows, j0, columns, K, c);
-    if (a.bias.data) {
-      float bias[kWidth];
-      load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
-    }
-    store_tile(a.y, i0, rows, j0, columns, c);
+    base(i0, rows, j0, columns, c);
+    if (a.bias.data)
+      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+        float bias[kWidth];
+        load_row(bias, a.bias.data, a.bias.dtype, j0 + j, width);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t k = 0; k < width; ++k) tile[i * kWidth + k] += bias[k];
+      });
+    store_tiles(a.y, i0, rows, j0, columns, c);
   };
   for_tiles_of(many, pool, M, N, body);
+}
+
+// weight_of(j0, columns): W, or at least these of its rows.
+template <class WeightOf>
+void linear_panels(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                   const WeightOf& weight_of) {
+  const Operand<false> x{a.x};
+  linear_tiles(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    accumulate<true>(x, weight_of(j0, columns), i0, rows, j0, columns, a.x.cols, c);
+  });
+}
+
+// Of a weight whose blocks fit its rows, by small.inl or by panels.
+inline void linear_lanes(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
+  const int64_t M = a.x.rows, K = a.x.cols;
+  const Chunks chunks(*a.base.quantized);
+  const Lut lut = make_lut(a.base.quantized->code);
+  const auto weight_of = [&](int64_t j0, int64_t columns) {
+    return LaneRows(chunks, lut, j0, columns);
+  };
+  if (M > kMaxSmall) return linear_panels(a, many, pool, weight_of);
+  float* x = static_cast<float*>(scratch(Slot::shared, M * K * sizeof(float)));
+  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)
+      interleave(a.x, k, min64(kStage, K - k), x);
+  });
+  linear_tiles(a, many, pool, [&](int64_t, int64_t, int64_t j0, int64_t columns, float* c) {
+    for_panels(M, columns, c, [&](int64_t j, int64_t width, float* tile) {
+      accumulate_small(x, M, weight_of(j0 + j, width), tile);
+    });
+  });
 }
 
 // With the adapter of a, or those of `many`, or none.
@@ -54,8 +87,11 @@ inline void linear_with(const LinearArgs& a, const Expansion* many, const Parall
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
   if (is_few(a.base, a.x.rows)) return linear_few(a, many, pool);
-  if (a.base.quantized) return linear_panels(a, Quantized(*a.base.quantized), many, pool);
-  linear_panels(a, Dense{*a.base.dense}, many, pool);
+  if (a.base.dense)
+    return linear_panels(a, many, pool, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
+  if (blocks_fit_rows(*a.base.quantized) && a.x.cols > 0) return linear_lanes(a, many, pool);
+  const Quantized weight(*a.base.quantized);
+  linear_panels(a, many, pool, [&](int64_t, int64_t) { return weight; });
 }
 
 void linear(const LinearArgs& a, const Parallel& pool) { linear_with(a, nullptr, pool); }
@@ -70,11 +106,13 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* man
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     if (a.lora.A.data) {
       accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
-      for (int64_t i = 0; i < rows; ++i)
-        apply_dropout(a.lora.dropout, i0 + i, j0, columns, c + i * kWidth);
+      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+        for (int64_t i = 0; i < rows; ++i)
+          apply_dropout(a.lora.dropout, i0 + i, j0 + j, width, tile + i * kWidth);
+      });
     }
     accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
-    store_tile(a.dx, i0, rows, j0, columns, c);
+    store_tiles(a.dx, i0, rows, j0, columns, c);
   };
   for_tiles_of(many, pool, M, K, body);
 }

@@ -211,15 +211,9 @@ inline void fill_natural(const PageRows& source, int64_t j0, int64_t columns, in
   for (int64_t p = 0; p < depth; ++p) {
     if (source.streamed) source.prefetch(p0 + p, j0 + columns, columns);
     const int64_t offset = source.of.page_row(p0 + p) * P.stride + j0;
-    for (int64_t j = 0; j < columns; j += kTile)
-      load_row(panel + j / kTile * (kDepth * kTile) + p * kTile, P.data, P.dtype, offset + j,
-               min64(kTile, columns - j));
+    load_row(panel + p * kTile, P.data, P.dtype, offset, columns);
   }
 }
-
-// Panels that an adapter's part is computed for at once: short runs of its pages are slow to come
-// from memory.
-constexpr int64_t kExpandPanels = 8;
 
 // The adapters' part of an output: in forward Δ, scaled (C = S, P = B); in backward the mask times
 // dS A (C = dS, P = A).
@@ -287,15 +281,13 @@ struct Expansion {
   }
 };
 
-// for_tiles, where c has the part of the adapters of `many` in it, if any.
+// for_tiles, where c has the part of the adapters of `many` in it, if any. Several panels at once:
+// short runs of an adapter's pages are slow to come from memory.
 template <class Body>
 void for_tiles_of(const Expansion* many, const Parallel& pool, int64_t I, int64_t J,
                   const Body& body) {
-  if (!many) return for_tiles(pool, I, J, body);
-  for_tiles(
-      pool, I, J, kExpandPanels,
-      [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-        many->rows(i0, rows, j0, columns, false, c);
-      },
-      body);
+  for_tiles(pool, I, J, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    if (many) many->rows(i0, rows, j0, columns, false, c);
+    body(i0, rows, j0, columns, c);
+  });
 }

@@ -21,6 +21,19 @@ inline void for_shifts(const F& f) {
   f(7, Constant<24>{});
 }
 
+// f(Constant<S>{}) for the weights S = 0..7 of a dword.
+template <class F>
+inline void for_nibbles(const F& f) {
+  f(Constant<0>{});
+  f(Constant<1>{});
+  f(Constant<2>{});
+  f(Constant<3>{});
+  f(Constant<4>{});
+  f(Constant<5>{});
+  f(Constant<6>{});
+  f(Constant<7>{});
+}
+
 // Walks chunks of rows of the weight: scales per lane, packed dwords.
 struct Chunks {
   const Weight4& w;
@@ -61,48 +74,68 @@ struct Chunks {
   }
 };
 
-// The scales of stored rows j0 .. j0 + count (zero beyond), as lanes: dst[b * W + l] for block
-// first + b of row j0 + l.
-inline void load_lane_scales(const Chunks& chunks, int64_t j0, int64_t count, int64_t first,
-                             int64_t blocks, float* dst) {
-  for (int64_t l = 0; l < W; ++l)
-    for (int64_t b = 0; b < blocks; ++b)
-      dst[b * W + l] =
-          l < count ? block_scale(chunks.w, (j0 + l) * chunks.blocks_per_row + first + b) : 0.0f;
-}
+// Rows [n0, n0 + count) of the weight as lanes, with their scales for all k. Group g is rows
+// n0 + g*W .. +W-1; a missing row repeats the last.
+struct LaneRows {
+  const Chunks& chunks;
+  const Lut& lut;
+  int64_t n0, count;
+  const float* scales;  // [group][block][lane]
 
-// Overload of gemm.inl's: W rows of packed dwords are transposed before they are decoded, an eighth
-// of the shuffles.
-inline void fill_transposed(const Quantized& source, int64_t j0, int64_t columns, int64_t p0,
-                            int64_t depth, float* panel) {
-  const Weight4& w = source.w;
-  if (!blocks_fit_rows(w)) return fill_transposed_rows(source, j0, columns, p0, depth, panel);
-  const Chunks chunks(w);
-  const Lut lut = source.lut;
-  const int64_t first = chunks.first_block(p0),
-                blocks = chunks.first_block(p0 + depth - 1) + 1 - first;
-  float scales[kDepth / 32 * W];
-  for (int64_t j = 0; j < columns; j += W) {
-    float* dst = panel + j / kTile * (kDepth * kTile) + j % kTile;
-    const int64_t count = min64(W, columns - j);
-    load_lane_scales(chunks, j0 + j, count, first, blocks, scales);
-    for (int64_t p = 0; p < depth; p += kChunk) {
+  LaneRows(const Chunks& walk, const Lut& table, int64_t first, int64_t rows)
+      : chunks(walk), lut(table), n0(first), count(rows) {
+    const int64_t blocks = chunks.blocks_per_row, groups = ceil_div(count, W);
+    const int64_t stride = Chunks::scales_size(chunks.w);
+    float* to =
+        static_cast<float*>(scratch(Slot::scales, (groups * blocks + stride) * W * sizeof(float)));
+    float* by_row = to + groups * blocks * W;
+    scales = to;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t l = 0; l < W; ++l)
+        chunks.load_row_scales(by_row + l * stride, row(g, l), 0, blocks);
+      for (int64_t b = 0; b < blocks; b += W) {
+        vf lanes[W];
+        for (int64_t l = 0; l < W; ++l) lanes[l] = load(by_row + l * stride + b);
+        transpose(lanes);
+        for (int64_t q = 0; q < min64(W, blocks - b); ++q, to += W) store(to, lanes[q]);
+      }
+    }
+  }
+  int64_t row(int64_t g, int64_t l) const { return n0 + min64(g * W + l, count - 1); }
+  const float* scale(int64_t g, int64_t k) const {
+    return scales + (g * chunks.blocks_per_row + chunks.first_block(k)) * W;
+  }
+  // codes[d * W + l] = packed dword d of row l of the group, from column k0 on.
+  void load_codes(int64_t g, int64_t k0, int64_t depth, uint32_t* codes) const {
+    for (int64_t k = 0; k < depth; k += kChunk) {
       vf dwords[W];
-      for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one; its scale is zero
-        const int64_t n = j0 + j + min64(l, count - 1);
-        dwords[l] = as_float(chunks.packed(n, p0 + p));
-        chunks.prefetch(n, p0 + p + kDepth);
-      }
+      for (int64_t l = 0; l < W; ++l) dwords[l] = as_float(chunks.packed(row(g, l), k0 + k));
       transpose(dwords);
-      const int64_t present = min64(W, (depth - p) / 8);
-      for (int64_t d = 0; d < present; ++d) {
-        const vi packed = as_bits(dwords[d]);
-        const vf scale = load(scales + (chunks.first_block(p0 + p + 8 * d) - first) * W);
-        float* out = dst + (p + 8 * d) * kTile;
-        for_shifts([&](int s, auto shift) {
-          store(out + s * kTile, mul(lut16(lut, shr<decltype(shift)::value>(packed)), scale));
-        });
-      }
+      const int64_t present = min64(W, (depth - k) / 8);
+      for (int64_t d = 0; d < present; ++d) storei(codes + (k / 8 + d) * W, as_bits(dwords[d]));
+    }
+  }
+};
+
+// Overload of gemm.inl's for the rows that the source holds: packed dwords are transposed before
+// they are decoded, an eighth of the shuffles.
+inline void fill_transposed(const LaneRows& source, int64_t j0, int64_t columns, int64_t p0,
+                            int64_t depth, float* panel) {
+  uint32_t codes[kDepth / 8 * W];
+  const Lut lut = source.lut;
+  for (int64_t j = 0; j < columns; j += W) {
+    const int64_t g = (j0 - source.n0 + j) / W;
+    source.load_codes(g, p0, depth, codes);
+    for (int64_t l = 0; l < W; ++l)
+      for (int64_t p = 0; p < depth; p += 128) source.chunks.prefetch(j0 + j + l, p0 + depth + p);
+    for (int64_t d = 0; d < depth / 8; ++d) {
+      const Eight eight(lut, loadi(codes + d * W));
+      const vf scale = load(source.scale(g, p0 + 8 * d));
+      float* out = panel + 8 * d * kTile + j;
+      for_nibbles([&](auto s) {
+        constexpr int S = decltype(s)::value;
+        store(out + S * kTile, mul(eight.template weight<S>(lut), scale));
+      });
     }
   }
 }
@@ -125,8 +158,7 @@ inline void fill_natural(const Quantized& source, int64_t j0, int64_t columns, i
         block = b;
         scale = set1(block_scale(w, b));
       }
-      float* dst = panel + v / NV * (kDepth * kTile) + p * kTile + v % NV * W;
-      store(dst, mul(lut_nibbles(lut, packed + v * (W / 2)), scale));
+      store(panel + p * kTile + v * W, mul(lut_nibbles(lut, packed + v * (W / 2)), scale));
     }
   }
 }

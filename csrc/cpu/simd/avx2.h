@@ -6,11 +6,14 @@ constexpr int MR = 6;
 constexpr int NV = 2;
 constexpr int DR = 3;
 constexpr int DC = 4;
+constexpr int kSmallRows = 8;
+constexpr int kSmallWide = 0;
 
 typedef __m256 vf;
 typedef __m256i vi;
 struct Lut {
   __m256 low, high;  // entries 0..7, 8..15
+  __m256i plane[4];  // byte b of entries 0..15, in both halves
 };
 
 inline vf zero() { return _mm256_setzero_ps(); }
@@ -59,7 +62,20 @@ inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
 }
 inline vf clamp1(vf v) { return _mm256_min_ps(_mm256_max_ps(v, set1(-1.0f)), set1(1.0f)); }
 
-inline Lut make_lut(const float* code) { return {load(code), load(code + 8)}; }
+inline Lut make_lut(const float* code) {
+  Lut lut{load(code), load(code + 8), {}};
+  for (int b = 0; b < 4; ++b) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; ++i) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, code + i, 4);
+      bytes[i] = static_cast<uint8_t>(bits >> (8 * b));
+    }
+    lut.plane[b] =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  return lut;
+}
 // vpermps reads index bits 2:0; bit 3, moved to the sign, picks the half.
 inline vf lut16(const Lut& lut, vi index) {
   const vf low = _mm256_permutevar8x32_ps(lut.low, index);
@@ -83,6 +99,37 @@ inline void store_nibbles(uint8_t* p, vi v) {
   const int packed = _mm_cvtsi128_si32(bytes);
   __builtin_memcpy(p, &packed, 4);
 }
+// Byte by byte: four byte shuffles look up 32 weights, and two rounds of unpacking put their bytes
+// together. Three shuffles a vector of weights, against lut16's two, two shifts and a blend.
+struct Eight {
+  vf weights[8];
+
+  Eight() = default;
+  Eight(const Lut& lut, vi packed) {
+    // Byte b of the four dwords of each half, next to each other.
+    const __m256i by_byte = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m256i bytes = _mm256_shuffle_epi8(packed, by_byte), mask = _mm256_set1_epi8(15);
+    look_up(lut, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), 0);
+    look_up(lut, _mm256_and_si256(bytes, mask), 1);
+  }
+  void look_up(const Lut& lut, __m256i index, int first) {
+    const __m256i b0 = _mm256_shuffle_epi8(lut.plane[0], index),
+                  b1 = _mm256_shuffle_epi8(lut.plane[1], index),
+                  b2 = _mm256_shuffle_epi8(lut.plane[2], index),
+                  b3 = _mm256_shuffle_epi8(lut.plane[3], index);
+    const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1),
+                  low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+    weights[first] = as_float(_mm256_unpacklo_epi16(low01, low23));
+    weights[first + 2] = as_float(_mm256_unpackhi_epi16(low01, low23));
+    weights[first + 4] = as_float(_mm256_unpacklo_epi16(high01, high23));
+    weights[first + 6] = as_float(_mm256_unpackhi_epi16(high01, high23));
+  }
+  template <int S>
+  vf weight(const Lut&) const {
+    return weights[S];
+  }
+};
 inline vf gather(const float* table, vi index) { return _mm256_i32gather_ps(table, index, 4); }
 inline vf permute(vf v, vi index) { return _mm256_permutevar8x32_ps(v, index); }
 

@@ -6,6 +6,8 @@ constexpr int MR = 14;
 constexpr int NV = 2;
 constexpr int DR = 3;
 constexpr int DC = 8;
+constexpr int kSmallRows = 16;
+constexpr int kSmallWide = 12;
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -66,6 +68,16 @@ inline void store_nibbles(uint8_t* p, vi v) {
   const vi pairs = _mm512_or_si512(_mm512_slli_epi64(v, 4), _mm512_srli_epi64(v, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
 }
+struct Eight {
+  vi dwords;
+
+  Eight() = default;
+  Eight(const Lut&, vi packed) : dwords(packed) {}
+  template <int S>
+  vf weight(const Lut& lut) const {
+    return lut16(lut, shr<S % 2 ? 4 * (S - 1) : 4 * (S + 1)>(dwords));
+  }
+};
 inline vf gather(const float* table, vi index) { return _mm512_i32gather_ps(index, table, 4); }
 inline vf permute(vf v, vi index) { return _mm512_permutexvar_ps(index, v); }
 

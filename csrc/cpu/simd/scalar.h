@@ -7,6 +7,8 @@ constexpr int MR = 4;  // register tile of the GEMM: MR rows x NV vectors
 constexpr int NV = 2;
 constexpr int DR = 3;  // register tile of dot products: DR rows x DC rows
 constexpr int DC = 4;
+constexpr int kSmallRows = 4;  // rows of small.inl's register tile
+constexpr int kSmallWide = 0;  // up to so many rows, it is two vectors wide
 
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vi __attribute__((vector_size(16)));
@@ -89,6 +91,18 @@ inline void store_nibbles(uint8_t* p, vi v) {
   p[0] = static_cast<uint8_t>(v[0] << 4 | v[1]);
   p[1] = static_cast<uint8_t>(v[2] << 4 | v[3]);
 }
+// The eight weights of each dword: weight<S>(lut) has in lane j the table entry of nibble S of
+// dword j, high nibble of byte 0 first.
+struct Eight {
+  vi dwords;
+
+  Eight() = default;
+  Eight(const Lut&, vi packed) : dwords(packed) {}
+  template <int S>
+  vf weight(const Lut& lut) const {
+    return lut16(lut, shr<S % 2 ? 4 * (S - 1) : 4 * (S + 1)>(dwords));
+  }
+};
 inline vf gather(const float* table, vi index) {
   return vf{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
 }
