@@ -100,12 +100,13 @@ inline void store_nibbles(uint8_t* p, vi v) {
   __builtin_memcpy(p, &packed, 4);
 }
 // Byte by byte: four byte shuffles look up 32 weights, and two rounds of unpacking put their bytes
-// together. Three shuffles a vector of weights, against lut16's two, two shifts and a blend.
+// together. Three shuffles a vector of weights, against lut16's two, two shifts and a blend. Called
+// often enough for compilers not to inline it, which costs more than the lookup.
 struct Eight {
   vf weights[8];
 
   Eight() = default;
-  Eight(const Lut& lut, vi packed) {
+  __attribute__((always_inline)) Eight(const Lut& lut, vi packed) {
     // Byte b of the four dwords of each half, next to each other.
     const __m256i by_byte = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
@@ -113,7 +114,7 @@ struct Eight {
     look_up(lut, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), 0);
     look_up(lut, _mm256_and_si256(bytes, mask), 1);
   }
-  void look_up(const Lut& lut, __m256i index, int first) {
+  __attribute__((always_inline)) void look_up(const Lut& lut, __m256i index, int first) {
     const __m256i b0 = _mm256_shuffle_epi8(lut.plane[0], index),
                   b1 = _mm256_shuffle_epi8(lut.plane[1], index),
                   b2 = _mm256_shuffle_epi8(lut.plane[2], index),
