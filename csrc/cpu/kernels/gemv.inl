@@ -193,19 +193,18 @@ inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* scales
   for (int r = 0; r < Rows; ++r)
     for (int m = 0; m < M; ++m) gradient[r][m] = dy[m * dy_stride + n + r];
   for (int64_t k = 0; k < k_end - k_begin; k += kChunk, row += kChunk / 2, acc += kChunk) {
-    vi packed[Rows];
+    Eight weights[Rows];
     vf coefficient[Rows][M];
     const int64_t left = k_end - k_begin - k;
     for (int r = 0; r < Rows; ++r) {
       const uint8_t* p = row + r * row_bytes;
-      packed[r] = left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3));
+      weights[r] =
+          Eight(lut, left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3)));
       __builtin_prefetch(p + kRowsNear * row_bytes);
       __builtin_prefetch(p + kRowsFar * row_bytes, 0, 2);
       const vf scale = permute(load(scales + r * scales_stride + (k >> block_shift)), scale_lane);
       for (int m = 0; m < M; ++m) coefficient[r][m] = mul(scale, set1(gradient[r][m]));
     }
-    Eight weights[Rows];
-    for (int r = 0; r < Rows; ++r) weights[r] = Eight(lut, packed[r]);
     for_nibbles([&](auto s) {
       constexpr int S = decltype(s)::value;
       vf sum[M];
