@@ -188,21 +188,22 @@ inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* scales
   const int64_t row_bytes = chunks.w.K >> 1;
   const uint8_t* row = chunks.w.packed + n * row_bytes + (k_begin >> 1);
   const int block_shift = chunks.w.block_shift;
+  const int64_t first = k_begin >> block_shift;
   const vi scale_lane = chunks.scale_lane;
   float gradient[Rows][M];
   for (int r = 0; r < Rows; ++r)
     for (int m = 0; m < M; ++m) gradient[r][m] = dy[m * dy_stride + n + r];
-  for (int64_t k = 0; k < k_end - k_begin; k += kChunk, row += kChunk / 2, acc += kChunk) {
+  for (int64_t k = k_begin; k < k_end; k += kChunk, row += kChunk / 2, acc += kChunk) {
     Eight weights[Rows];
     vf coefficient[Rows][M];
-    const int64_t left = k_end - k_begin - k;
+    const int64_t left = k_end - k, block = (k >> block_shift) - first;
     for (int r = 0; r < Rows; ++r) {
       const uint8_t* p = row + r * row_bytes;
       weights[r] =
           Eight(lut, left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3)));
       __builtin_prefetch(p + kRowsNear * row_bytes);
       __builtin_prefetch(p + kRowsFar * row_bytes, 0, 2);
-      const vf scale = permute(load(scales + r * scales_stride + (k >> block_shift)), scale_lane);
+      const vf scale = permute(load(scales + r * scales_stride + block), scale_lane);
       for (int m = 0; m < M; ++m) coefficient[r][m] = mul(scale, set1(gradient[r][m]));
     }
     for_nibbles([&](auto s) {
