@@ -17,7 +17,7 @@ constexpr int kTile = NV * W;  // columns of a register tile
 constexpr int kSubPanels = 4;
 constexpr int kWidth = kSubPanels * kTile;
 constexpr int64_t kDepth = 256;  // p per panel
-constexpr int64_t kRows = 512;   // rows of C per task at most
+constexpr int64_t kRows = 256;   // rows of C per task at most
 // The operand is read anew for each piece of C, from beyond the second-level cache: pieces are as
 // wide as that cache allows.
 constexpr int64_t kPanels = 8;

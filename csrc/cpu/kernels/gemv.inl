@@ -27,33 +27,46 @@ inline void unshuffle(float* dst, const float* src, int64_t n) {
 
 // -- y = x Wᵀ: dot form ---------------------------------------------------------------------------
 
-// totals[r][m] += lanes of the dot product of weight row n + r with activation row m.
+constexpr int64_t kDotRowsAhead = 8;  // from a load to its prefetch into the second level
+
+// totals[r][m] += lanes of the dot product of weight row n + r with activation row m. Addresses are
+// sums of few variables, or they would not fit the integer registers.
 template <int Rows, int M>
-inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n,
-                     const float* x, int64_t x_stride, vf (&total)[Rows][M]) {
-  const int64_t K = chunks.w.K;
-  for (int64_t k = 0; k < K; k += kChunk) {
-    Eight weights[Rows];
-    vf part[Rows][M];
-    for (int r = 0; r < Rows; ++r) {
-      weights[r] = Eight(lut, chunks.packed(n + r, k));
-      chunks.prefetch(n + r + Rows, k);
-      for (int m = 0; m < M; ++m) part[r][m] = zero();
-    }
-    for_nibbles([&](auto s) {
-      constexpr int S = decltype(s)::value;
-      vf activation[M];  // loaded once for all rows: M rows of x may not fit the first-level cache
-      for (int m = 0; m < M; ++m) activation[m] = load(x + k + m * x_stride + S * W);
-      for (int r = 0; r < Rows; ++r) {
-        const vf weight = weights[r].template weight<S>(lut);
-        for (int m = 0; m < M; ++m) part[r][m] = fma(weight, activation[m], part[r][m]);
+inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* scales,
+                     int64_t scales_stride, int64_t n, const float* x, int64_t x_stride,
+                     vf (&total)[Rows][M]) {
+  const int64_t K = chunks.w.K, row_bytes = K >> 1;
+  const uint8_t* row = chunks.w.packed + n * row_bytes;
+  const int block_shift = chunks.w.block_shift;
+  const vi scale_lane = chunks.scale_lane;
+  constexpr int Group = Rows < kDotRows ? Rows : kDotRows;
+  for (int64_t k = 0; k < K; k += kChunk, row += kChunk / 2, x += kChunk)
+    for (int first = 0; first < Rows; first += Group) {
+      Eight weights[Group];
+      vf part[Group][M];
+      for (int r = 0; r < Group; ++r) {
+        const uint8_t* p = row + (first + r) * row_bytes;
+        weights[r] = Eight(
+            lut, K - k >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>((K - k) >> 3)));
+        __builtin_prefetch(p + kDotRowsAhead * row_bytes, 0, 2);
+        for (int m = 0; m < M; ++m) part[r][m] = zero();
       }
-    });
-    for (int r = 0; r < Rows; ++r) {
-      const vf scale = chunks.scale(scales[r], 0, k);
-      for (int m = 0; m < M; ++m) total[r][m] = fma(part[r][m], scale, total[r][m]);
+      for_nibbles([&](auto s) {
+        constexpr int S = decltype(s)::value;
+        vf activation[M];  // loaded once for the group
+        for (int m = 0; m < M; ++m) activation[m] = load(x + m * x_stride + S * W);
+        for (int r = 0; r < Group; ++r) {
+          const vf weight = weights[r].template weight<S>(lut);
+          for (int m = 0; m < M; ++m) part[r][m] = fma(weight, activation[m], part[r][m]);
+        }
+      });
+      for (int r = 0; r < Group; ++r) {
+        const float* of_row = scales + (first + r) * scales_stride;
+        const vf scale = permute(load(of_row + (k >> block_shift)), scale_lane);
+        for (int m = 0; m < M; ++m)
+          total[first + r][m] = fma(part[r][m], scale, total[first + r][m]);
+      }
     }
-  }
 }
 
 struct FewArgs {
@@ -82,14 +95,15 @@ struct Deltas {
 
 // Outputs [n0, n0 + Rows) of every activation row.
 template <int Rows, int M>
-void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* const* scales,
+void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* scales,
                  float* b_row, const Deltas<M>& deltas, int64_t n0) {
+  const int64_t scales_size = Chunks::scales_size(chunks.w);
   vf total[Rows][M];
   for (int r = 0; r < Rows; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = zero();
-    chunks.load_row_scales(scales[r], n0 + r, 0, chunks.blocks_per_row);
+    chunks.load_row_scales(scales + r * scales_size, n0 + r, 0, chunks.blocks_per_row);
   }
-  dot_rows<Rows, M>(chunks, lut, scales, n0, f.x, f.x_stride, total);
+  dot_rows<Rows, M>(chunks, lut, scales, scales_size, n0, f.x, f.x_stride, total);
   for (int r = 0; r < Rows; ++r) {
     const int64_t n = n0 + r;
     if (f.s) {
@@ -119,11 +133,8 @@ void few_forward(const FewArgs& f, const Parallel& pool) {
     const int64_t b_size = f.s ? f.s_stride : 0;
     float* memory = static_cast<float*>(
         scratch(Slot::rows, (kRowsAtOnce * scales_size + b_size) * sizeof(float)));
-    float* scales[kRowsAtOnce];
-    for (int r = 0; r < kRowsAtOnce; ++r) {
-      scales[r] = memory + r * scales_size;
-      for (int64_t i = chunks.blocks_per_row; i < scales_size; ++i) scales[r][i] = 0.0f;
-    }
+    float* scales = memory;
+    for (int64_t i = 0; i < kRowsAtOnce * scales_size; ++i) scales[i] = 0.0f;
     float* b_row = memory + kRowsAtOnce * scales_size;
     for (int64_t i = 0; i < b_size; ++i) b_row[i] = 0.0f;
     Deltas<M> deltas;

@@ -98,9 +98,10 @@ void linear(const LinearArgs& a, const Parallel& pool) { linear_with(a, nullptr,
 
 // -- backward -------------------------------------------------------------------------------------
 
-template <class Source>
-void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* many,
-               const Parallel& pool) {
+// weight_of(j0, columns): W, or at least these of its columns.
+template <class WeightOf>
+void dx_panels(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
+               const WeightOf& weight_of) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols, R = a.lora.A.rows;
   const Operand<false> dy{a.dy}, ds{Matrix{a.ds, DType::f32, M, R, R}};
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
@@ -111,10 +112,22 @@ void dx_panels(const BackwardArgs& a, const Source& weight, const Expansion* man
           apply_dropout(a.lora.dropout, i0 + i, j0 + j, width, tile + i * kWidth);
       });
     }
-    accumulate<false>(dy, weight, i0, rows, j0, columns, N, c);
+    accumulate<false>(dy, weight_of(j0, columns), i0, rows, j0, columns, N, c);
     store_tiles(a.dx, i0, rows, j0, columns, c);
   };
   for_tiles_of(many, pool, M, K, body);
+}
+
+// dx for more rows than dx_few takes; dS is in a.ds already.
+inline void dx_many(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+  if (a.base.dense)
+    return dx_panels(a, many, pool, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
+  const Quantized weight(*a.base.quantized);
+  if (!blocks_fit_rows(weight.w))
+    return dx_panels(a, many, pool, [&](int64_t, int64_t) { return weight; });
+  dx_panels(a, many, pool, [&](int64_t j0, int64_t columns) {
+    return ColumnStrip(weight.w, weight.lut, j0, columns);
+  });
 }
 
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.
@@ -143,10 +156,8 @@ inline void linear_backward_with(const BackwardArgs& a, const Expansion* many,
   if (a.dx.data && M > 0) {
     if (is_few(a.base, M))
       dx_few(a, many, pool);
-    else if (a.base.quantized)
-      dx_panels(a, Quantized(*a.base.quantized), many, pool);
     else
-      dx_panels(a, Dense{*a.base.dense}, many, pool);
+      dx_many(a, many, pool);
   }
   if (a.dA.data)
     product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f,

@@ -126,10 +126,10 @@ inline void fill_transposed(const LaneRows& source, int64_t j0, int64_t columns,
   for (int64_t j = 0; j < columns; j += W) {
     const int64_t g = (j0 - source.n0 + j) / W;
     source.load_codes(g, p0, depth, codes);
-    for (int64_t l = 0; l < W; ++l)
-      for (int64_t p = 0; p < depth; p += 128) source.chunks.prefetch(j0 + j + l, p0 + depth + p);
     for (int64_t d = 0; d < depth / 8; ++d) {
       const Eight eight(lut, loadi(codes + d * W));
+      // Of the next panel's rows, two lines each.
+      source.chunks.prefetch(j0 + kTile + j + d / 2, p0 + d % 2 * 128);
       const vf scale = load(source.scale(g, p0 + 8 * d));
       float* out = panel + 8 * d * kTile + j;
       for_nibbles([&](auto s) {
@@ -140,25 +140,51 @@ inline void fill_transposed(const LaneRows& source, int64_t j0, int64_t columns,
   }
 }
 
-// Overload of gemm.inl's: decoded straight into the panel.
-inline void fill_natural(const Quantized& source, int64_t j0, int64_t columns, int64_t p0,
+// Columns [j0, j0 + columns) of all rows of the weight, with their scales for kDepth rows at a
+// time.
+struct ColumnStrip {
+  const Weight4& w;
+  const Lut& lut;
+  int64_t j0, columns, first_block, blocks, stride;  // blocks of these columns in each row
+  float* scales;                                     // [row][stride]
+
+  ColumnStrip(const Weight4& weight, const Lut& table, int64_t first, int64_t count)
+      : w(weight), lut(table), j0(first), columns(count), first_block(first >> w.block_shift) {
+    blocks = ((j0 + columns - 1) >> w.block_shift) + 1 - first_block;
+    stride = ceil_div(blocks, W) * W;
+    scales = static_cast<float*>(scratch(Slot::scales, kDepth * stride * sizeof(float)));
+  }
+  const uint8_t* packed(int64_t row, int64_t j) const { return w.packed + ((row * w.K + j) >> 1); }
+  void load_row_scales(int64_t p0, int64_t depth) const {
+    for (int64_t p = 0; p < depth; ++p)
+      load_scales(scales + p * stride, w, (p0 + p) * (w.K >> w.block_shift) + first_block, blocks);
+  }
+};
+
+// Overload of gemm.inl's: decoded straight into the panel. A block holds all columns of a panel.
+// All panels of the strip share the work of asking for its next rows, whole runs at a time.
+inline void fill_natural(const ColumnStrip& source, int64_t j0, int64_t columns, int64_t p0,
                          int64_t depth, float* panel) {
-  const Weight4& w = source.w;
-  if (!blocks_fit_rows(w)) return fill_natural_rows(source, j0, columns, p0, depth, panel);
+  if (j0 == source.j0) source.load_row_scales(p0, depth);
   const Lut lut = source.lut;
-  const int64_t vectors = columns / W;  // K is a multiple of 32
-  for (int64_t p = 0; p < depth; ++p) {
-    const int64_t i0 = (p0 + p) * w.K + j0;
-    const uint8_t* packed = w.packed + (i0 >> 1);
-    __builtin_prefetch(packed + 8 * (w.K >> 1));
-    int64_t block = -1;
-    vf scale = zero();
-    for (int64_t v = 0; v < vectors; ++v) {
-      if (const int64_t b = (i0 + v * W) >> w.block_shift; b != block) {
-        block = b;
-        scale = set1(block_scale(w, b));
+  const int64_t row_bytes = source.w.K >> 1, vectors = columns / W;  // K is a multiple of 32
+  const int64_t panels = ceil_div(source.columns, kTile), lines = ceil_div(source.columns, 128);
+  const uint8_t* packed = source.packed(p0, j0);
+  const float* scales = source.scales + (j0 >> source.w.block_shift) - source.first_block;
+  // Lines [line, end) of the next kDepth rows.
+  int64_t line = (j0 - source.j0) / kTile * (kDepth * lines) / panels;
+  const uint8_t* next = source.packed(p0 + kDepth + line / lines, source.j0);
+  line %= lines;
+  for (int64_t p = 0; p < depth; ++p, packed += row_bytes) {
+    if (p % (128 / kTile) == 0) {
+      __builtin_prefetch(next + line * 64, 0, 2);
+      if (++line == lines) {
+        line = 0;
+        next += row_bytes;
       }
-      store(panel + p * kTile + v * W, mul(lut_nibbles(lut, packed + v * (W / 2)), scale));
     }
+    const vf scale = set1(scales[p * source.stride]);
+    for (int64_t v = 0; v < vectors; ++v)
+      store(panel + p * kTile + v * W, mul(lut_nibbles(lut, packed + v * (W / 2)), scale));
   }
 }

@@ -8,6 +8,7 @@ constexpr int DR = 3;
 constexpr int DC = 4;
 constexpr int kSmallRows = 8;
 constexpr int kSmallWide = 0;
+constexpr int kDotRows = 1;
 
 typedef __m256 vf;
 typedef __m256i vi;

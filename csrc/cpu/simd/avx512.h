@@ -8,6 +8,7 @@ constexpr int DR = 3;
 constexpr int DC = 8;
 constexpr int kSmallRows = 16;
 constexpr int kSmallWide = 12;
+constexpr int kDotRows = 4;
 
 typedef __m512 vf;
 typedef __m512i vi;

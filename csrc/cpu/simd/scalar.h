@@ -9,6 +9,7 @@ constexpr int DR = 3;  // register tile of dot products: DR rows x DC rows
 constexpr int DC = 4;
 constexpr int kSmallRows = 4;  // rows of small.inl's register tile
 constexpr int kSmallWide = 0;  // up to so many rows, it is two vectors wide
+constexpr int kDotRows = 4;    // rows of the weight whose lookups fit the registers together
 
 typedef float vf __attribute__((vector_size(16)));
 typedef uint32_t vi __attribute__((vector_size(16)));
