@@ -180,28 +180,47 @@ inline void linear_few(const LinearArgs& a, const Expansion* many, const Paralle
 
 // -- dx = dy W: outer-product form ----------------------------------------------------------------
 
+// Rows from a load to its prefetches into the first and the second level, and of scales: a strip of
+// a row is too short for hardware to stream.
+constexpr int64_t kRowsNear = 4, kRowsFar = 32, kScalesAhead = 32;
+
 // acc[m][k] (shuffled) += Σ_r dy[m, n + r] W[n + r, k] over the chunks of [k_begin, k_end).
+// Addresses are sums of few variables, or they would not fit the integer registers; members are
+// read once, as vector stores may alias them.
 template <int Rows, int M>
-inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* const* scales, int64_t n,
-                       const float* dy, int64_t dy_stride, int64_t k_begin, int64_t k_end,
-                       float* acc, int64_t acc_stride) {
-  for (int64_t k = k_begin; k < k_end; k += kChunk) {
-    vi packed[Rows];
+inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* scales,
+                       int64_t scales_stride, int64_t n, const float* dy, int64_t dy_stride,
+                       int64_t k_begin, int64_t k_end, float* acc, int64_t acc_stride) {
+  const int64_t row_bytes = chunks.w.K >> 1;
+  const uint8_t* row = chunks.w.packed + n * row_bytes + (k_begin >> 1);
+  const int block_shift = chunks.w.block_shift;
+  const int64_t first = k_begin >> block_shift;
+  const vi scale_lane = chunks.scale_lane;
+  float gradient[Rows][M];
+  for (int r = 0; r < Rows; ++r)
+    for (int m = 0; m < M; ++m) gradient[r][m] = dy[m * dy_stride + n + r];
+  for (int64_t k = k_begin; k < k_end; k += kChunk, row += kChunk / 2, acc += kChunk) {
+    Eight weights[Rows];
     vf coefficient[Rows][M];
+    const int64_t left = k_end - k, block = (k >> block_shift) - first;
     for (int r = 0; r < Rows; ++r) {
-      packed[r] = chunks.packed(n + r, k);
-      const vf scale = chunks.scale(scales[r], chunks.first_block(k_begin), k);
-      for (int m = 0; m < M; ++m) coefficient[r][m] = mul(scale, set1(dy[m * dy_stride + n + r]));
+      const uint8_t* p = row + r * row_bytes;
+      weights[r] =
+          Eight(lut, left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3)));
+      __builtin_prefetch(p + kRowsNear * row_bytes);
+      __builtin_prefetch(p + kRowsFar * row_bytes, 0, 2);
+      const vf scale = permute(load(scales + r * scales_stride + block), scale_lane);
+      for (int m = 0; m < M; ++m) coefficient[r][m] = mul(scale, set1(gradient[r][m]));
     }
-    float* dst = acc + (k - k_begin);
-    for_shifts([&](int s, auto shift) {
+    for_nibbles([&](auto s) {
+      constexpr int S = decltype(s)::value;
       vf sum[M];
-      for (int m = 0; m < M; ++m) sum[m] = load(dst + m * acc_stride + s * W);
+      for (int m = 0; m < M; ++m) sum[m] = load(acc + m * acc_stride + S * W);
       for (int r = 0; r < Rows; ++r) {
-        const vf weight = lut16(lut, shr<decltype(shift)::value>(packed[r]));
+        const vf weight = weights[r].template weight<S>(lut);
         for (int m = 0; m < M; ++m) sum[m] = fma(weight, coefficient[r][m], sum[m]);
       }
-      for (int m = 0; m < M; ++m) store(dst + m * acc_stride + s * W, sum[m]);
+      for (int m = 0; m < M; ++m) store(acc + m * acc_stride + S * W, sum[m]);
     });
   }
 }
@@ -249,20 +268,21 @@ void few_columns(const BackwardArgs& a, const Expansion* many, const float* dy, 
   float* acc = static_cast<float*>(scratch(Slot::accumulator, M * width * sizeof(float)));
   float* memory = static_cast<float*>(
       scratch(Slot::rows, (kRowsAtOnce * scales_size + 3 * width) * sizeof(float)));
-  float* scales[kRowsAtOnce];
-  for (int r = 0; r < kRowsAtOnce; ++r) {
-    scales[r] = memory + r * scales_size;
-    for (int64_t i = 0; i < scales_size; ++i) scales[r][i] = 0.0f;
-  }
+  float* scales = memory;
+  for (int64_t i = 0; i < kRowsAtOnce * scales_size; ++i) scales[i] = 0.0f;
   for (int64_t i = 0; i < M * width; i += W) store(acc + i, zero());
   int64_t n = 0;
   for (; n + kRowsAtOnce <= w.N; n += kRowsAtOnce) {
-    for (int r = 0; r < kRowsAtOnce; ++r) chunks.load_row_scales(scales[r], n + r, first, blocks);
-    outer_rows<kRowsAtOnce, M>(chunks, lut, scales, n, dy, w.N, k_begin, k_end, acc, width);
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      chunks.prefetch_scales(n + r + kScalesAhead, first, blocks);
+      chunks.load_row_scales(scales + r * scales_size, n + r, first, blocks);
+    }
+    outer_rows<kRowsAtOnce, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
+                               width);
   }
   for (; n < w.N; ++n) {
-    chunks.load_row_scales(scales[0], n, first, blocks);
-    outer_rows<1, M>(chunks, lut, scales, n, dy, w.N, k_begin, k_end, acc, width);
+    chunks.load_row_scales(scales, n, first, blocks);
+    outer_rows<1, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
   }
   float* base = memory + kRowsAtOnce * scales_size;
   float* adapter = base + width;

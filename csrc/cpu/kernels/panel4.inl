@@ -60,6 +60,13 @@ struct Chunks {
   // A hint only: may name a row beyond the last. Hardware prefetchers stop at pages, which rows of
   // codes soon reach.
   void prefetch(int64_t n, int64_t k) const { __builtin_prefetch(w.packed + ((n * w.K + k) >> 1)); }
+  void prefetch_scales(int64_t n, int64_t first, int64_t count) const {
+    const int64_t block = n * blocks_per_row + first, size = w.absmax ? 4 : 1;
+    const char* p = w.absmax ? reinterpret_cast<const char*>(w.absmax)
+                             : reinterpret_cast<const char*>(w.absmax_u8);
+    for (int64_t byte = 0; byte < count * size; byte += 64)
+      __builtin_prefetch(p + block * size + byte);
+  }
   vi packed(int64_t n, int64_t k) const {
     const uint8_t* p = w.packed + ((n * w.K + k) >> 1);
     const int64_t dwords = (w.K - k) >> 3;

@@ -47,16 +47,42 @@ template <int S>
 inline vi shr(vi v) {
   return _mm256_srli_epi32(v, S);
 }
+template <int S>
+inline vi shl(vi v) {
+  return _mm256_slli_epi32(v, S);
+}
 inline vi abs_bits(vf v) {
   return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
 }
 inline vi maxi(vi a, vi b) { return _mm256_max_epi32(a, b); }
+inline uint32_t hmax(vi v) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+}
 inline vi addi(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
   const vi greater = _mm256_castps_si256(_mm256_cmp_ps(x, t, _CMP_GT_OQ));
+  if (step == 1) return _mm256_sub_epi32(idx, greater);
   return _mm256_add_epi32(idx, _mm256_and_si256(greater, set1i(step)));
 }
-inline vf clamp1(vf v) { return _mm256_min_ps(_mm256_max_ps(v, set1(-1.0f)), set1(1.0f)); }
+inline int count_greater(vf x, vf t) {
+  return __builtin_popcount(
+      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_GT_OQ))));
+}
+inline void even_odd(vf a, vf b, vf& even, vf& odd) {
+  // Quadwords 0, 2, 1, 3 of the sorted ones.
+  even = _mm256_shuffle_ps(a, b, 0x88);
+  odd = _mm256_shuffle_ps(a, b, 0xdd);
+  even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
+  odd = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
+}
+inline void store_bytes(uint8_t* p, vi v) {
+  const vi first = _mm256_shuffle_epi8(v, _mm256_set1_epi32(0x0c080400));
+  _mm_storel_epi64(
+      reinterpret_cast<__m128i*>(p),
+      _mm_unpacklo_epi32(_mm256_castsi256_si128(first), _mm256_extracti128_si256(first, 1)));
+}
 
 inline Lut make_lut(const float* code) {
   Lut lut{load(code), load(code + 8), {}};
@@ -78,12 +104,37 @@ inline vf lut16(const Lut& lut, vi index) {
   const vf high = _mm256_permutevar8x32_ps(lut.high, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
+inline vf lut8(const Lut& lut, vi index) { return _mm256_permutevar8x32_ps(lut.low, index); }
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   int bytes;
   __builtin_memcpy(&bytes, p, 4);
   // Lane 2j takes the high nibble of byte j, lane 2j+1 the low one.
   const vi shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts));
+}
+struct Halves {
+  __m256i low, high;  // bytes of the entries, in both halves
+};
+inline Halves make_halves(const uint16_t* entries) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
+  const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff)),
+                high = _mm256_srli_epi16(words, 8);
+  // packus leaves the eight bytes of each half twice in it; quadwords 0, 2, 0, 2 are all sixteen.
+  return {_mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x88),
+          _mm256_permute4x64_epi64(_mm256_packus_epi16(high, high), 0x88)};
+}
+inline void lut_halves(const Halves& table, const uint8_t* p, uint16_t* dst) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                mask = _mm_set1_epi8(15);
+  const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask),
+                second = _mm_and_si128(bytes, mask);
+  const __m256i index =
+      _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+  const __m256i low = _mm256_shuffle_epi8(table.low, index),
+                high = _mm256_shuffle_epi8(table.high, index);
+  const __m256i a = _mm256_unpacklo_epi8(low, high), b = _mm256_unpackhi_epi8(low, high);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_permute2x128_si256(a, b, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + 16), _mm256_permute2x128_si256(a, b, 0x31));
 }
 // Byte by byte: four byte shuffles look up 32 weights, and two rounds of unpacking put their bytes
 // together. Three shuffles a vector of weights, against lut16's two, two shifts and a blend. Called
@@ -123,6 +174,11 @@ inline vf permute(vf v, vi index) { return _mm256_permutevar8x32_ps(v, index); }
 inline vf load_bf16(const uint16_t* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
+  const vi pairs = loadi(p);
+  even = as_float(shl<16>(pairs));
+  odd = as_float(_mm256_and_si256(pairs, set1i(0xffff0000u)));
 }
 inline void store_bf16(uint16_t* p, vf v) {
   const vi u = _mm256_castps_si256(v);

@@ -40,19 +40,35 @@ template <int S>
 inline vi shr(vi v) {
   return _mm512_srli_epi32(v, S);
 }
+template <int S>
+inline vi shl(vi v) {
+  return _mm512_slli_epi32(v, S);
+}
 inline vi abs_bits(vf v) {
   return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
 }
 inline vi maxi(vi a, vi b) { return _mm512_max_epi32(a, b); }
+inline uint32_t hmax(vi v) { return static_cast<uint32_t>(_mm512_reduce_max_epi32(v)); }
 inline vi addi(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
   return _mm512_mask_add_epi32(idx, _mm512_cmp_ps_mask(x, t, _CMP_GT_OQ), idx, set1i(step));
 }
-inline vf clamp1(vf v) { return _mm512_min_ps(_mm512_max_ps(v, set1(-1.0f)), set1(1.0f)); }
+inline int count_greater(vf x, vf t) {
+  return __builtin_popcount(_mm512_cmp_ps_mask(x, t, _CMP_GT_OQ));
+}
+inline void even_odd(vf a, vf b, vf& even, vf& odd) {
+  const vi index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, index, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(index, set1i(1)), b);
+}
+inline void store_bytes(uint8_t* p, vi v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
 
 inline Lut make_lut(const float* code) { return {load(code)}; }
 // vpermps reads index bits 3:0 and ignores the rest, so nibbles need shifts but never masks.
 inline vf lut16(const Lut& lut, vi index) { return _mm512_permutexvar_ps(index, lut.entries); }
+inline vf lut8(const Lut& lut, vi index) { return lut16(lut, index); }
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   long long bytes;
   __builtin_memcpy(&bytes, p, 8);
@@ -62,6 +78,17 @@ inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
       _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(bytes));
   const vi shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm512_srlv_epi32(dwords, shifts));
+}
+struct Halves {
+  __m512i entries;  // twice: vpermw reads five bits of an index
+};
+inline Halves make_halves(const uint16_t* entries) {
+  return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries)))};
+}
+inline void lut_halves(const Halves& table, const uint8_t* p, uint16_t* dst) {
+  const vi bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const vi index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+  _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(index, table.entries));
 }
 struct Eight {
   vi dwords;
@@ -79,6 +106,11 @@ inline vf permute(vf v, vi index) { return _mm512_permutexvar_ps(index, v); }
 inline vf load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
+  const vi pairs = loadi(p);
+  even = as_float(shl<16>(pairs));
+  odd = as_float(_mm512_and_si512(pairs, set1i(0xffff0000u)));
 }
 inline void store_bf16(uint16_t* p, vf v) {
   const vi u = _mm512_castps_si512(v);

@@ -51,20 +51,38 @@ template <int S>
 inline vi shr(vi v) {
   return v >> S;
 }
+template <int S>
+inline vi shl(vi v) {
+  return v << S;
+}
 inline vi abs_bits(vf v) { return (vi)v & set1i(0x7fffffffu); }
 inline vi maxi(vi a, vi b) {  // signed order; only used on abs_bits
   vi r;
   for (int i = 0; i < W; ++i) r[i] = a[i] > b[i] ? a[i] : b[i];
   return r;
 }
+inline uint32_t hmax(vi v) {  // likewise
+  const uint32_t a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
 inline vi addi(vi a, vi b) { return a + b; }
 // idx + step where x > t.
 inline vi add_if_greater(vi idx, vf x, vf t, uint32_t step) {
   return idx + ((vi)(x > t) & set1i(step));
 }
-inline vf clamp1(vf v) {
-  for (int i = 0; i < W; ++i) v[i] = v[i] > 1.0f ? 1.0f : v[i] < -1.0f ? -1.0f : v[i];
-  return v;
+// In how many lanes x > t.
+inline int count_greater(vf x, vf t) {
+  const vi greater = (vi)(x > t);
+  return -static_cast<int>(greater[0] + greater[1] + greater[2] + greater[3]);
+}
+// The 2W values of a and b, every other one.
+inline void even_odd(vf a, vf b, vf& even, vf& odd) {
+  even = vf{a[0], a[2], b[0], b[2]};
+  odd = vf{a[1], a[3], b[1], b[3]};
+}
+// The low byte of each lane.
+inline void store_bytes(uint8_t* p, vi v) {
+  for (int i = 0; i < W; ++i) p[i] = static_cast<uint8_t>(v[i]);
 }
 
 inline Lut make_lut(const float* code) {
@@ -77,9 +95,27 @@ inline vf lut16(const Lut& lut, vi index) {
   return vf{lut.entry[index[0] & 15], lut.entry[index[1] & 15], lut.entry[index[2] & 15],
             lut.entry[index[3] & 15]};
 }
+// Of an index below 8.
+inline vf lut8(const Lut& lut, vi index) { return lut16(lut, index); }
 // W consecutive nibbles, high nibble first, from W/2 bytes.
 inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   return vf{lut.entry[p[0] >> 4], lut.entry[p[0] & 15], lut.entry[p[1] >> 4], lut.entry[p[1] & 15]};
+}
+// The table of lut_halves, of 16-bit entries.
+struct Halves {
+  uint16_t entry[16];
+};
+inline Halves make_halves(const uint16_t* entries) {
+  Halves table;
+  __builtin_memcpy(table.entry, entries, sizeof table.entry);
+  return table;
+}
+// The entries of 32 consecutive nibbles, high nibble first, from 16 bytes.
+inline void lut_halves(const Halves& table, const uint8_t* p, uint16_t* dst) {
+  for (int i = 0; i < 16; ++i) {
+    dst[2 * i] = table.entry[p[i] >> 4];
+    dst[2 * i + 1] = table.entry[p[i] & 15];
+  }
 }
 // The eight weights of each dword: weight<S>(lut) has in lane j the table entry of nibble S of
 // dword j, high nibble of byte 0 first.
@@ -101,6 +137,10 @@ inline vf permute(vf v, vi index) { return vf{v[index[0]], v[index[1]], v[index[
 inline vf load_bf16(const uint16_t* p) {
   return (vf)vi{uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16,
                 uint32_t{p[3]} << 16};
+}
+// 2W values, every other one.
+inline void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
+  even_odd(load_bf16(p), load_bf16(p + W), even, odd);
 }
 inline void store_bf16(uint16_t* p, vf v) {
   for (int i = 0; i < W; ++i) p[i] = bf16_from_float(v[i]);
