@@ -42,6 +42,13 @@ struct Nearest {
   }
 };
 
+// The largest magnitude of n values, whole vectors; as bits, so that a NaN or infinity wins.
+inline float absmax_of(const float* values, int64_t n) {
+  vi largest = set1i(0);
+  for (int64_t i = 0; i < n; i += W) largest = maxi(largest, abs_bits(load(values + i)));
+  return float_of(hmax(largest));
+}
+
 inline float inverse_absmax(float absmax) { return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f); }
 
 // One block of n values into n / 2 bytes; its absmax. at(i, even, odd): values i .. i + 2W, every
@@ -169,10 +176,7 @@ void double_quantize(const DoubleQuantizeArgs& a, const Parallel& pool) {
       float values[kNestedBlock];
       for (int64_t i = 0; i < kNestedBlock; ++i)
         values[i] = i < n ? a.absmax[first + i] - offset : 0.0f;
-      vi largest = set1i(0);
-      for (int64_t i = 0; i < kNestedBlock; i += W)
-        largest = maxi(largest, abs_bits(load(values + i)));
-      const float absmax = float_of(hmax(largest)), inverse = inverse_absmax(absmax);
+      const float absmax = absmax_of(values, kNestedBlock), inverse = inverse_absmax(absmax);
       a.nested_absmax[b] = absmax;
       for (int64_t i = 0; i < n; ++i)
         a.quantized[first + i] = static_cast<uint8_t>(nearest.of(values[i] * inverse));
