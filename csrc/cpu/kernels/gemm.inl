@@ -18,11 +18,10 @@ constexpr int kSubPanels = 4;
 constexpr int kWidth = kSubPanels * kTile;
 constexpr int64_t kDepth = 256;  // p per panel
 constexpr int64_t kRows = 256;   // rows of C per task at most
-// The operand is read anew for each piece of C, from beyond the second-level cache: pieces are as
-// wide as that cache allows.
+constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
+// Tiles of kWidth columns in a piece of C. The operand is read anew for each piece, from beyond the
+// second-level cache: they are as wide as that cache allows.
 constexpr int64_t kPanels = 8;
-constexpr int64_t kSums = 1 << 18;  // floats
-constexpr int64_t kPad = 16;        // keeps rows of scratch off one cache set
 // Rows of C that are never cut.
 constexpr int64_t kWhole = 2 * (MR > kSmallRows ? MR : kSmallRows);
 
@@ -194,9 +193,9 @@ void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
       const_cast<Body*>(&body));
 }
 
-// Calls body(i0, rows, j0, columns, c) over pieces of an [I, J] output: up to kPanels panels, c a
-// zeroed tile for each, one after the other. Rows are cut into as few chunks as keep all threads
-// busy (each chunk fills its panels anew); a row's result does not depend on the cut.
+// Calls body(i0, rows, j0, columns, c) over pieces of an [I, J] output: up to kPanels tiles of
+// kWidth columns, c zeroed, one after the other. Rows are cut into as few chunks as keep all
+// threads busy (each chunk fills its panels anew); a row's result does not depend on the cut.
 template <class Body>
 void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   if (I == 0 || J == 0) return;
@@ -209,7 +208,7 @@ void for_tiles(const Parallel& pool, int64_t I, int64_t J, const Body& body) {
   int64_t chunks = ceil_div(I, kRows);
   while (ceil_div(I, chunks) > kWhole && idle(panels * chunks)) ++chunks;
   const int64_t height = ceil_div(I, chunks), tile = height * kWidth;
-  const int64_t at_once = min64(kPanels, kSums / tile);
+  const int64_t at_once = min64(kPanels, panels);
   chunks = ceil_div(I, height);
   parallel(pool, panels * chunks, [&](int64_t begin, int64_t end) {
     float* c = static_cast<float*>(scratch(Slot::accumulator, at_once * tile * sizeof(float)));
