@@ -1,6 +1,7 @@
 """Kernels for low-rank adapters on 4-bit weights. See README.md; public names only here."""
 
 from . import backends
+from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
@@ -17,6 +18,7 @@ __all__ = [
     "LoRALinear4bit",
     "Weight4bit",
     "backends",
+    "batch_invariant",
     "int8_activations",
     "linear_4bit",
     "load_adapter",

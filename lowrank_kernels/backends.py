@@ -214,7 +214,7 @@ def host_module():
 
 
 def isa() -> str:
-    """The instruction set whose CPU kernels run now: "scalar", "avx2" or "avx512"."""
+    """The instruction set whose CPU kernels run now: "scalar", "avx2", "avx512" or "amx"."""
     return host_module().isa_active()
 
 
@@ -238,6 +238,99 @@ def use_isa(name: str) -> Iterator[None]:
         host.isa_set(previous)
 
 
+# Of the product with the frozen base on a CPU; the native library's names.
+KERNELS = ("few", "small", "panels", "tiles")
+
+
+def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
+    """For how many rows each CPU kernel is the fastest one, as measured: {"forward": ..., "dx": ...}.
+
+    Each is {kernel: (first, last)} in rows of x or dy, for the instruction set in use; last is None where
+    there is none. They are
+
+    few     rows of the weight decoded in registers, for a dot or an outer product
+    small   16 rows of the weight decoded in registers, for all rows of x
+    panels  decoded into panels of float32
+    tiles   tile registers of bfloat16 (AMX), float32 numbers as sums of three
+
+    A weight whose blocks do not fit its rows, and a dense one, have no ``few`` and ``small``: panels serve them.
+    """
+    ranges = {}
+    for name, (few, small, tiles) in zip(
+        ("forward", "dx"), host_module().crossovers(), strict=True
+    ):
+        of = {"few": (1, few)}
+        if small > few:
+            of["small"] = (few + 1, min(small, tiles - 1))
+        first = max(few, small) + 1
+        if first < tiles:
+            of["panels"] = (first, tiles - 1 if tiles < 2**62 else None)
+        if tiles < 2**62:
+            of["tiles"] = (tiles, None)
+        ranges[name] = of
+    return ranges
+
+
+@contextlib.contextmanager
+def use_kernel(name: str) -> Iterator[None]:
+    """Within the block the product with the frozen base runs on this CPU kernel; process-wide. For tuning.
+
+    ``name`` is one of :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``few`` takes 4 rows, ``small``
+    as many as shown there) runs on panels. Raises ValueError if ``name`` is unknown, or the instruction set in use
+    has no such kernel.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"name: expected one of {KERNELS}, got {name!r}")
+    if name == "tiles" and "tiles" not in kernels()["forward"]:
+        raise ValueError(f"name: the instruction set in use, {isa()!r}, has no kernel 'tiles'")
+    with _asked(name):
+        yield
+
+
+@contextlib.contextmanager
+def _asked(name: str) -> Iterator[None]:
+    host = host_module()
+    previous = host.kernel_active()
+    host.kernel_set(name)
+    try:
+        yield
+    finally:
+        host.kernel_set(previous)
+
+
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Within the block, or the function it decorates, a row's bits on the CPU are the same in every batch.
+
+    y and dx of a row then depend on that row, the weight and its adapter alone, whatever the number of rows: the
+    same prompt gives the same tokens alone and among others. Otherwise this holds within one kernel (see
+    :func:`kernels`): a row alone, in a batch of 5, or in one of 100 may differ in its last bits. Process-wide.
+
+    Costs what the kernels for few rows and tile registers save: docs/performance.md. With
+    :func:`int8_activations` rows are independent anyway, at no cost.
+
+    Raises RuntimeError where a layer runs on a tensor that is not on the CPU, or on another backend than "cpu".
+    """
+    with _asked("invariant"):
+        yield
+
+
+def check_batch_invariant(x: torch.Tensor) -> None:
+    """Raises RuntimeError if batch invariance was asked for and cannot be had for x."""
+    if _host is not None and _host.kernel_active() == "invariant":
+        check_cpu_kernels("batch_invariant", x)
+
+
+def check_cpu_kernels(feature: str, x: torch.Tensor) -> None:
+    """Raises RuntimeError if x would not meet the CPU kernels, which alone have ``feature``."""
+    if x.is_meta:
+        return
+    if x.device.type != "cpu":
+        raise RuntimeError(f"{feature}: expected x on the CPU, got it on {x.device}")
+    if _active not in ("cpu", "cuda"):  # "cuda" leaves the CPU's kernels where they are
+        raise RuntimeError(f"{feature}: expected the backend 'cpu', got {_active!r}")
+
+
 def _cuda_build() -> str:
     """Compiler and architectures of the CUDA library; no GPU is touched."""
     try:
@@ -249,7 +342,9 @@ def _cuda_build() -> str:
 def report() -> dict[str, object]:
     """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds.
 
-    "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni" or None.
+    "kernels": which CPU kernel serves which numbers of rows, see :func:`kernels`; "kernel": the one that was
+    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni" or
+    None.
     """
     native = _host is not None
     return {
@@ -257,6 +352,8 @@ def report() -> dict[str, object]:
         "available": list(_available()),
         "isa": isa() if native else None,
         "isas_supported": isas() if native else [],
+        "kernels": kernels() if native else None,
+        "kernel": (_host.kernel_active() or None) if native else None,
         "int8": _host.int8_kernels() if native else None,
         "threads": torch.get_num_threads(),
         "build": _host.build_info() if native else f"not built: {_native_error}",

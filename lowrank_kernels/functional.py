@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import int8
+from .backends import check_batch_invariant
 from .formats import Weight4bit
 from .schema import check_float, check_linear, check_lora, check_tensor, ops
 
@@ -126,6 +127,7 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
     rows = x.reshape(x.shape[:-1].numel(), K)
     needs_grad = wants_grad(x, bias)
     int8.check(x, w, needs_grad)
+    check_batch_invariant(x)
     if needs_grad:
         y = _Linear4bit.apply(rows, bias, *w.op_args())
     else:
@@ -173,6 +175,7 @@ def lora_linear_4bit(
     rows = x.reshape(x.shape[:-1].numel(), K)
     needs_grad = wants_grad(x, A, B, bias)
     int8.check(x, w, needs_grad)
+    check_batch_invariant(x)
     seed = dropout_seed(dropout_p, x.device)
     if needs_grad:
         y = _LoRALinear4bit.apply(
@@ -208,6 +211,7 @@ def lora_linear(
     check_lora(x, N, K, A, B, scaling, dropout_p)
     rows = x.reshape(x.shape[:-1].numel(), K)
     seed = dropout_seed(dropout_p, x.device)
+    check_batch_invariant(x)
     if wants_grad(x, A, B, bias, weight):
         y = _LoRALinear.apply(rows, A, B, bias, weight, seed, float(scaling), float(dropout_p))
     else:

@@ -66,12 +66,7 @@ def check(x: torch.Tensor, w: Weight4bit, needs_grad: bool) -> None:
             "int8_activations: for inference only, but an input requires a gradient; "
             "use torch.no_grad() or torch.inference_mode()"
         )
-    if x.device.type != "cpu":
-        raise RuntimeError(f"int8_activations: expected x on the CPU, got it on {x.device}")
-    if backends.active() not in ("cpu", "cuda"):  # "cuda" leaves the CPU's kernels where they are
-        raise RuntimeError(
-            f"int8_activations: expected the backend 'cpu', got {backends.active()!r}"
-        )
+    backends.check_cpu_kernels("int8_activations", x)
     if w.shape[1] % w.blocksize:
         raise ValueError(
             f"w: expected in_features that are a multiple of the blocksize {w.blocksize} under "

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import lowrank_kernels as lk
-from lowrank_kernels import Weight4bit
+from lowrank_kernels import Weight4bit, backends
 from lowrank_kernels.formats import BLOCKSIZES, code_of, dynamic_code
 from lowrank_kernels.schema import NESTED_BLOCKSIZE, RANK_STEP, ceil_div, ops
 
@@ -162,7 +162,8 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
     """The kernel family that runs; only within one are the bits of a row promised to be equal.
 
     CPU: one to four rows against a 4-bit weight whose blocks do not cross rows are decoded in registers
-    ("gemv"); everything else goes through the register-tile kernel ("panel"). GPU: see _gpu_family.
+    ("gemv"); everything else goes through register tiles ("panel"), with AMX many rows through its own
+    ("tiles", where ``backend`` is "cpu-amx" and that is in use). GPU: see _gpu_family.
     """
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
     if backend in ("emulator", "cuda"):
@@ -171,7 +172,13 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
         return (
             f"tile of up to {min(limit for limit in (16, 32, 64, 2**31) if limit >= case.M)} rows"
         )
-    return "gemv" if 1 <= case.M <= 4 and fits else "panel"
+    if 1 <= case.M <= 4 and fits:
+        return "gemv"
+    if backend == "cpu-amx":
+        product = "dx" if "dx" in op or "backward" in op else "forward"
+        if backends.kernels()[product]["tiles"][0] <= case.M:
+            return "tiles"
+    return "panel"
 
 
 def _gpu_family(op: str, case: Case, fits: bool) -> str:

@@ -37,6 +37,10 @@ def run() -> int:
         print(f"{'library':16} none in {_PACKAGE}")
     print(f"{'build':16} {report['build']}")
     print(f"{'ISA':16} {report['isa']}; supported: {', '.join(report['isas_supported']) or 'none'}")
+    for product, kernels in (report["kernels"] or {}).items():
+        rows = (f"{name} {first}-{last or ''}" for name, (first, last) in kernels.items())
+        print(f"{f'{product}, by rows':16} {', '.join(rows)}")
+    print(f"{'int8':16} {report['int8'] or 'none'}")
     cuda = cuda_library.status()
     print_cuda(cuda)
     print()

@@ -8,6 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .. import int8
+from ..backends import check_batch_invariant
 from ..formats import Weight4bit
 from ..functional import autocast, check_weight, dropout_seed, linear_4bit, wants_grad
 from ..schema import check_device, check_float, check_linear, check_shape, check_tensor, ops
@@ -140,6 +141,7 @@ def multi_lora_linear_4bit(
     slots, parameters = pages.parameters(plan)
     needs_grad = wants_grad(x, bias, *parameters)
     int8.check(x, w, needs_grad)
+    check_batch_invariant(x)
     if needs_grad:
         y = _MultiLoRALinear4bit.apply(
             rows, bias, seed, plan, pages, w.op_args(), slots, *parameters

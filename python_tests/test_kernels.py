@@ -1,0 +1,134 @@
+"""The choice among the CPU kernels of the frozen base: shown, forced, and the one with equal bits in every batch."""
+
+import pytest
+import torch
+
+import cases
+import conftest
+import lowrank_kernels as lk
+import tolerance
+from lowrank_kernels import backends
+from lowrank_kernels.schema import ops
+
+pytestmark = pytest.mark.skipif(
+    conftest.KERNELS[0] != "cpu-scalar", reason="this is about the CPU kernels"
+)
+MATRIX_OPS = (
+    "linear_4bit",
+    "linear_4bit_dx",
+    "lora_linear_4bit",
+    "lora_linear",
+    "lora_linear_4bit_backward",
+)
+CASES = [
+    cases.Case(70, 71, 320, "nf4", 64, True, cases.F32, cases.F32, 5),
+    cases.Case(40, 33, 96, "fp4", 32, bias=cases.BF16, dtype=cases.BF16, R=12),
+    cases.Case(40, 48, 65, "nf4", 64, True),  # blocks cross rows
+]
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512", "amx"])
+def isa(request):
+    if request.param not in backends.isas():
+        pytest.skip(f"this CPU has no kernels for {request.param}")
+    with backends.use_isa(request.param):
+        yield request.param
+
+
+def run(op: str, args) -> tuple[torch.Tensor, ...]:
+    outputs = getattr(ops, op)(*args)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def first_rows(args, case: cases.Case, height: int) -> list:
+    return [
+        a[:height] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
+    ]
+
+
+def test_the_ranges_cover_every_number_of_rows(isa):
+    for product, ranges in backends.report()["kernels"].items():
+        assert set(ranges) <= set(backends.KERNELS), product
+        last = 0
+        for first, end in ranges.values():
+            assert last is not None and first == last + 1 and (end is None or end >= first)
+            last = end
+        assert last is None
+        assert ("tiles" in ranges) == (isa == "amx")
+
+
+@pytest.mark.parametrize("op", MATRIX_OPS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kernel", [*backends.KERNELS, "invariant"])
+def test_each_kernel_keeps_the_bound(op, case, kernel, isa):
+    args = cases.make(op, case)
+    if kernel == "tiles" and isa != "amx":
+        return
+    with lk.batch_invariant() if kernel == "invariant" else backends.use_kernel(kernel):
+        assert backends.report()["kernel"] == kernel
+        for height in (1, 3, 5, 16, case.M):
+            part = first_rows(args, case, height)
+            tolerance.check(op, part, getattr(ops, op)(*part))
+    assert backends.report()["kernel"] is None
+
+
+def test_a_forced_kernel_is_other_code(isa):
+    args = cases.make("linear_4bit", cases.Case(4, 300, 1024))
+    chosen = run("linear_4bit", args)[0]
+    with backends.use_kernel("few"):
+        assert torch.equal(run("linear_4bit", args)[0], chosen)
+    with backends.use_kernel("panels"):
+        panels = run("linear_4bit", args)[0]
+    with backends.use_kernel("small"):
+        assert torch.equal(run("linear_4bit", args)[0], panels)
+    assert not torch.equal(panels, chosen)
+    if isa == "amx":
+        with backends.use_kernel("tiles"):
+            assert not torch.equal(run("linear_4bit", args)[0], panels)
+
+
+def test_unknown_and_missing_kernels_are_refused():
+    with pytest.raises(ValueError, match="name: expected one of .*got 'fast'"):
+        with backends.use_kernel("fast"):
+            pass
+    with (
+        backends.use_isa("scalar"),
+        pytest.raises(ValueError, match="'scalar', has no kernel 'tiles'"),
+    ):
+        with backends.use_kernel("tiles"):
+            pass
+
+
+@pytest.mark.parametrize("op", MATRIX_OPS)
+@pytest.mark.parametrize("case", CASES)
+def test_batch_invariance(op, case, isa):
+    """The first row's y, S and dx are the same alone and among any others."""
+    args = cases.make(op, case)
+    per_row = 1 if op.endswith("backward") else 2  # dA, dB and dbias are sums over the rows
+    with lk.batch_invariant():
+        expected = run(op, args)[:per_row]
+        for height in (1, 2, 4, 5, 9, 16, 17, 33, case.M - 1):
+            for out, all_rows in zip(run(op, first_rows(args, case, height)), expected):
+                tolerance.assert_same_bits(f"{op}, {height} rows", out, all_rows[:height])
+
+
+def test_batch_invariance_of_a_module(isa):
+    torch.manual_seed(0)
+    layer = lk.LoRALinear4bit.from_linear(torch.nn.Linear(128, 96), r=4)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(60, 128)
+
+    @lk.batch_invariant()
+    def forward(rows):
+        return layer(rows)
+
+    together = forward(x)
+    assert torch.equal(torch.cat([forward(row[None]) for row in x]), together)
+
+
+def test_batch_invariance_is_of_the_cpu():
+    w = lk.quantize_4bit(torch.randn(32, 64))
+    with lk.batch_invariant(), backends.use("reference"):
+        with pytest.raises(RuntimeError, match="batch_invariant: expected the backend 'cpu'"):
+            lk.linear_4bit(torch.randn(2, 64), w)
+    lk.linear_4bit(torch.randn(2, 64), w)
