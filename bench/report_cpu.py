@@ -21,7 +21,7 @@ def _variant_cell(document: dict, case: dict, name: str) -> str:
     words = name.removeprefix(f"{OURS}, ")
     if "thread" in words:
         told = f"{theirs / ours:.2f}x"
-    elif words in variants.SIXTEEN_BITS:
+    elif words in variants.SIXTEEN_BITS or name == variants.INVARIANT:
         told = f"{theirs / ours - 1:+.0%}"
     elif name == variants.BASE:
         told = f"the adapter adds {ours / theirs - 1:.0%}"
@@ -33,8 +33,8 @@ def _variant_cell(document: dict, case: dict, name: str) -> str:
 def variants_table(document: dict, group: list[dict]) -> list[list[str]]:
     """A row per M of the cases of one table; nothing where none has variants.
 
-    In parentheses: what 16-bit activations cost more, how many times faster all threads are than
-    fewer, and for an instruction set that was forced the share of its limit.
+    In parentheses: what 16-bit activations and equal bits in every batch cost more, how many times
+    faster all threads are than fewer, and for an instruction set that was forced the share of its limit.
     """
     names = _names(group)
     if not names:

@@ -1,4 +1,4 @@
-"""This library against itself: with 16-bit activations, fewer threads, other instruction sets, no adapter.
+"""This library against itself: 16-bit activations, fewer threads, other instruction sets, equal bits, no adapter.
 
 They take turns with the default within a case, so that a few percent can be told from noise.
 """
@@ -33,6 +33,7 @@ def thread_name(count: int) -> str:
 
 
 BASE = named("base alone")
+INVARIANT = named("batch-invariant")
 
 
 def _within(context: Callable, provider: Provider) -> Provider:
@@ -72,6 +73,7 @@ def of_linear(case: Case, provider: Provider) -> dict[str, Provider]:
     found = {named(dtype): _replaced(provider, dtype=dtype) for dtype in SIXTEEN_BITS}
     for count in counts_below(torch.get_num_threads()):
         found[thread_name(count)] = _within(functools.partial(_threads, count), provider)
+    found[INVARIANT] = _within(lk.batch_invariant, provider)
     for isa in lk.backends.isas():
         if isa != lk.backends.isa() and (isa != "scalar" or case.M <= SCALAR_TOKENS):
             found[named(isa)] = _within(functools.partial(lk.backends.use_isa, isa), provider)

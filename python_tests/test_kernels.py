@@ -88,7 +88,7 @@ def test_a_forced_kernel_is_other_code(isa):
 
 
 def test_unknown_and_missing_kernels_are_refused():
-    with pytest.raises(ValueError, match="name: expected one of .*got 'fast'"):
+    with pytest.raises(ValueError, match=r"name: expected one of .*got 'fast'"):
         with backends.use_kernel("fast"):
             pass
     with (
