@@ -287,14 +287,19 @@ def use_kernel(name: str) -> Iterator[None]:
         yield
 
 
+_kernel = ""  # as the native library has it; torch.compile guards on this one
+
+
 @contextlib.contextmanager
 def _asked(name: str) -> Iterator[None]:
-    host = host_module()
-    previous = host.kernel_active()
+    global _kernel
+    host, previous = host_module(), _kernel
+    _kernel = name
     host.kernel_set(name)
     try:
         yield
     finally:
+        _kernel = previous
         host.kernel_set(previous)
 
 
@@ -317,7 +322,7 @@ def batch_invariant() -> Iterator[None]:
 
 def check_batch_invariant(x: torch.Tensor) -> None:
     """Raises RuntimeError if batch invariance was asked for and cannot be had for x."""
-    if _host is not None and _host.kernel_active() == "invariant":
+    if _kernel == "invariant":
         check_cpu_kernels("batch_invariant", x)
 
 
@@ -353,7 +358,7 @@ def report() -> dict[str, object]:
         "isa": isa() if native else None,
         "isas_supported": isas() if native else [],
         "kernels": kernels() if native else None,
-        "kernel": (_host.kernel_active() or None) if native else None,
+        "kernel": _kernel or None,
         "int8": _host.int8_kernels() if native else None,
         "threads": torch.get_num_threads(),
         "build": _host.build_info() if native else f"not built: {_native_error}",

@@ -26,8 +26,6 @@ LK_API const char* lk_int8_kernels(void);
 // Asks for one kernel of the frozen base in place of the fastest: "few", "small", "panels",
 // "tiles", "invariant" (table.h); null or "" for the fastest again. 0: done, 1: unknown name.
 LK_API int lk_kernel_set(const char* name);
-// What was asked for; "" for the fastest.
-LK_API const char* lk_kernel_active(void);
 // Compiler and flags, one line.
 LK_API const char* lk_build_info(void);
 // The kernels in use; never null.

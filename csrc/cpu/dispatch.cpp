@@ -163,10 +163,6 @@ int lk_kernel_set(const char* name) {
   return 1;
 }
 
-const char* lk_kernel_active(void) {
-  return lk::kKernelNames[static_cast<int>(lk::asked_kernel())];
-}
-
 const char* lk_build_info(void) { return "liblowrank_cpu, g++ " __VERSION__; }
 
 const lk::KernelTable* lk_kernels(void) { return lk::active().load(std::memory_order_relaxed); }

@@ -65,7 +65,6 @@ PYBIND11_MODULE(_host, m) {
         if (lk_kernel_set(name.c_str()) != 0) throw py::value_error("unknown kernel " + name);
       },
       py::arg("name"), "Asks for one kernel of the frozen base; '' for the fastest again.");
-  m.def("kernel_active", &lk_kernel_active, "The kernel that was asked for; '' for the fastest.");
   m.def(
       "crossovers",
       [] {
