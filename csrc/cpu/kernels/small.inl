@@ -7,8 +7,7 @@
 //
 // Each sum takes the products of the panel kernel in its order of k: the bits are the same.
 
-constexpr int64_t kStage = 512;                // k whose codes are transposed at a time
-constexpr int64_t kMaxSmall = 2 * kSmallRows;  // rows from which panels are faster
+constexpr int64_t kStage = 512;  // k whose codes are transposed at a time
 static_assert(kMaxSmall <= kWhole, "tiles of the output must not cut the rows");
 
 inline int64_t small_height(int64_t M) { return ceil_div(M, ceil_div(M, kSmallRows)); }

@@ -22,7 +22,7 @@
 // Sums run over the steps in order, from zero for each group: a row's bits depend on nothing else.
 
 constexpr bool kHasTiles = true;
-constexpr int64_t kTilesForward = 24, kTilesDx = 48;  // rows from which this is faster
+constexpr int64_t kTilesForward = 14, kTilesDx = 48;  // rows from which this is faster
 constexpr int kTileRows = 16;
 constexpr int64_t kStep = 32;  // p of a tile
 constexpr int64_t kTileBytes = 1024;

@@ -7,6 +7,7 @@ constexpr int NV = 2;
 constexpr int DR = 3;
 constexpr int DC = 4;
 constexpr int kSmallRows = 8;
+constexpr int kMaxSmall = 8;
 constexpr int kSmallWide = 0;
 constexpr int kDotRows = 1;
 

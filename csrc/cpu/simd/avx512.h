@@ -7,6 +7,7 @@ constexpr int NV = 2;
 constexpr int DR = 3;
 constexpr int DC = 8;
 constexpr int kSmallRows = 16;
+constexpr int kMaxSmall = 24;
 constexpr int kSmallWide = 12;
 constexpr int kDotRows = 4;
 

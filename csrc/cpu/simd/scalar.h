@@ -8,6 +8,7 @@ constexpr int NV = 2;
 constexpr int DR = 3;  // register tile of dot products: DR rows x DC rows
 constexpr int DC = 4;
 constexpr int kSmallRows = 4;  // rows of small.inl's register tile
+constexpr int kMaxSmall = 8;   // rows of x up to which that beats a panel
 constexpr int kSmallWide = 0;  // up to so many rows, it is two vectors wide
 constexpr int kDotRows = 4;    // rows of the weight whose lookups fit the registers together
 
