@@ -132,3 +132,34 @@ def test_batch_invariance_is_of_the_cpu():
         with pytest.raises(RuntimeError, match="batch_invariant: expected the backend 'cpu'"):
             lk.linear_4bit(torch.randn(2, 64), w)
     lk.linear_4bit(torch.randn(2, 64), w)
+
+
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan, 1e20, 1e38, 1e-41])
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx", "lora_linear"])
+@pytest.mark.parametrize("kernel", backends.KERNELS)
+def test_extreme_numbers_concern_their_row_alone(op, kernel, number, isa):
+    """Tile registers know neither infinities of ours, nor subnormal numbers, nor the largest ones."""
+    if kernel == "tiles" and isa != "amx":
+        return
+    case = cases.Case(40, 33, 320, "nf4", 64, bias=None, R=4)
+    x, *rest = cases.make(op, case)
+    extreme = x.clone()
+    extreme[5] = 0.0
+    extreme[5, 17] = number
+    extreme[23, 300 % x.shape[1]] = number
+    with backends.use_kernel(kernel):
+        before, after = run(op, (x, *rest))[0], run(op, (extreme, *rest))[0]
+        others = [i for i in range(case.M) if i not in (5, 23)]
+        tolerance.assert_same_bits(op, after[others], before[others])
+        c = tolerance.c_worst_case(case.K)
+        tolerance.check(op, (extreme, *rest), run(op, (extreme, *rest)), c=c)
+
+
+def test_a_nan_of_any_bits_stays_one(isa):
+    """Rounding 0x7fffffff to bfloat16 by adding to its bits would make it -0."""
+    x, *rest = cases.make("linear_4bit", cases.Case(40, 33, 320, "nf4", 64))
+    x.view(torch.int32)[7, 9] = 0x7FFFFFFF
+    assert run("linear_4bit", (x, *rest))[0][7].isnan().all()
+    rest[1].view(torch.int32)[0] = 0x7FFFFFFF  # the scale of the first block
+    assert run("linear_4bit", (x, *rest))[0][:, 0].isnan().all()
+    assert run("linear_4bit_dx", (torch.ones(40, 33), *rest[:-1]))[0][:, :64].isnan().all()
