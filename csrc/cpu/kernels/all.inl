@@ -13,6 +13,7 @@ struct Constant {
 #include "cpu/kernels/panel4.inl"
 #include "cpu/kernels/small.inl"
 #ifdef LK_TILES  // of simd/amx.h
+#include "cpu/kernels/parts.inl"
 #include "cpu/kernels/tiles.inl"
 #else
 #include "cpu/kernels/no_tiles.inl"

@@ -1,9 +1,8 @@
 // C[i, j] += Σ_p a(i, p) · P[p, j] over panels: the one product behind every operator with more
 // than a few rows.
 //
-//   panel    P[p, j] for kDepth values of p and kTile columns j, float32, filled from a source;
-//   small
-//            enough for the first-level cache
+//   panel    P[p, j] for kDepth values of p and kTile columns j, float32, filled from a source:
+//            small enough for the first-level cache
 //
 //              | p = 0: kTile floats | p = 1: kTile floats | ...
 //

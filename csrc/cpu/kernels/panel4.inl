@@ -80,7 +80,7 @@ struct LaneRows {
   const Chunks& chunks;
   const Lut& lut;
   int64_t n0, count;
-  const float* scales;  // [group][block][lane]
+  float* scales;  // [group][block][lane]
 
   LaneRows(const Chunks& walk, const Lut& table, int64_t first, int64_t rows)
       : chunks(walk), lut(table), n0(first), count(rows) {

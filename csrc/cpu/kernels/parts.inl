@@ -1,0 +1,230 @@
+// The base product on the tile registers of AMX, which multiply bfloat16 and add in float32.
+//
+// A float32 number is the exact sum of three bfloat16 numbers, its parts: v = v1 + v2 + v3, each
+// the rest rounded to nearest, |v2| <= 2^-8 |v|, |v3| <= 2^-16 |v|. A product of two is then
+//
+//   a w = a1 w1 + (a1 w2 + a2 w1) + (a1 w3 + a2 w2 + a3 w1) + less than 2^-22 |a w|
+//
+// six products of parts, each exact in float32. bfloat16 numbers have one part, float16 ones two.
+//
+// The unit takes subnormal numbers for zero, so a is scaled by 2^40: what is lost then lies below
+// float32's smallest number. A sum that is not finite (an operand was not, or it was too large) is
+// computed again by float32 arithmetic.
+//
+// Of a 4-bit weight the codes are multiplied, and the sums of a block are scaled: each code has its
+// parts in a table. Other weights, and the transposed product, are split as they are, scaled by
+// 2^24.
+//
+//   operand  for each tile of rows, step of 32 p, part:  | row 0: 32 p | row 1 | ... 16 rows
+//   panel    for each step, part, tile of columns:       | p = 0, 1: 16 columns of pairs | ...
+//   sums     [32 rows][32 columns] of a group of steps: those that share their scales
+//
+// Sums run over the steps in order, from zero for each group: a row's bits depend on nothing else.
+
+constexpr bool kHasTiles = true;
+constexpr int64_t kTilesForward = 14, kTilesDx = 48;  // rows from which this is faster
+constexpr int kTileRows = 16;
+constexpr int64_t kStep = 32;  // p of a tile
+constexpr int64_t kTileBytes = 1024;
+constexpr int kMaxParts = 3;
+constexpr float kScaleA = 0x1p40f, kUnscaleA = 0x1p-40f, kScaleW = 0x1p24f;
+static_assert(kTile == 2 * W, "two tiles of columns are filled at a time");
+
+constexpr int64_t kCodesAhead = 256;        // p from a load of codes to their prefetch
+constexpr int64_t kRowsAhead = 8;           // from a load of a to its prefetch
+constexpr int64_t kWholeOperand = 3 << 19;  // bytes: kept for all p, the weight is read row by row
+
+// The next part of v, in the upper halves of the lanes; v becomes the rest.
+inline vi take_part(vf& v) {
+  const vi part = addi(as_bits(v), set1i(0x8000));
+  v = _mm512_sub_ps(v, as_float(_mm512_and_si512(part, set1i(0xffff0000))));
+  return part;
+}
+
+// -- operand --------------------------------------------------------------------------------------
+
+// Rows [i0, i0 + rows) of a, columns [p0, p0 + depth), in tiles of `height` rows.
+template <int Parts, int64_t Depth>
+void pack_tiles(const Operand<false>& a, int64_t i0, int64_t rows, int height, int64_t p0,
+                int64_t depth, char* operand) {
+  uint16_t odd_words[2 * W];  // of two vectors
+  for (int i = 0; i < 2 * W; ++i) odd_words[i] = static_cast<uint16_t>(2 * i + 1);
+  const vi words = loadi(odd_words);
+  const vf scale = set1(kScaleA);
+  const int64_t steps = ceil_div(depth, kStep);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i + kRowsAhead < rows) a.prefetch(i0 + i + kRowsAhead, 1, p0, depth);
+    alignas(64) float row[Depth];
+    load_row(row, a.m.data, a.m.dtype, (i0 + i) * a.m.stride + p0, depth);
+    for (int64_t p = depth; p < steps * kStep; ++p) row[p] = 0.0f;
+    char* tile = operand + (i / height * (Depth / kStep) * Parts) * kTileBytes + i % height * 64;
+    char* to = tile;
+    vf check = zero();
+    for (int64_t s = 0; s < steps; ++s) {
+      vf low = mul(load(row + s * kStep), scale), high = mul(load(row + s * kStep + W), scale);
+      check = fma(low, zero(), fma(high, zero(), check));
+      for (int part = 0; part < Parts; ++part, to += kTileBytes) {
+        const vi first = take_part(low), second = take_part(high);
+        storei(reinterpret_cast<uint32_t*>(to), _mm512_permutex2var_epi16(first, words, second));
+      }
+    }
+    // Rounding its bits may have made a number of a NaN.
+    if (_mm512_cmp_ps_mask(check, check, _CMP_UNORD_Q)) *reinterpret_cast<uint16_t*>(tile) = 0x7fc0;
+  }
+}
+
+// -- panel ----------------------------------------------------------------------------------------
+
+// kTile columns and up to Source::kDepth values of p.
+struct TilePanel {
+  char* parts;
+  float* floats;            // the same as float32, for those that need care
+  bool filled;              // they are there
+  bool tame;                // finite, and so are the scales, far from the ends of float32
+  int64_t group;            // steps that share their scales
+  const float* scales[NV];  // of a tile of columns: [group][W]
+};
+
+// The float32 panel, in parts.
+template <int Parts>
+void split_panel(int64_t depth, TilePanel& to) {
+  char* parts = to.parts;
+  __mmask16 nan = 0;  // rounding its bits may make a number of a NaN
+  for (int64_t s = 0; s < ceil_div(depth, kStep); ++s, parts += NV * Parts * kTileBytes)
+    for (int64_t q = 0; q < kTileRows; ++q)
+      for (int64_t v = 0; v < NV; ++v) {
+        const float* from = to.floats + (s * kStep + 2 * q) * kTile + v * W;
+        vf even = mul(load(from), set1(kScaleW)), odd = mul(load(from + kTile), set1(kScaleW));
+        nan |= _mm512_cmp_ps_mask(even, odd, _CMP_UNORD_Q);
+        for (int part = 0; part < Parts; ++part) {
+          const vi low = take_part(even), high = take_part(odd);
+          storei(reinterpret_cast<uint32_t*>(parts + (part * NV + v) * kTileBytes + q * 64),
+                 _mm512_mask_blend_epi16(0xaaaaaaaa, shr<16>(low), high));
+        }
+      }
+  to.tame = nan == 0;
+}
+
+// A source whose rows or columns are filled as float32 and split.
+template <bool Transposed, class Source>
+struct SplitSource {
+  static constexpr int64_t kDepth = 256;
+  const Source& source;
+  float scales[W];
+
+  explicit SplitSource(const Source& from) : source(from) {
+    store(scales, set1(kUnscaleA / kScaleW));
+  }
+  static bool whole_rows() { return Transposed; }
+  void begin(int64_t, int64_t) const {}
+  void floats(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    if constexpr (Transposed)
+      fill_transposed(source, j0, columns, p0, depth, to.floats);
+    else
+      fill_natural(source, j0, columns, p0, depth, to.floats);
+    for (int64_t p = 0; p < ceil_div(depth, kStep) * kStep; ++p)
+      for (int64_t v = p < depth ? ceil_div(columns, W) : 0; v < NV; ++v)
+        store(to.floats + p * kTile + v * W, zero());
+    to.filled = true;
+  }
+  template <int Parts>
+  void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    floats(j0, columns, p0, depth, to);
+    split_panel<Parts>(depth, to);
+    to.group = kDepth / kStep;
+    for (const float*& tile : to.scales) tile = scales;
+  }
+};
+
+// Rows of a 4-bit weight whose blocks fit its rows, as columns of codes.
+class CodeSource {
+ public:
+  static constexpr int64_t kDepth = 128;
+  explicit CodeSource(const Quantized& weight) : source(weight), chunks(weight.w) {
+    vf rest = source.lut.entries;
+    for (vi& table : tables) {
+      uint32_t part[16];
+      uint16_t words[32];  // twice: the fifth bit of an index is not ours
+      storei(part, take_part(rest));
+      for (int i = 0; i < 32; ++i) words[i] = static_cast<uint16_t>(part[i % 16] >> 16);
+      table = loadi(words);
+    }
+    for (int b = 0; b < 4; ++b) {
+      uint8_t offsets[64];  // of bits in a quadword, for each byte of the result
+      for (int i = 0; i < 64; ++i)
+        offsets[i] = static_cast<uint8_t>(i / 4 % 2 * 32 + 8 * b + (i % 4 == 0 ? 4 : 0));
+      nibbles[b] = loadi(offsets);
+    }
+  }
+  // Codes that the tables hold exactly, and tame ones.
+  static bool takes(const Weight4& w) {
+    if (!blocks_fit_rows(w)) return false;
+    for (int i = 0; i < 16; ++i) {
+      const float size = float_of(bits_of(w.code[i]) & 0x7fffffff);
+      if (!(size == 0.0f || (size > 0x1p-60f && size < 0x1p60f))) return false;
+    }
+    return true;
+  }
+
+  void floats(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    SplitSource<true, Quantized>(source).floats(j0, columns, p0, depth, to);
+  }
+  static bool whole_rows() { return true; }
+  // Columns [j0, j0 + columns) come next.
+  void begin(int64_t j0, int64_t columns) {
+    const LaneRows rows(chunks, source.lut, j0, columns);
+    first_column = j0;
+    scales = rows.scales;
+    vi largest = set1i(0), smallest = set1i(bits_of(1.0f));
+    const int64_t size = ceil_div(columns, W) * chunks.blocks_per_row * W;
+    for (int64_t k = 0; k < size; k += W) {
+      const vf scale = load(scales + k);
+      const vi bits = abs_bits(scale);
+      largest = maxi(largest, bits);
+      smallest =
+          _mm512_mask_min_epi32(smallest, _mm512_test_epi32_mask(bits, bits), smallest, bits);
+      store(scales + k, mul(scale, set1(kUnscaleA)));
+    }
+    tame = _mm512_reduce_max_epi32(largest) < static_cast<int>(bits_of(0x1p60f)) &&
+           _mm512_reduce_min_epi32(smallest) > static_cast<int>(bits_of(0x1p-80f));
+  }
+  template <int>
+  void fill(int64_t j0, int64_t columns, int64_t p0, int64_t depth, TilePanel& to) const {
+    for (int64_t v = 0; v < NV; ++v)
+      for (int64_t p = 0; p < depth; p += kChunk) {
+        vf dwords[W];
+        for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one
+          const int64_t n = j0 + min64(v * W + l, columns - 1);
+          dwords[l] = as_float(chunks.packed(n, p0 + p));
+          chunks.prefetch(n, p0 + p + kCodesAhead);
+        }
+        transpose(dwords);
+        for (int64_t d = 0; d < min64(W, (depth - p) / 8); ++d) {
+          const int64_t q = (p + 8 * d) / 2;
+          char* at =
+              to.parts + (q / kTileRows * NV * kMaxParts + v) * kTileBytes + q % kTileRows * 64;
+          for (int b = 0; b < 4; ++b) {
+            const vi index = _mm512_multishift_epi64_epi8(nibbles[b], as_bits(dwords[d]));
+            for (int part = 0; part < kMaxParts; ++part)
+              storei(reinterpret_cast<uint32_t*>(at + part * NV * kTileBytes + b * 64),
+                     _mm512_permutexvar_epi16(index, tables[part]));
+          }
+        }
+      }
+    to.filled = false;
+    to.tame = tame;
+    to.group = min64(kDepth / kStep, (int64_t{1} << source.w.block_shift) / kStep);
+    for (int64_t v = 0; v < NV; ++v) {  // a missing tile of columns takes the scales of the first
+      const int64_t tile = (j0 - first_column) / W + (v * W < columns ? v : 0);
+      to.scales[v] = scales + (tile * chunks.blocks_per_row + chunks.first_block(p0)) * W;
+    }
+  }
+
+ private:
+  const Quantized& source;
+  Chunks chunks;
+  vi tables[kMaxParts], nibbles[4];
+  int64_t first_column = 0;
+  float* scales = nullptr;  // of LaneRows, times kUnscaleA
+  bool tame = true;
+};
