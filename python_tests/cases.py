@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -427,6 +428,13 @@ def run(op: str, args: tuple) -> tuple[torch.Tensor, ...]:
         return outputs if isinstance(outputs, tuple | list) else (outputs,)
     first = args[0].detach().clone()
     return first, function(first, *args[1:])
+
+
+def with_rows(args: tuple, case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
+    """``args``, where ``change`` was applied to what has a row for each of the case's M."""
+    return [
+        change(a) if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
+    ]
 
 
 def call(op: str, args: tuple, case: Case) -> torch.Tensor:

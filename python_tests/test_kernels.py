@@ -8,11 +8,11 @@ import conftest
 import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import backends
-from lowrank_kernels.schema import ops
 
 pytestmark = pytest.mark.skipif(
     conftest.KERNELS[0] != "cpu-scalar", reason="this is about the CPU kernels"
 )
+run = cases.run
 MATRIX_OPS = (
     "linear_4bit",
     "linear_4bit_dx",
@@ -35,15 +35,8 @@ def isa(request):
         yield request.param
 
 
-def run(op: str, args) -> tuple[torch.Tensor, ...]:
-    outputs = getattr(ops, op)(*args)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 def first_rows(args, case: cases.Case, height: int) -> list:
-    return [
-        a[:height] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
-    ]
+    return cases.with_rows(args, case, lambda a: a[:height])
 
 
 def test_the_ranges_cover_every_number_of_rows(isa):
@@ -68,7 +61,7 @@ def test_each_kernel_keeps_the_bound(op, case, kernel, isa):
         assert backends.report()["kernel"] == kernel
         for height in (1, 3, 5, 16, case.M):
             part = first_rows(args, case, height)
-            tolerance.check(op, part, getattr(ops, op)(*part))
+            tolerance.check(op, part, run(op, part))
     assert backends.report()["kernel"] is None
 
 

@@ -181,10 +181,7 @@ def _unaligned(t):
 def test_rows_expanded_from_one(op, case, backend):
     """Stride 0, as the gradient of a sum has it."""
     args = cases.make(op, case)
-    expanded = [
-        a[:1].expand(a.shape) if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a
-        for a in args
-    ]
+    expanded = cases.with_rows(args, case, lambda a: a[:1].expand(a.shape))
     assert any(isinstance(a, torch.Tensor) and 0 in a.stride() for a in expanded)
     dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expanded]
     tolerance.assert_same_bits(op, run(op, expanded), run(op, dense))
@@ -253,10 +250,7 @@ def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
     expected = {}
     for height in (*HEIGHTS[::-1], case.M):
         rows = slice(0, height) if place == "first" else slice(case.M - height, case.M)
-        part = [
-            a[rows] if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
-        ]
-        outputs = run(op, part)[:per_row]
+        outputs = run(op, cases.with_rows(args, case, lambda a, rows=rows: a[rows]))[:per_row]
         family = cases.family(op, case._replace(M=height), backend)
         tallest = expected.setdefault(family, outputs)
         for name, out, tall in zip(("first output", "second output"), outputs, tallest):

@@ -17,8 +17,7 @@ LK_API int lk_isa_count(void);
 LK_API const char* lk_isa_name(int index);
 LK_API int lk_isa_supported(int index);
 // Whether the operators that this thread calls round activations to int8; at first they do not.
-// Sets it and returns what it was.
-LK_API int lk_int8_set(int on);
+LK_API void lk_int8_set(int on);
 LK_API int lk_int8_active(void);
 // The kernels for that beside the instruction set in use: their name, or null if there are none or
 // this CPU cannot run them.

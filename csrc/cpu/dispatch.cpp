@@ -138,11 +138,7 @@ int lk_isa_supported(int index) {
   return index >= 0 && index < lk::kCount && lk::kIsas[index].supported();
 }
 
-int lk_int8_set(int on) {
-  const bool before = lk::int8_active;
-  lk::int8_active = on != 0;
-  return before;
-}
+void lk_int8_set(int on) { lk::int8_active = on != 0; }
 
 int lk_int8_active(void) { return lk::int8_active; }
 

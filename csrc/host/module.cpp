@@ -56,8 +56,8 @@ PYBIND11_MODULE(_host, m) {
       "isa_supported", [] { return isa_list(true); },
       "Names of the compiled ISAs that this CPU supports.");
   m.def(
-      "int8_set", [](bool on) { return lk_int8_set(on) != 0; }, py::arg("on"),
-      "Whether operators called by this thread round activations to int8; returns what it was.");
+      "int8_set", [](bool on) { lk_int8_set(on); }, py::arg("on"),
+      "Whether operators called by this thread round activations to int8.");
   m.def("int8_kernels", &lk_int8_kernels, "Name of the int8 kernels that can run, or None.");
   m.def(
       "kernel_set",

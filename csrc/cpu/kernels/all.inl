@@ -19,6 +19,7 @@ struct Constant {
 #include "cpu/kernels/no_tiles.inl"
 #endif
 #include "cpu/kernels/multi_products.inl"
+#include "cpu/kernels/outputs.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/quantize.inl"
 #ifdef LK_INT8

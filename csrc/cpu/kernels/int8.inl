@@ -100,31 +100,6 @@ struct Int8Rows {
   }
 };
 
-// The scales of rows n0 .. n0 + count of the weight as lanes, dst[block * W + l]; a missing row
-// repeats the last one. rows: scratch of W rows of the scales, padded to vectors.
-inline void int8_scales(const Chunks& chunks, int64_t n0, int64_t count, float* rows, float* dst) {
-  const int64_t blocks = chunks.blocks_per_row, stride = ceil_div(blocks, W) * W;
-  for (int64_t l = 0; l < count; ++l) chunks.load_row_scales(rows + l * stride, n0 + l, 0, blocks);
-  for (int64_t b = 0; b < blocks; b += W) {
-    vf lanes[W];
-    for (int64_t l = 0; l < W; ++l) lanes[l] = load(rows + min64(l, count - 1) * stride + b);
-    transpose(lanes);
-    const int64_t n = min64(W, blocks - b);
-    for (int64_t i = 0; i < n; ++i) store(dst + (b + i) * W, lanes[i]);
-  }
-}
-
-// Packed dwords of a chunk of rows n .. n + count: lane l of dwords[d] is weights k + 8d .. of row
-// n + l. Another chunk is asked for, one that will be wanted about a panel or some rows later.
-inline void int8_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k, int64_t next_n,
-                       int64_t next_k, vf (&dwords)[W]) {
-  for (int64_t l = 0; l < W; ++l) {
-    dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
-    chunks.prefetch(next_n + l, next_k);
-  }
-  transpose(dwords);
-}
-
 inline vi even_bytes(vi lut, vi packed) {
   return lut_bytes(lut, andi(shr<4>(packed), set1i(0x0f0f0f0f)));
 }
@@ -144,7 +119,8 @@ void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_
   const int32_t* bias = x.bias;
   for (int64_t k = 0; k < x.K; k += kChunk) {
     vf dwords[W];
-    int8_chunk(chunks, n, count, k, n + W, k, dwords);
+    load_chunk(chunks, n, count, k, dwords);
+    chunks.prefetch_rows(n + W, k);
     const int present = static_cast<int>(min64(W, (x.K - k) / 8));
     for (int d0 = 0; d0 < present; d0 += per_group) {
       vi even[M], odd[M];  // two sums: one alone would wait for itself
@@ -176,8 +152,9 @@ void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_
 struct Int8Panel {
   const Chunks& chunks;
   int64_t n0, count, p0, depth;
-  uint32_t* quads;      // [quad][v][lane]
-  const float* scales;  // int8_scales of the first W rows; those of the others scale_stride later
+  uint32_t* quads;  // [quad][v][lane]
+  const float*
+      scales;  // of load_lane_scales, from n0 on; those of the next W rows scale_stride later
   int64_t scale_stride;
 
   // `next` will be filled next: its bytes are on their way while this one is multiplied.
@@ -185,8 +162,8 @@ struct Int8Panel {
     for (int64_t v = 0; v * W < count; ++v)
       for (int64_t p = 0; p < depth; p += kChunk) {
         vf dwords[W];
-        int8_chunk(chunks, n0 + v * W, min64(W, count - v * W), p0 + p, next.n0 + v * W,
-                   next.p0 + p, dwords);
+        load_chunk(chunks, n0 + v * W, count - v * W, p0 + p, dwords);
+        chunks.prefetch_rows(next.n0 + v * W, next.p0 + p);
         const int64_t present = min64(W, (depth - p) / 8);
         uint32_t* out = quads + (p / 4 * NV + v) * W;
         for (int64_t d = 0; d < present; ++d, out += 2 * NV * W) {
@@ -244,7 +221,7 @@ inline void int8_tile_rows(const Int8Rows& x, int64_t i, const Int8Panel& panel,
 }
 
 // c[i, j] += Σ_k of rows [i0, i0 + rows) of x, which are whole tiles, and columns [j0, j0 +
-// columns). scales: int8_scales of each vector of columns.
+// columns). scales: of load_lane_scales for these columns.
 inline void int8_panels(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t i0, int64_t rows,
                         int64_t j0, int64_t columns, const float* scales, float* c) {
   uint32_t* quads = static_cast<uint32_t*>(scratch(Slot::panel, kInt8Depth * kTile));
@@ -267,46 +244,25 @@ inline void int8_panels(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t
 
 // -- the operator ---------------------------------------------------------------------------------
 
-// What the adapter of a adds to rows [i0, i0 + rows), into a zeroed tile.
-inline void int8_adapter(const LinearArgs& a, const Expansion* many, int64_t i0, int64_t rows,
-                         int64_t j0, int64_t columns, float* c) {
-  if (many) many->rows(i0, rows, j0, columns, false, c);
-  if (!a.lora.A.data) return;
-  const int64_t R = a.lora.A.rows;
-  accumulate<true>(Operand<false>{Matrix{a.s, DType::f32, a.x.rows, R, R}}, Dense{a.lora.B}, i0,
-                   rows, j0, columns, R, c);
-  for (int64_t k = 0; k < rows * kWidth; k += W)
-    store(c + k, mul(load(c + k), set1(a.lora.scaling)));
-}
-
 // Outputs of rows [i0, i0 + rows) of x and columns [j0, j0 + columns), at most kWidth.
 inline void int8_outputs(const LinearArgs& a, const Expansion* many, const Int8Rows& x, vi lut,
                          int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
   const Chunks chunks(*a.base.quantized);
   float* c = static_cast<float*>(scratch(Slot::accumulator, rows * kWidth * sizeof(float)));
   for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
-  int8_adapter(a, many, x.m0 + i0, rows, j0, columns, c);
-  const int64_t blocks = chunks.blocks_per_row, w_stride = blocks * W;
-  float* w_scale = static_cast<float*>(
-      scratch(Slot::rows, (kWidth * blocks + W * (blocks + W)) * sizeof(float)));
-  float* unordered = w_scale + kWidth * blocks;
+  if (many) many->rows(x.m0 + i0, rows, j0, columns, false, c);
+  add_adapter(a, x.m0 + i0, rows, j0, columns, c);
+  const float* scales = load_lane_scales(chunks, j0, columns);
   for (int64_t j = 0; j < columns; j += W) {
     const int64_t count = min64(W, columns - j);
-    float* scale = w_scale + j / W * w_stride;
-    int8_scales(chunks, j0 + j, count, unordered, scale);
+    const float* scale = scales + j * chunks.blocks_per_row;
     if (x.rows == 1) int8_few<1>(x, chunks, lut, j0 + j, count, scale, c + j);
     if (x.rows == 2) int8_few<2>(x, chunks, lut, j0 + j, count, scale, c + j);
     if (x.rows == 3) int8_few<3>(x, chunks, lut, j0 + j, count, scale, c + j);
     if (x.rows == 4) int8_few<4>(x, chunks, lut, j0 + j, count, scale, c + j);
   }
-  if (x.rows > 4) int8_panels(x, chunks, lut, i0, rows, j0, columns, w_scale, c);
-  if (a.bias.data) {
-    float bias[kWidth];
-    load_row(bias, a.bias.data, a.bias.dtype, j0, columns);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) c[i * kWidth + j] += bias[j];
-  }
-  store_tile(a.y, x.m0 + i0, rows, j0, columns, c);
+  if (x.rows > 4) int8_panels(x, chunks, lut, i0, rows, j0, columns, scales, c);
+  store_outputs(a, x.m0 + i0, rows, j0, columns, c);
 }
 
 // Rows x.m0 .. x.m0 + x.rows of y.

@@ -49,25 +49,12 @@ void product(const A& a, const Source& source, int64_t depth, float scale, const
 template <class Base>
 void linear_pieces(const LinearArgs& a, const Expansion* many, const Parallel& pool,
                    const Base& base) {
-  const int64_t M = a.x.rows, N = a.y.cols, R = a.lora.A.rows;
-  const Operand<false> s{Matrix{a.s, DType::f32, M, R, R}};
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    if (a.lora.A.data) {
-      accumulate<true>(s, Dense{a.lora.B}, i0, rows, j0, columns, R, c);
-      for (int64_t k = 0; k < ceil_div(columns, kWidth) * rows * kWidth; k += W)
-        store(c + k, mul(load(c + k), set1(a.lora.scaling)));
-    }
+    add_adapter(a, i0, rows, j0, columns, c);
     base(i0, rows, j0, columns, c);
-    if (a.bias.data)
-      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
-        float bias[kWidth];
-        load_row(bias, a.bias.data, a.bias.dtype, j0 + j, width);
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t k = 0; k < width; ++k) tile[i * kWidth + k] += bias[k];
-      });
-    store_tiles(a.y, i0, rows, j0, columns, c);
+    store_outputs(a, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, N, body);
+  for_tiles_of(many, pool, a.x.rows, a.y.cols, body);
 }
 
 // weight_of(j0, columns): W, or at least these of its rows.

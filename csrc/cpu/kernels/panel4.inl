@@ -8,19 +8,6 @@
 constexpr int kChunk = 8 * W;
 static_assert(kDepth % kChunk == 0, "a panel holds whole chunks");
 
-// f(s, Constant<shift of weight 8j + s>) for s = 0..7: shifts are immediates.
-template <class F>
-inline void for_shifts(const F& f) {
-  f(0, Constant<4>{});
-  f(1, Constant<0>{});
-  f(2, Constant<12>{});
-  f(3, Constant<8>{});
-  f(4, Constant<20>{});
-  f(5, Constant<16>{});
-  f(6, Constant<28>{});
-  f(7, Constant<24>{});
-}
-
 // f(Constant<S>{}) for the weights S = 0..7 of a dword.
 template <class F>
 inline void for_nibbles(const F& f) {
@@ -53,13 +40,13 @@ struct Chunks {
   void load_row_scales(float* dst, int64_t n, int64_t first, int64_t count) const {
     load_scales(dst, w, n * blocks_per_row + first, count);
   }
-  // `scales` starts at the block `first`.
-  vf scale(const float* scales, int64_t first, int64_t k) const {
-    return permute(load(scales + (first_block(k) - first)), scale_lane);
-  }
   // A hint only: may name a row beyond the last. Hardware prefetchers stop at pages, which rows of
   // codes soon reach.
   void prefetch(int64_t n, int64_t k) const { __builtin_prefetch(w.packed + ((n * w.K + k) >> 1)); }
+  // Of rows n .. n + W.
+  void prefetch_rows(int64_t n, int64_t k) const {
+    for (int64_t l = 0; l < W; ++l) prefetch(n + l, k);
+  }
   void prefetch_scales(int64_t n, int64_t first, int64_t count) const {
     const int64_t block = n * blocks_per_row + first, size = w.absmax ? 4 : 1;
     const char* p = w.absmax ? reinterpret_cast<const char*>(w.absmax)
@@ -74,43 +61,56 @@ struct Chunks {
   }
 };
 
-// Rows [n0, n0 + count) of the weight as lanes, with their scales for all k. Group g is rows
-// n0 + g*W .. +W-1; a missing row repeats the last.
+// Packed dwords of a chunk of rows n .. n + count: lane l of dwords[d] is weights k + 8d .. of row
+// n + l. A missing row repeats the last one.
+inline void load_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k, vf (&dwords)[W]) {
+  for (int64_t l = 0; l < W; ++l) dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
+  transpose(dwords);
+}
+
+// The scales of rows [n0, n0 + count) as lanes, [group][block][lane]: group g is rows n0 + g*W ..
+// +W-1, a missing row repeats the last one. In scratch, until it is called again.
+inline float* load_lane_scales(const Chunks& chunks, int64_t n0, int64_t count) {
+  const int64_t blocks = chunks.blocks_per_row, groups = ceil_div(count, W);
+  const int64_t stride = Chunks::scales_size(chunks.w);
+  float* scales =
+      static_cast<float*>(scratch(Slot::scales, (groups * blocks + stride) * W * sizeof(float)));
+  float *to = scales, *by_row = scales + groups * blocks * W;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t l = 0; l < W; ++l)
+      chunks.load_row_scales(by_row + l * stride, n0 + min64(g * W + l, count - 1), 0, blocks);
+    for (int64_t b = 0; b < blocks; b += W) {
+      vf lanes[W];
+      for (int64_t l = 0; l < W; ++l) lanes[l] = load(by_row + l * stride + b);
+      transpose(lanes);
+      for (int64_t q = 0; q < min64(W, blocks - b); ++q, to += W) store(to, lanes[q]);
+    }
+  }
+  return scales;
+}
+
+// Rows [n0, n0 + count) of the weight as lanes, in groups, with their scales for all k.
 struct LaneRows {
   const Chunks& chunks;
   const Lut& lut;
   int64_t n0, count;
-  float* scales;  // [group][block][lane]
+  const float* scales;  // of load_lane_scales
 
   LaneRows(const Chunks& walk, const Lut& table, int64_t first, int64_t rows)
-      : chunks(walk), lut(table), n0(first), count(rows) {
-    const int64_t blocks = chunks.blocks_per_row, groups = ceil_div(count, W);
-    const int64_t stride = Chunks::scales_size(chunks.w);
-    float* to =
-        static_cast<float*>(scratch(Slot::scales, (groups * blocks + stride) * W * sizeof(float)));
-    float* by_row = to + groups * blocks * W;
-    scales = to;
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t l = 0; l < W; ++l)
-        chunks.load_row_scales(by_row + l * stride, row(g, l), 0, blocks);
-      for (int64_t b = 0; b < blocks; b += W) {
-        vf lanes[W];
-        for (int64_t l = 0; l < W; ++l) lanes[l] = load(by_row + l * stride + b);
-        transpose(lanes);
-        for (int64_t q = 0; q < min64(W, blocks - b); ++q, to += W) store(to, lanes[q]);
-      }
-    }
-  }
-  int64_t row(int64_t g, int64_t l) const { return n0 + min64(g * W + l, count - 1); }
+      : chunks(walk),
+        lut(table),
+        n0(first),
+        count(rows),
+        scales(load_lane_scales(chunks, n0, count)) {}
   const float* scale(int64_t g, int64_t k) const {
     return scales + (g * chunks.blocks_per_row + chunks.first_block(k)) * W;
   }
   // codes[d * W + l] = packed dword d of row l of the group, from column k0 on.
   void load_codes(int64_t g, int64_t k0, int64_t depth, uint32_t* codes) const {
+    const int64_t n = n0 + g * W, left = count - g * W;
     for (int64_t k = 0; k < depth; k += kChunk) {
       vf dwords[W];
-      for (int64_t l = 0; l < W; ++l) dwords[l] = as_float(chunks.packed(row(g, l), k0 + k));
-      transpose(dwords);
+      load_chunk(chunks, n, left, k0 + k, dwords);
       const int64_t present = min64(W, (depth - k) / 8);
       for (int64_t d = 0; d < present; ++d) storei(codes + (k / 8 + d) * W, as_bits(dwords[d]));
     }

@@ -172,9 +172,8 @@ class CodeSource {
   static bool whole_rows() { return true; }
   // Columns [j0, j0 + columns) come next.
   void begin(int64_t j0, int64_t columns) {
-    const LaneRows rows(chunks, source.lut, j0, columns);
     first_column = j0;
-    scales = rows.scales;
+    scales = load_lane_scales(chunks, j0, columns);
     vi largest = set1i(0), smallest = set1i(bits_of(1.0f));
     const int64_t size = ceil_div(columns, W) * chunks.blocks_per_row * W;
     for (int64_t k = 0; k < size; k += W) {
@@ -193,12 +192,8 @@ class CodeSource {
     for (int64_t v = 0; v < NV; ++v)
       for (int64_t p = 0; p < depth; p += kChunk) {
         vf dwords[W];
-        for (int64_t l = 0; l < W; ++l) {  // a missing row repeats the last one
-          const int64_t n = j0 + min64(v * W + l, columns - 1);
-          dwords[l] = as_float(chunks.packed(n, p0 + p));
-          chunks.prefetch(n, p0 + p + kCodesAhead);
-        }
-        transpose(dwords);
+        load_chunk(chunks, j0 + v * W, columns - v * W, p0 + p, dwords);
+        chunks.prefetch_rows(j0 + v * W, p0 + p + kCodesAhead);
         for (int64_t d = 0; d < min64(W, (depth - p) / 8); ++d) {
           const int64_t q = (p + 8 * d) / 2;
           char* at =
@@ -225,6 +220,6 @@ class CodeSource {
   Chunks chunks;
   vi tables[kMaxParts], nibbles[4];
   int64_t first_column = 0;
-  float* scales = nullptr;  // of LaneRows, times kUnscaleA
+  float* scales = nullptr;  // of load_lane_scales, times kUnscaleA
   bool tame = true;
 };

@@ -78,10 +78,10 @@ inline void even_odd(vf a, vf b, vf& even, vf& odd) {
   even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
   odd = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
 }
-inline void store_bytes(uint8_t* p, vi v) {
+inline void store_bytes(void* p, vi v) {
   const vi first = _mm256_shuffle_epi8(v, _mm256_set1_epi32(0x0c080400));
   _mm_storel_epi64(
-      reinterpret_cast<__m128i*>(p),
+      static_cast<__m128i*>(p),
       _mm_unpacklo_epi32(_mm256_castsi256_si128(first), _mm256_extracti128_si256(first, 1)));
 }
 
@@ -230,13 +230,6 @@ inline vi dot4(vi sum, vi u, vi s) {
 }
 inline vf to_float(vi v) { return _mm256_cvtepi32_ps(v); }
 inline vi to_int(vf v) { return _mm256_cvtps_epi32(v); }
-inline void store_bytes(void* p, vi v) {
-  // Byte 0 of each dword to the front of its half, then the halves together.
-  const vi first = _mm256_set1_epi32(0x0c080400);
-  const vi bytes = _mm256_shuffle_epi8(v, first);
-  const vi together = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
-  _mm_storel_epi64(static_cast<__m128i*>(p), _mm256_castsi256_si128(together));
-}
 inline vi andi(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi make_byte_lut(const uint8_t* table) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));

@@ -62,8 +62,8 @@ inline void even_odd(vf a, vf b, vf& even, vf& odd) {
   even = _mm512_permutex2var_ps(a, index, b);
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(index, set1i(1)), b);
 }
-inline void store_bytes(uint8_t* p, vi v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+inline void store_bytes(void* p, vi v) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
 }
 
 inline Lut make_lut(const float* code) { return {load(code)}; }
@@ -170,9 +170,6 @@ inline vi dot4(vi sum, vi u, vi s) {
 }
 inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
 inline vi to_int(vf v) { return _mm512_cvtps_epi32(v); }  // to nearest, ties to even
-inline void store_bytes(void* p, vi v) {
-  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
-}
 inline vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }
 // A table of 16 bytes, and its entries for the bytes of index, each below 16.
 inline vi make_byte_lut(const uint8_t* table) {

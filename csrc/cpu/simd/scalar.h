@@ -82,8 +82,8 @@ inline void even_odd(vf a, vf b, vf& even, vf& odd) {
   odd = vf{a[1], a[3], b[1], b[3]};
 }
 // The low byte of each lane.
-inline void store_bytes(uint8_t* p, vi v) {
-  for (int i = 0; i < W; ++i) p[i] = static_cast<uint8_t>(v[i]);
+inline void store_bytes(void* p, vi v) {
+  for (int i = 0; i < W; ++i) static_cast<uint8_t*>(p)[i] = static_cast<uint8_t>(v[i]);
 }
 
 inline Lut make_lut(const float* code) {
