@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 import lowrank_kernels as lk
+import test_docs
+import tiny_llama
 from lowrank_kernels.cli import corpus, models
 
 for package in ("trl", "peft", "datasets", "accelerate", "gguf"):
@@ -201,16 +203,28 @@ GRPO = {
 }
 
 
+@pytest.fixture
+def fused_calls(monkeypatch) -> list:
+    """One entry for each forward of base and adapter in one operator."""
+    from lowrank_kernels.interop import peft_layer
+
+    calls, real = [], peft_layer.lora_linear_4bit
+    monkeypatch.setattr(
+        peft_layer, "lora_linear_4bit", lambda *args: (calls.append(args[0].shape), real(*args))[1]
+    )
+    return calls
+
+
 # -- the trainers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_sft_on_the_whole_model(smollm2, tmp_path):
+def test_sft_on_the_whole_model(smollm2, tmp_path, fused_calls):
     model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
-    lk.replace_linear(model, r=0, progress=False)
+    report = lk.replace_linear(model, r=0, progress=False)
     before = tensors(model)
     losses = train(trainer("SFT", model, answers(), tokenizer, tmp_path), before)
     assert falls(losses) and losses[-1] < 0.9 * losses[0], losses
+    assert len(report.replaced) == 210 and len(fused_calls) == 210 * STEPS
 
 
 @pytest.mark.parametrize(
@@ -299,3 +313,14 @@ def test_resuming_changes_nothing(folder, tokenizer, tmp_path):
     assert logged(rest) == expected, "those before are in the checkpoint"
     first, second = tensors(whole.model), tensors(rest.model)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# -- docs/trl.md -------------------------------------------------------------------------------------
+
+
+def test_the_page(tmp_path, monkeypatch):
+    page = (test_docs.DOCS / "trl.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = test_docs.run("trl.md", {"path": tiny_llama.save(tmp_path / "llama", [page])})
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    assert len(logged(names["trainer"])) == STEPS and names["kl"].isfinite()
