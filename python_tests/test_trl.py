@@ -128,7 +128,6 @@ def trainer(kind: str, model, data, tokenizer, out: pathlib.Path, lora=None, res
         seed=0,
         **{"save_strategy": "no", **config},
     )
-    torch.manual_seed(0)  # TRL seeds after adapters are made
     task = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
     adapters = LoraConfig(r=8, target_modules="all-linear", task_type=task, **(lora or {}))
     rest = {"peft_config": adapters, **(rest or {})}
@@ -288,6 +287,19 @@ def test_grpo(folder, tokenizer, tmp_path):
 
 
 # -- around a run ------------------------------------------------------------------------------------
+
+
+def test_reward_in_float32_of_a_model_that_says_4bit(folder, tokenizer, tmp_path):
+    """TRL makes its head bfloat16, which float32 activations do not fit; the page says what to do."""
+    model = scoring(folder)
+    before = tensors(model)
+    model.is_loaded_in_4bit = True
+    run = trainer("Reward", model, preferences(), tokenizer, tmp_path)
+    head = run.model.get_submodule("base_model.model.score.modules_to_save.default")
+    assert head.weight.dtype == torch.bfloat16, "no longer: then the page need not say it"
+    run.model.float()
+    losses = train(run, before)
+    assert head.weight.dtype == torch.float32 and falls(losses)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
