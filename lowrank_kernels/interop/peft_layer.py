@@ -1,6 +1,6 @@
 """PEFT's LoRA layer over ``Linear4bit``: what ``get_peft_model`` makes of one, without registration.
 
-:func:`install` runs when PEFT's LoRA model is imported (see ``on_import``); nothing here is imported before.
+Imported by peft_hook.py, when PEFT meets the first such layer.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _check_config(config) -> None:
             "path_initial_model_for_weight_conversion)"
         )
     variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
-    for name in variants:
+    for name in [*variants, "use_qalora"]:  # which PEFT would ignore
         if (value := getattr(config, name)) and name not in _VARIANTS:
             raise ValueError(
                 f"{name}: expected it unset, got {value!r}; it needs a dense base weight and is not supported on "
@@ -243,11 +243,12 @@ def _check_config(config) -> None:
             )
 
 
-def _dispatch(target: nn.Module, adapter_name: str, config, **kwargs) -> nn.Module | None:
-    """The LoRA layer for ``target`` if its base is a Linear4bit."""
+def dispatch(target: nn.Module, adapter_name: str, config, **kwargs) -> PeftLinear4bit:
+    """The LoRA layer for ``target``, whose base is a Linear4bit.
+
+    Raises ValueError for a LoRALinear4bit, for target_parameters, and as :meth:`PeftLinear4bit.update_layer`.
+    """
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, Linear4bit):
-        return None
     if isinstance(base, LoRALinear4bit):
         raise ValueError(
             f"target_modules: expected Linear4bit layers (replace_linear with r=0), got a LoRALinear4bit, which "
@@ -264,24 +265,3 @@ def _dispatch(target: nn.Module, adapter_name: str, config, **kwargs) -> nn.Modu
         )
         config.fan_in_fan_out = False
     return PeftLinear4bit(target, adapter_name, config=config, **kwargs)
-
-
-def install(lora_model) -> None:
-    """Puts the dispatcher before the last of ``peft.tuners.lora.model``, that for torch's own layers.
-
-    So what a user registered (``config._register_custom_module``) still comes first.
-    """
-    default = getattr(lora_model, "dispatch_default", None)
-    if default is None:
-        warnings.warn(
-            "lowrank_kernels: this version of peft has no dispatch_default in peft.tuners.lora.model, so "
-            "adapters on Linear4bit layers are not fused",
-            stacklevel=2,
-        )
-        return
-
-    def dispatch_default(target, adapter_name, config, **kwargs):
-        module = _dispatch(target, adapter_name, config, **kwargs)
-        return default(target, adapter_name, config=config, **kwargs) if module is None else module
-
-    lora_model.dispatch_default = dispatch_default
