@@ -254,7 +254,7 @@ def test_training_is_that_of_the_dequantized_model(kind, config, folder, tokeniz
     assert again == losses
     dense = oracle(make(folder))
     expected = train(trainer(kind, dense, data, tokenizer, tmp_path, **config))
-    assert losses == pytest.approx(expected, rel=2e-2 if config.get("bf16") else 1e-3)
+    assert losses == pytest.approx(expected, rel=5e-2 if config.get("bf16") else 1e-3)
 
 
 def test_dpo_from_an_adapter_makes_a_reference_of_it(folder, tokenizer, tmp_path):
