@@ -286,6 +286,21 @@ def test_grpo(folder, tokenizer, tmp_path):
     assert train(second) == losses and logged(second, "reward") == rewards
 
 
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO", "Reward"])
+def test_from_a_path(kind, folder, tokenizer, tmp_path):
+    """With a quantization_config: the bytes of ``replace_linear``, and adapters in bfloat16, as TRL wants them."""
+    rest = {"quantization_config": lk.LowRankConfig()}
+    data, config = {"SFT": answers, "GRPO": dataset}.get(kind, preferences)(), {"bf16": True}
+    if kind == "GRPO":
+        rest["reward_funcs"] = distinct_letters
+        config |= GRPO
+    run = trainer(kind, str(folder), data, tokenizer, tmp_path, rest=rest, **config)
+    trainable = [p for p in run.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.bfloat16}
+    losses = train(run, tensors((scoring if kind == "Reward" else causal)(folder)))
+    assert kind == "GRPO" or falls(losses), losses
+
+
 # -- around a run ------------------------------------------------------------------------------------
 
 
