@@ -75,7 +75,8 @@ def layers(model: nn.Module) -> list[PeftLinear4bit]:
 def packed(model: nn.Module) -> list[torch.Tensor]:
     """All bytes of the 4-bit weights, copied."""
     weights = [m.weight4bit for m in model.modules() if isinstance(m, lk.Linear4bit)]
-    return [t.detach().clone() for w in weights for t in w.tensors().values()]
+    tensors = [t.detach().clone() for w in weights for t in w.tensors().values()]
+    return [t.reshape(-1).view(torch.uint8) for t in tensors]
 
 
 def assert_same_packed(model: nn.Module, before: list[torch.Tensor]) -> None:
