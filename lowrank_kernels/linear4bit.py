@@ -277,7 +277,7 @@ class Linear4bit(nn.Linear):
 
     def _read_weight(self, entries: dict[str, torch.Tensor], key: str) -> Weight4bit:
         """The 4-bit weight in ``entries``, or a dense one quantized; ValueError if neither."""
-        shape = (self.out_features, self.in_features)
+        shape = tuple(self._weight4bit.shape)
         if entries.keys() != {key}:
             w = Weight4bit.from_bitsandbytes(entries, key)
             if tuple(w.shape) != shape:

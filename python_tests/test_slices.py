@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -101,7 +102,7 @@ def test_the_operators_run_on_a_slice(backend):
 
 def test_orientation_and_meta():
     w = cases.random_weight(cases.Case(0, 8, 64, storage=cases.BF16))
-    row = Weight4bit(w.packed.view(1, -1), *(getattr(w, f) for f in ("absmax", "code", "shape", "dtype", "quant_type", "blocksize")))  # fmt: skip
+    row = dataclasses.replace(w, packed=w.packed.view(1, -1))
     assert w.narrow(0, 2, 4).packed.shape == (64, 1) and row.narrow(0, 2, 4).packed.shape == (1, 64)
     meta = cases.random_weight(cases.Case(0, 1024, 128, double_quant=True)).to("meta")
     part = meta.narrow(0, 128, 128)
