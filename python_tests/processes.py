@@ -62,7 +62,11 @@ def _outcome(name: str, folder: pathlib.Path, size: int) -> str | None:
     failures = []
     for rank in range(size):
         file = folder / f"{rank}.{name}"
-        outcome = pickle.loads(file.read_bytes()) if file.exists() else "did not finish"
+        outcome = (
+            pickle.loads(file.read_bytes())
+            if file.exists()
+            else "did not finish, or an earlier check failed"
+        )
         if outcome is not None:
             log = (folder / f"{rank}.log").read_text(errors="replace")[-3000:]
             failures.append(f"process {rank}: {outcome}\nits output: {log}")
