@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def shard_sizes(total: int, parts: int, unit: int = 32) -> list[int]:
@@ -119,6 +120,7 @@ class GatherColumns(torch.autograd.Function):
         return place.all_gather(x, cut)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return ctx.cut.own(dy, 1).contiguous(), None, None
 
@@ -132,6 +134,7 @@ class OwnColumns(torch.autograd.Function):
         return cut.own(x, 1).contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         place, cut = ctx.rest
         return place.all_gather(dy, cut), None, None
