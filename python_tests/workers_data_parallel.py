@@ -186,10 +186,12 @@ def check_fsdp_of_a_model_without_data(rank, size):
 
 
 def check_fsdp_moves(rank, size):
-    parallel, one = shard(model()), model()
-    parallel.to(torch.bfloat16)
-    one.to(torch.bfloat16)
-    same_state({k: whole(v) for k, v in parallel.state_dict().items()}, one.state_dict())
+    for storage in (torch.uint8, torch.bfloat16):
+        parallel, one = shard(model(storage)), model(storage)
+        parallel.to(torch.float16)
+        one.to(torch.float16)
+        same_state({k: whole(v) for k, v in parallel.state_dict().items()}, one.state_dict())
+        close("y", parallel(batch().half()), one(batch().half()), 1e-3)
 
 
 def check_fsdp_mixed_precision(rank, size):

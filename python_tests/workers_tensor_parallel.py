@@ -258,7 +258,8 @@ def check_adapter_files(rank, size):
 def check_machinery(rank, size):
     x = torch.randn(5, 96)
     for kind in ("gathered", "whole_x"):
-        mine = parallel(layer(lora_dropout=0.3), STYLES[kind])
+        one = layer(lora_dropout=0.3)
+        mine = parallel(one, STYLES[kind])
         with torch.autocast("cpu", BF16):
             y = mine.eval()(x)
         assert y.dtype == BF16
@@ -282,9 +283,8 @@ def check_machinery(rank, size):
             results.append((y.detach(), leaf.grad, *parts))
         for result in results[1:]:
             tolerance.assert_same_bits(kind, result, results[0])
-        everyone = [torch.empty_like(results[0][0]) for _ in range(size)]
-        dist.all_gather(everyone, results[0][0])
-        assert all(torch.equal(everyone[0], y) for y in everyone)
+        torch.manual_seed(0)
+        close("y", results[0][0], one(x))
         mine.zero_grad()
         leaf = x.clone().requires_grad_()
         (dx,) = torch.autograd.grad(mine(leaf).square().sum(), leaf, create_graph=True)
