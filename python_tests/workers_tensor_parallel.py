@@ -184,6 +184,8 @@ def check_llama_trains(rank, size):
             for name, parameter, value in zip("AB", shard.adapter_parameters("default"), gradients):
                 if value.numel():
                     close(f"{path}: d{name}", parameter.grad, value, 1e-4)
+        norms = nn.utils.clip_grad_norm_(one.parameters(), 0.5), lkd.clip_grad_norm_(mine, 0.5)
+        close("norm", norms[1], norms[0])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -231,7 +233,7 @@ def check_adapter_files(rank, size):
     mine = copy.deepcopy(one)
     lkd.parallelize(mine, {"up": "column", "down": "row"})
     with pytest.raises(
-        RuntimeError, match="save_adapter: this process has only a part of a parallel"
+        RuntimeError, match="save_adapter: this process has only a part of the adapter"
     ):
         lk.save_adapter(mine, path / "parts")
     assert not (path / "parts").exists()
