@@ -5,11 +5,14 @@ from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
+from .interop import peft_hook
 from .interop.peft_files import load_adapter, save_adapter
 from .multi_lora.bank import AdapterBank
 from .multi_lora.functional import multi_lora_
 from .nn import Linear4bit, LoRALinear4bit
 from .replace import replace_linear
+
+peft_hook.register()
 
 __version__ = "0.1.0"
 __all__ = [

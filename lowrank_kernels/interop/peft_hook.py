@@ -1,0 +1,84 @@
+"""Has PEFT make a :class:`PeftLinear4bit` (peft_layer.py) of every ``Linear4bit``, without importing PEFT."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from types import ModuleType
+
+from ..linear4bit import Linear4bit
+from .on_import import on_import
+
+
+def register() -> None:
+    on_import("peft.tuners.lora.model", _install)
+    on_import("peft.utils.hotswap", _forget_pages_after)
+
+
+def _install(lora_model: ModuleType) -> None:
+    """Puts our dispatcher before PEFT's last one, that for torch's own layers.
+
+    So what a user registered (``config._register_custom_module``) still comes first.
+    """
+    default = getattr(lora_model, "dispatch_default", None)
+    if default is None:
+        warnings.warn(
+            f"lowrank_kernels: {_expected()}; Linear4bit layers are not fused", stacklevel=2
+        )
+    elif default.__module__ != __name__:
+        lora_model.dispatch_default = _before(default)
+        _refuse_copies(sys.modules["peft.utils.other"].ModulesToSaveWrapper)
+
+
+def _expected() -> str:
+    version = getattr(sys.modules.get("peft"), "__version__", "another version")
+    return f"peft: expected version 0.19 or later, got {version}"
+
+
+def _before(default):
+    def dispatch_default(target, adapter_name, **kwargs):
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if not isinstance(base, Linear4bit):
+            return default(target, adapter_name, **kwargs)
+        try:
+            from .peft_layer import dispatch
+        except ImportError as error:
+            raise ImportError(f"{_expected()}: {error}") from error
+        if "config" not in kwargs:
+            raise ImportError(_expected())
+        return dispatch(target, adapter_name, **kwargs)
+
+    return dispatch_default
+
+
+def _refuse_copies(wrapper: type) -> None:
+    """``modules_to_save`` trains a copy of a module, which in 4 bits would never change: an error instead."""
+    check_module = wrapper.check_module
+
+    def check(self) -> None:
+        check_module(self)
+        if any(isinstance(module, Linear4bit) for module in self.original_module.modules()):
+            raise TypeError(
+                "modules_to_save: expected modules with dense weights, got "
+                f"{type(self.original_module).__name__} in 4 bits, which cannot be trained; leave it out of "
+                "the quantization (replace_linear's exclude_modules) or name it in target_modules"
+            )
+
+    wrapper.check_module = check
+
+
+def _forget_pages_after(hotswap: ModuleType) -> None:
+    """Hotswapping writes to adapters through ``.data``, which the layers' copies for mixed batches do not see."""
+    swap = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(swap)
+    def hotswap_adapter_from_state_dict(model, *args, **kwargs):
+        try:
+            return swap(model, *args, **kwargs)
+        finally:
+            for module in model.modules():
+                if hasattr(module, "forget_pages"):
+                    module.forget_pages()
+
+    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict
