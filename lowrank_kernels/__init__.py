@@ -2,7 +2,7 @@
 
 import typing
 
-from . import backends
+from . import backends, distributed
 from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
@@ -39,6 +39,7 @@ __all__ = [
     "batch_invariant",
     "delete_adapter",
     "disable_adapters",
+    "distributed",
     "enable_adapters",
     "int8_activations",
     "linear_4bit",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .functional import linear_4bit, lora_linear_4bit
-from .linear4bit import Linear4bit, Params4bit
+from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
 from .multi_lora.plan import active as active_plan
 from .schema import FLOAT_DTYPES
@@ -46,6 +46,13 @@ def _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype
         raise TypeError(
             f"adapter_dtype: expected float32, bfloat16 or float16, got {adapter_dtype}"
         )
+
+
+def only_a_part() -> RuntimeError:
+    return RuntimeError(
+        "save_adapter: this process has only a part of the adapter; call "
+        "lowrank_kernels.distributed.save_adapter on all processes"
+    )
 
 
 class LoRALinear4bit(Linear4bit):
@@ -110,6 +117,10 @@ class LoRALinear4bit(Linear4bit):
         return self
 
     def _setup(self, w, bias):
+        self._init_adapters()
+        super()._setup(w, bias)
+
+    def _init_adapters(self) -> None:
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -118,7 +129,6 @@ class LoRALinear4bit(Linear4bit):
         self.scaling: dict[str, float] = {}
         self._active_adapter: str | None = None
         self._disabled = False
-        super()._setup(w, bias)
 
     # -- adapters ----------------------------------------------------------------------------------
 
@@ -191,7 +201,23 @@ class LoRALinear4bit(Linear4bit):
         # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
         modules = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        return A._parameters["weight"], B._parameters["weight"]
+        try:
+            return A._parameters["weight"], B._parameters["weight"]
+        except KeyError:  # a replica of nn.DataParallel has attributes instead
+            return A.weight, B.weight
+
+    def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as they are saved. Raises RuntimeError where this process has only parts of them."""
+        A, B = self.adapter_parameters(name)
+        if is_dtensor(A):
+            raise only_a_part()
+        return A, B
+
+    def shard_of_adapter(
+        self, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this layer holds of a whole A and B: all, unless it is a parallel layer."""
+        return A, B
 
     @property
     def active_adapter(self) -> str | None:
