@@ -418,7 +418,7 @@ def test_smollm2(tmp_path):
     options = ("--max-shard-size", "30MB", "--dtype", "float32")
     quantize(tmp_path / "bf16", tmp_path / "out", *options)
     theirs = loaded(tmp_path / "out")
-    model = model.float()
+    model = type(model).from_pretrained(tmp_path / "bf16", dtype=torch.float32)
     mine = ours(type(model)(model.config), tmp_path / "out")
     assert assert_same_weights(theirs, mine) == 210
     for name, layer in mine.named_modules():
