@@ -206,7 +206,7 @@ def test_small_files_go_along_and_code_does_not(llama, tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a b")["input_ids"]
     report = json.loads((tmp_path / "report.json").read_text())
     weight = tensors_of(llama)["model.layers.0.mlp.up_proj.weight"]
-    row = next(row for row in report["layers"] if row["name"] == "model.layers.0.mlp.up_proj")
+    row = next(row for row in report["quantized"] if row["name"] == "model.layers.0.mlp.up_proj")
     error = (lk.quantize_4bit(weight).dequantize() - weight).norm() / weight.norm()
     assert row["error"] == pytest.approx(float(error), rel=1e-5)
     assert row["bytes_before"] == 4 * weight.numel()
@@ -313,7 +313,7 @@ def check_model(folder: pathlib.Path, out: pathlib.Path, *arguments: str) -> dic
             weight.data = by_bitsandbytes(layer)
             count += 1
     document = json.loads(report.read_text())
-    assert count == len(document["layers"]) > 0
+    assert count == len(document["quantized"]) > 0
     inputs = {"input_ids": IDS}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = IDS
