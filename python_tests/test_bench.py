@@ -373,7 +373,7 @@ def test_what_a_graph_adds_is_looked_at_once():
 
 
 OWN_MEMORY = """
-from lowrank_kernels.benchmark import case, multi_providers
+from lowrank_kernels.benchmark import multi_providers
 case.POOL = 4
 multi_providers.each = lambda case, activations, turns: [(activations.clone(), t) for t in turns]
 """
