@@ -221,6 +221,13 @@ def test_small_files_go_along_and_code_does_not(llama, tmp_path, capsys):
         assert words in out
 
 
+def test_code_that_a_configuration_names_is_not_fetched(copied, tmp_path):
+    evil = dict.fromkeys(("attn_implementation", "_attn_implementation"), "evil/kernel")
+    edit(copied / "config.json", **evil, auto_map={"AutoModelForCausalLM": "modeling_evil.Model"})
+    quantize(copied, tmp_path / "out")
+    assert "model.layers.0.mlp.up_proj.weight.absmax" in tensors_of(tmp_path / "out")
+
+
 def test_quiet(llama, tmp_path, capsys):
     quantize(llama, tmp_path / "out", "--quiet")
     assert capsys.readouterr() == ("", "")

@@ -37,6 +37,7 @@ def meta_model(source: Source) -> nn.Module:
     path = source.folder / "config.json"
     try:
         config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config._attn_implementation = "eager"  # it can name code on the hub
         names = source.config.get("architectures") or [None]
         cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
         with torch.device("meta"):
