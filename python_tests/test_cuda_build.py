@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ import pytest
 import setuptools
 
 from lowrank_kernels import cuda_library
+from wheels.binaries import fatbin_entries
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -278,26 +278,6 @@ def library(tmp_path_factory) -> pathlib.Path:
         names = {name.rpartition("/")[2] for name in archive.namelist() if name.endswith(".so")}
         assert names == {*load("setup.py").product_names(), "liblowrank_cuda.so"}
         return pathlib.Path(archive.extract("lowrank_kernels/liblowrank_cuda.so", folder))
-
-
-def fatbin_entries(data: bytes) -> list[set[str]]:
-    """The architectures of each fat binary that nvcc embedded, as {"sm_90a", "compute_120"}."""
-    magic, found = struct.pack("<IHH", 0xBA55ED50, 1, 16), []  # magic, version, size of the header
-    start = data.find(magic)
-    while start >= 0:
-        at = start + 16
-        end = at + struct.unpack_from("<Q", data, start + 8)[0]
-        entries = set()
-        while at < end:
-            kind, header, size = struct.unpack_from("<HxxIQ", data, at)
-            (number,) = struct.unpack_from("<I", data, at + 28)
-            (flags,) = struct.unpack_from("<Q", data, at + 40)
-            variant = "a" if flags & 1 << 20 else "f" if flags & 1 << 21 else ""
-            entries.add(f"{ {1: 'compute', 2: 'sm'}[kind] }_{number}{variant}")
-            at += header + size
-        found.append(entries)
-        start = data.find(magic, end)
-    return found
 
 
 @needs_nvcc

@@ -92,6 +92,7 @@ class Wheel:
 
 def check(wheel: Wheel) -> str:
     """Everything that needs no torch. A few words for the table; WheelError: what is wrong."""
+    require(zipfile.is_zipfile(wheel.path), "no zip file")
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(wheel.path) as archive:
             check_files(wheel, archive)
@@ -185,13 +186,13 @@ def check_dependencies(wheel: Wheel, package: pathlib.Path) -> None:
         wheel.host: {"liblowrank_cpu.so"},
         "liblowrank_cpu.so": set(),
     }
-    for name, libraries in allowed.items():
-        try:
+    try:
+        for name, libraries in allowed.items():
             needed = binaries.needed_libraries(package / name)
-        except ValueError as error:
-            raise WheelError(str(error)) from None
-        require(needed <= libraries, f"{name} needs {sorted(needed - libraries)}")
-    unstable = binaries.unstable_symbols(package / "_ops.so")
+            require(needed <= libraries, f"{name} needs {sorted(needed - libraries)}")
+        unstable = binaries.unstable_symbols(package / "_ops.so")
+    except ValueError as error:
+        raise WheelError(str(error)) from None
     require(not unstable, f"_ops.so uses unstable symbols of torch: {sorted(unstable)[:3]}")
 
 
@@ -236,11 +237,17 @@ def check_host(wheel: Wheel, path: pathlib.Path) -> str:
 
 
 def run(*command: str) -> str:
-    """Its standard output. WheelError with its last line if it fails."""
+    """Its standard output. WheelError with its error if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise WheelError(last_line(done.stderr or done.stdout) or f"{command[0]} failed")
+        raise WheelError(reason(done.stderr or done.stdout))
     return done.stdout
+
+
+def reason(text: str) -> str:
+    """The line of a failed program's output that says why: its last error, else its last line."""
+    errors = re.findall(r"^[\w.]*(?:Error|ERROR)\b.*$", text, re.M)
+    return errors[-1] if errors else last_line(text) or "no output"
 
 
 def last_line(text: str) -> str:
