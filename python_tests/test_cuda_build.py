@@ -324,6 +324,20 @@ def test_this_reader_of_fat_binaries_is_right(tmp_path):
     assert fatbin_entries(target.read_bytes()) == [{"sm_80", "sm_90a", "sm_90", "compute_90"}]
 
 
+@needs_nvcc
+def test_cuobjdump_finds_the_same_code(library):
+    triton = pytest.importorskip("triton", reason="triton brings a cuobjdump")
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton has no cuobjdump")
+    listed = subprocess.run(
+        [str(tool), "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True
+    ).stdout
+    found = re.findall(r"\.(sm_\w+)\.(cubin|ptx)$", listed, re.MULTILINE)
+    assert len(found) == len(fatbin_entries(library.read_bytes()))
+    assert set(found) == {("sm_90a", "cubin")}
+
+
 # -- a build without CUDA ---------------------------------------------------------------------------
 
 

@@ -169,6 +169,17 @@ def test_a_platform_tag_that_promises_too_much(tmp_path, audited, tag, needed, s
         contents.check_platform(Wheel(tmp_path / NAME.replace(PLATFORM, tag)))
 
 
+@pytest.mark.parametrize(
+    "tag", ["manylinux2014_x86_64.manylinux_2_17_x86_64", "manylinux_2_28_x86_64", "linux_x86_64"]
+)
+def test_the_machine_is_read_from_every_platform_tag(tmp_path, tag):
+    wheel = Wheel(tmp_path / NAME.replace(PLATFORM, tag))
+    assert wheel.host == f"_host.cpython-{PYTHON[2:]}-x86_64-linux-gnu.so"
+    versions = {contents.glibc(platform) for platform in wheel.platforms}
+    minor = {"linux_x86_64": None, "manylinux_2_28_x86_64": (2, 28)}.get(tag, (2, 17))
+    assert versions == {minor}
+
+
 def test_a_library_of_somewhere_else_is_named(tmp_path, audited):
     audited["auditwheel"]["external_libs"] = {"libcudart.so.13": None}
     with pytest.raises(WheelError, match=r"libcudart\.so\.13"):

@@ -26,6 +26,9 @@ MIN_TORCH = "2.10.0"
 LIBTORCH = {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
 CUDA_LIBRARY = "liblowrank_cuda.so"
 
+_GLIBC = {"1": 5, "2010": 12, "2014": 17}  # PEP 600: the minor version of older names
+_MANYLINUX = re.compile(rf"manylinux(?:({'|'.join(_GLIBC)})|_(\d+)_(\d+))_")
+
 # Run by a Python of the wheel's version, which needs no torch for it.
 IMPORT_HOST = """
 import importlib.util, sys
@@ -71,7 +74,7 @@ class Wheel:
 
     @property
     def host(self) -> str:
-        machine = re.sub(r"^(manylinux_\d+_\d+|linux)_", "", self.platforms[0])
+        machine = re.sub(rf"^({_MANYLINUX.pattern}|linux_)", "", self.platforms[0])
         return f"_host.cpython-{self.python[2:]}-{machine}-linux-gnu.so"
 
     def libraries(self) -> set[str]:
@@ -174,9 +177,11 @@ def check_platform(wheel: Wheel) -> None:
 
 
 def glibc(platform: str) -> tuple[int, int] | None:
-    """(2, 34) of manylinux_2_34_x86_64; None of another tag."""
-    match = re.match(r"manylinux_(\d+)_(\d+)_", platform)
-    return (int(match[1]), int(match[2])) if match else None
+    """(2, 34) of manylinux_2_34_x86_64, as of the older names; None of another tag."""
+    match = _MANYLINUX.match(platform)
+    if match is None:
+        return None
+    return (2, _GLIBC[match[1]]) if match[1] else (int(match[2]), int(match[3]))
 
 
 def check_dependencies(wheel: Wheel, package: pathlib.Path) -> None:
