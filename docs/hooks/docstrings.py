@@ -6,6 +6,7 @@ Markdown tables. Double backticks are code in both.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 
@@ -21,7 +22,7 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs) -> None:
         for obj in _objects(pkg):
             if obj.docstring is not None:
-                obj.docstring.value = markdown(obj.docstring.value, lambda name: path(obj, name))
+                obj.docstring.value = markdown(obj.docstring.value, functools.partial(path, obj))
 
 
 def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:

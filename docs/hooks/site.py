@@ -28,7 +28,7 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     for source, target in PAGES.items():
-        markdown = re.sub(rf"\]\((?:\.\./)+{source}(#[^)]*)?\)", rf"]({target}\1)", markdown)
+        markdown = re.sub(rf"\]\(((?:\.\./)*)\.\./{source}\b", rf"](\1{target}", markdown)
     return markdown
 
 
