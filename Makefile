@@ -55,7 +55,7 @@ format: $(VENV)/.lint ## rewrite the sources in that style
 
 docs: $(VENV)/.docs ## build the documentation site into build/site; a broken link is an error
 	@echo '[docs] build'
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 asan: ## run the C++ self-tests under AddressSanitizer and UBSan (needs no Python)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(ASAN_TESTS)
