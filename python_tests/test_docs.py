@@ -36,7 +36,16 @@ def with_language(language: str) -> list[Block]:
     return [block for page in PAGES for block in blocks(page) if block.language == language]
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in with_language("python")}))
+def run_elsewhere() -> set[str]:
+    """Pages that another test file runs, `markdown_blocks.run("docs/x.md", ...)`."""
+    others = [path for path in (ROOT / "python_tests").glob("test_*.py") if path.name != "test_docs.py"]
+    call = re.compile(r'markdown_blocks\.run\(\s*"([^"]+)"')
+    return {page for path in others for page in call.findall(path.read_text(encoding="utf-8"))}
+
+
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in with_language("python")} - run_elsewhere())
+)
 def test_python_blocks_run(page, request, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     around = SETTINGS.get(page, _no_setting)(request)
