@@ -5,11 +5,24 @@ from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
+from .interop import peft_hook
 from .interop.peft_files import load_adapter, save_adapter
+from .model_adapters import (
+    adapters,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    merge_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
 from .multi_lora.bank import AdapterBank
 from .multi_lora.functional import multi_lora_
 from .nn import Linear4bit, LoRALinear4bit
 from .replace import replace_linear
+
+peft_hook.register()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,15 +30,23 @@ __all__ = [
     "Linear4bit",
     "LoRALinear4bit",
     "Weight4bit",
+    "adapters",
+    "add_adapter",
     "backends",
     "batch_invariant",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
     "int8_activations",
     "linear_4bit",
     "load_adapter",
     "lora_linear",
     "lora_linear_4bit",
+    "merge_adapter",
     "multi_lora_",
     "quantize_4bit",
     "replace_linear",
     "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
 ]

@@ -149,6 +149,7 @@ class Linear4bit(nn.Linear):
         for field, name in _BUFFERS.items():
             self._buffers[name] = getattr(w, field)
         self._weight4bit = dataclasses.replace(w, packed=packed)
+        self._unmerged: Weight4bit | None = None  # belonged to the weight that was
 
     def _collect(self) -> Weight4bit:
         statistics = {field: self._buffers[name] for field, name in _BUFFERS.items()}
@@ -227,8 +228,33 @@ class Linear4bit(nn.Linear):
         tensors = (self._parameters["weight"], *(self._buffers[name] for name in _BUFFERS.values()))
         frozen = {id(t) for t in tensors if t is not None}
         super()._apply(lambda t: apply_to_bytes(fn, t) if id(t) in frozen else fn(t), recurse)
+        aside = self._unmerged
         self._set_weight4bit(self._collect())
+        if aside is not None:
+            moved = {name: apply_to_bytes(fn, t) for name, t in aside.tensors().items()}
+            self._unmerged = dataclasses.replace(aside, **moved)
         return self
+
+    # -- merging -----------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        """Whether adapters are folded into the weight, and the weight before is kept aside."""
+        return self._unmerged is not None
+
+    @torch.no_grad()
+    def _merge_weight(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Runs on ``change(W)``, float32 ``[N, K]``, quantized with W's settings; keeps W aside.
+
+        W is the weight before any merging, so that merging again does not quantize twice.
+        """
+        original = self._unmerged or self.weight4bit
+        merged = self._quantize_like(change(original.dequantize(torch.float32)), original)
+        self._set_weight4bit(dataclasses.replace(merged, dtype=original.dtype))
+        self._unmerged = original
+
+    def _unmerge_weight(self) -> None:
+        self._set_weight4bit(self._unmerged)
 
     # -- state dict --------------------------------------------------------------------------------
 
@@ -249,6 +275,9 @@ class Linear4bit(nn.Linear):
     ):
         key = prefix + "weight"
         own = {k: v for k, v in state_dict.items() if k == key or k.startswith(key + ".")}
+        if self.merged and own:
+            error_msgs.append(f"{key}: the layer is merged; call unmerge() before loading")
+            return
         rest = {k: v for k, v in state_dict.items() if k not in own}
         missing: list[str] = []
         super()._load_from_state_dict(

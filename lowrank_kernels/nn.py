@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 
 import torch
 from torch import nn
 
 from .functional import linear_4bit, lora_linear_4bit
-from .linear4bit import Linear4bit, Params4bit, apply_to_bytes
+from .linear4bit import Linear4bit, Params4bit
 from .multi_lora.functional import multi_lora_linear_4bit
 from .multi_lora.plan import active as active_plan
 from .schema import FLOAT_DTYPES
@@ -211,11 +210,6 @@ class LoRALinear4bit(Linear4bit):
 
     # -- merging -----------------------------------------------------------------------------------
 
-    @property
-    def merged(self) -> bool:
-        """Whether :meth:`merge` has folded the active adapter into the weight."""
-        return self._unmerged is not None
-
     def _require_unmerged(self, action: str) -> None:
         if self.merged:
             name = self._active_adapter
@@ -234,39 +228,17 @@ class LoRALinear4bit(Linear4bit):
         if self._active_adapter is None or self._disabled:
             state = "adapters are disabled" if self._disabled else "no adapter is active"
             raise RuntimeError(f"merge: {state} on this layer, which has {list(self.r)}")
-        original = self.weight4bit
         if (name := self._active_adapter) in self.r:
-            dense = original.dequantize(torch.float32)
-            A, B = self.lora_A[name].weight, self.lora_B[name].weight
-            dense.addmm_(B.float(), A.float(), alpha=self.scaling[name])
-            merged = self._quantize_like(dense, original)
-            self._set_weight4bit(dataclasses.replace(merged, dtype=original.dtype))
-        self._unmerged = original
+            A, B = self.adapter_parameters(name)
+            self._merge_weight(lambda W: W.addmm_(B.float(), A.float(), alpha=self.scaling[name]))
+        else:
+            self._unmerged = self.weight4bit
 
     def unmerge(self) -> None:
         """Restores the original bytes exactly. Raises RuntimeError if nothing is merged."""
         if not self.merged:
             raise RuntimeError("unmerge: nothing is merged; call merge() first")
-        self._set_weight4bit(self._unmerged)
-
-    def _set_weight4bit(self, w):
-        super()._set_weight4bit(w)
-        self._unmerged = None  # what was kept aside belongs to the weight that was
-
-    def _apply(self, fn, recurse=True):
-        aside = self._unmerged
-        super()._apply(fn, recurse)
-        if aside is not None:
-            moved = {name: apply_to_bytes(fn, t) for name, t in aside.tensors().items()}
-            self._unmerged = dataclasses.replace(aside, **moved)
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        if self.merged and any(k.startswith(prefix + "weight") for k in state_dict):
-            error_msgs = args[-1]
-            error_msgs.append(f"{prefix}weight: the layer is merged; call unmerge() before loading")
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._unmerge_weight()
 
     # -- forward -----------------------------------------------------------------------------------
 

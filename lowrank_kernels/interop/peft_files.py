@@ -30,6 +30,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _MAX_CONFIG_BYTES = 2**24
+# PEFT's init_lora_weights. The others change the base weight, which a 4-bit base cannot follow.
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
@@ -260,10 +262,9 @@ _FIELDS = {
     "alpha_pattern": ({}, _is_pattern(_is_number), "an object of finite numbers"),
     "target_modules": (None, _is_targets, "a string, a list of strings or null"),
     "bias": ("none", lambda v: v == "none", "'none' (trained biases are not supported)"),
-    # The others change the base weight, which a 4-bit base cannot follow.
     "init_lora_weights": (
         True,
-        lambda v: v in (True, False, None, "gaussian", "eva", "orthogonal"),
+        lambda v: v in INITIALISATIONS,
         "true, false, 'gaussian', 'eva' or 'orthogonal'",
     ),
 }

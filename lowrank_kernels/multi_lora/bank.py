@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
-from .. import backends
 from ..interop.peft_files import AdapterLayer, layer_of, lora_layers, read_adapter, read_state_dict
 from ..nn import LoRALinear4bit
 from ..schema import FLOAT_DTYPES, RANK_STEP, ceil_div
 from .plan import Plan, active, set_active
+from .slots import Slots
 
 
 class ModulePages:
@@ -139,7 +139,7 @@ class ModulePages:
         return f"ModulePages({self.name!r}, N={N}, K={K}, {self.bank.num_pages} pages)"
 
 
-class AdapterBank:
+class AdapterBank(Slots):
     """Adapters of one model, of any ranks, that serve or train together in one batch.
 
     ::
@@ -173,13 +173,8 @@ class AdapterBank:
             raise ValueError(
                 f"model: expected all LoRALinear4bit on one device with data, got {devices or 'none'}"
             )
-        self.device = devices.pop()
-        self.num_pages, self.page_rank = num_pages, page_rank
+        super().__init__(num_pages, page_rank, devices.pop())
         self.dtype = dtype or _common_dtype(layers.values())
-        self.pool = backends.host_module().PagePool(num_pages)
-        self.evictions = 0  # so that a plan sees at a glance that nothing has changed
-        self._slots: dict[str, int] = {}
-        self._max_rank: dict[int, int] = {}  # of each slot, in any module
         self._modules = {name: ModulePages(self, name, layer) for name, layer in layers.items()}
         self._by_layer = {id(pages.layer): pages for pages in self._modules.values()}
 
@@ -220,15 +215,6 @@ class AdapterBank:
     @property
     def module_names(self) -> tuple[str, ...]:
         return tuple(self._modules)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that are loaded."""
-        return tuple(self._slots)
-
-    @property
-    def free_pages(self) -> int:
-        return self.pool.free_pages
 
     @property
     def nbytes(self) -> int:
@@ -305,17 +291,7 @@ class AdapterBank:
         except BaseException:
             self._release(slot)
             raise
-        self._slots[name], self._max_rank[slot] = slot, max_rank
-
-    def _take_pages(self, name: str, max_rank: int) -> tuple[int, list[int]]:
-        needed = ceil_div(max_rank, self.page_rank)
-        try:
-            return self.pool.load(needed)
-        except RuntimeError:
-            raise RuntimeError(
-                f"num_pages: {name!r} of rank {max_rank} needs {needed} pages of {self.page_rank} ranks, "
-                f"{self.free_pages} of {self.num_pages} are free; evict an adapter, or make a larger bank"
-            ) from None
+        self._name_slot(name, slot, max_rank)
 
     def evict(self, name: str) -> None:
         """Frees the pages of ``name``. Plans with it hold no longer.
@@ -336,24 +312,6 @@ class AdapterBank:
         self.evictions += 1
         for pages in self._modules.values():
             pages.forget(slot)
-
-    def slots(self, names: Iterable[str | None]) -> list[int]:
-        """The slot of each adapter, -1 for None. Raises ValueError for a name that is not loaded."""
-        try:
-            return [-1 if name is None else self._slots[name] for name in names]
-        except (KeyError, TypeError):
-            unknown = next(
-                n for n in names if not isinstance(n, str | None) or n not in self._slots
-            )
-            raise ValueError(
-                f"names: expected loaded adapters, of {list(self._slots)}, or None, got {unknown!r}"
-            ) from None
-
-    def slot(self, name: str) -> int:
-        """The slot of a loaded adapter. Raises ValueError for another name."""
-        if name not in self._slots:
-            raise ValueError(f"name: expected one of {list(self._slots)}, got {name!r}")
-        return self._slots[name]
 
     def trainable(self, *names: str) -> list[nn.Parameter]:
         """Makes just these adapters of the model's own require gradients; their parameters, for an optimizer.
@@ -380,34 +338,6 @@ class AdapterBank:
         ]
 
     # -- plans -------------------------------------------------------------------------------------
-
-    def plan(
-        self,
-        names: Sequence[str | None],
-        tokens_per_sequence: Sequence[int] | None = None,
-        *,
-        fixed: bool = False,
-        max_rank: int | None = None,
-    ) -> Plan:
-        """The plan of a batch: which adapter each sequence has, for all layers of one step.
-
-        Args:
-            names: the adapter of each sequence, in the order of the batch; None: the base alone.
-            tokens_per_sequence: how many rows each has, prefill and decode mixed as they come; padding counts.
-                None: one each, a decode step.
-            fixed: arrays of a size that depends on the number of rows alone, for :meth:`Plan.update` and CUDA
-                graphs.
-            max_rank: that such a plan must be able to take later; by default the largest loaded now.
-
-        Raises ValueError for an unknown name, for numbers that do not fit, and for negative ones.
-        """
-        return Plan(self, names, tokens_per_sequence, fixed, max_rank)
-
-    def largest_rank(self, slots: Iterable[int] | None = None) -> int:
-        """Of the adapters in these slots, in any module; of all that are loaded where ``slots`` is None."""
-        return max(
-            self._max_rank.values() if slots is None else map(self._max_rank.get, slots), default=0
-        )
 
     @contextlib.contextmanager
     def using(self, plan: Plan) -> Iterator[Plan]:

@@ -10,7 +10,7 @@ import torch
 from .. import backends
 
 if TYPE_CHECKING:
-    from .bank import AdapterBank
+    from .slots import Slots
 
 _FIXED_TILE_ROWS = (
     16  # of plans that must fit any later batch: decode steps have few rows per adapter
@@ -39,7 +39,7 @@ class Plan:
 
     def __init__(
         self,
-        bank: AdapterBank,
+        bank: Slots,
         names: Sequence[str | None],
         tokens_per_sequence: Sequence[int] | None,
         fixed: bool,

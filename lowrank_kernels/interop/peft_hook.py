@@ -1,0 +1,64 @@
+"""Has PEFT make a :class:`PeftLinear4bit` (peft_layer.py) of every ``Linear4bit``, without importing PEFT."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from types import ModuleType
+
+from ..linear4bit import Linear4bit
+from .on_import import on_import
+
+
+def register() -> None:
+    on_import("peft.tuners.lora.model", _install)
+
+
+def _install(lora_model: ModuleType) -> None:
+    """Puts our dispatcher before PEFT's last one, that for torch's own layers.
+
+    So what a user registered (``config._register_custom_module``) still comes first.
+    """
+    default = getattr(lora_model, "dispatch_default", None)
+    if default is None:
+        warnings.warn(
+            "lowrank_kernels: expected peft >= 0.21; in this version of peft, which has no dispatch_default, "
+            "adapters on Linear4bit layers are not fused and cannot be merged",
+            stacklevel=2,
+        )
+    elif default.__module__ != __name__:
+        lora_model.dispatch_default = _before(default)
+        _refuse_copies(sys.modules["peft.utils.other"].ModulesToSaveWrapper)
+
+
+def _before(default):
+    def dispatch_default(target, adapter_name, **kwargs):
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if not isinstance(base, Linear4bit):
+            return default(target, adapter_name, **kwargs)
+        try:
+            from .peft_layer import dispatch
+        except ImportError as error:
+            import peft
+
+            version = getattr(peft, "__version__", "another version")
+            raise ImportError(f"peft: expected peft >= 0.21, got {version}: {error}") from error
+        return dispatch(target, adapter_name, **kwargs)
+
+    return dispatch_default
+
+
+def _refuse_copies(wrapper: type) -> None:
+    """``modules_to_save`` trains a copy of a module, which in 4 bits would never change: an error instead."""
+    check_module = wrapper.check_module
+
+    def check(self) -> None:
+        check_module(self)
+        if any(isinstance(module, Linear4bit) for module in self.original_module.modules()):
+            raise TypeError(
+                "modules_to_save: expected modules with dense weights, got "
+                f"{type(self.original_module).__name__} in 4 bits, which cannot be trained; leave it out of "
+                "the quantization (replace_linear's exclude_modules) or name it in target_modules"
+            )
+
+    wrapper.check_module = check

@@ -1,0 +1,267 @@
+"""PEFT's LoRA layer over ``Linear4bit``: what ``get_peft_model`` makes of one, without registration.
+
+Imported by peft_hook.py, when PEFT meets the first such layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import layer as peft_lora
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.nn import functional as F
+
+from ..functional import linear_4bit, lora_linear_4bit
+from ..linear4bit import Linear4bit
+from ..nn import LoRALinear4bit
+from .peft_files import INITIALISATIONS
+from .peft_mixed import mixed_batch
+
+# The others read or replace the base layer's dense weight as they are initialised.
+_VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config"}
+
+
+class Parts(NamedTuple):
+    """An adapter that adds ``scaling · (dropout(x) Aᵀ Bᵀ + bias)`` and nothing else."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    dropout_p: float
+    bias: torch.Tensor | None
+
+
+class PeftLinear4bit(peft_lora.Linear):
+    """PEFT's ``lora.Linear`` whose base layer is a :class:`Linear4bit`.
+
+    Everything that PEFT does with such a layer, but: base and adapter are one operator each way, a batch of
+    mixed adapters too; merging quantizes ``W + Σ scaling · B A`` once and keeps the original, which ``unmerge``
+    restores bit by bit. Variants (DoRA, aLoRA, ...) and layers with hooks go PEFT's own way.
+
+    Raises ValueError, as an adapter is added, for initialisations and variants that change the base weight.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, config, **kwargs) -> None:
+        self._mixed_pages = None  # of peft_mixed.py
+        self._bias_aside: torch.Tensor | None = None
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs) -> None:
+        _check_config(config)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        # It asks the base weight for the dtype of A and B, and for nothing else.
+        base = self.base_layer
+        dtype = self.get_base_layer().weight4bit.dtype
+        self.base_layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
+        try:
+            super().orthogonal_init(adapter_name)
+        finally:
+            self.base_layer = base
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._mixed_pages = None
+
+    # -- forward -----------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype, adapters of any dtype."""
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters):
+            parts = self.plain_parts(self.active_adapters)
+            if parts is not None:
+                return self._fused(x, [*parts.values()])
+        return super().forward(x, *args, **kwargs)
+
+    def _mixed_batch_forward(self, x, *args, adapter_names: list[str], **kwargs):
+        if not args and all(value is None for value in kwargs.values()):
+            parts = self.plain_parts(dict.fromkeys(adapter_names))
+            if parts is not None and all(part.bias is None for part in parts.values()):
+                return mixed_batch(self, x, adapter_names, parts)
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+
+    def plain_parts(self, names) -> dict[str, Parts] | None:
+        """Those of ``names`` that the layer has; None if for one of them only PEFT's own way is right."""
+        modules = self._modules  # past Module.__getattr__, which is slow
+        base = modules["base_layer"]
+        if type(base).forward is not Linear4bit.forward or not _is_bare(base):
+            return None
+        found = {}
+        for name in names:
+            if name not in modules["lora_A"]._modules:
+                continue
+            A, B, dropout = (
+                modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
+            )
+            if name in self.lora_variant or not (type(A) is type(B) is nn.Linear):
+                return None
+            if type(dropout) not in (nn.Identity, nn.Dropout):
+                return None
+            if not (_is_bare(A) and _is_bare(B) and _is_bare(dropout)):
+                return None
+            p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+            if p >= 1.0:
+                return None
+            B, bias = B._parameters["weight"], B._parameters["bias"]
+            found[name] = Parts(A._parameters["weight"], B, self.scaling[name], p, bias)
+        return found
+
+    def _fused(self, x: torch.Tensor, parts: list[Parts]) -> torch.Tensor:
+        base = self._modules["base_layer"]
+        w, bias = base.weight4bit, base._parameters["bias"]
+        if not parts:
+            return linear_4bit(x, w, bias)
+        for part in parts:
+            if part.bias is not None:
+                own = part.bias.float() * part.scaling
+                bias = own if bias is None else bias + own
+        (A, B, scaling, p, _), *rest = parts
+        if rest and not any(part.dropout_p for part in parts):
+            # Adapters that see the same x are one adapter of all their ranks.
+            A = torch.cat([part.A for part in parts])
+            B = torch.cat([part.B.float() * part.scaling for part in parts], 1)
+            scaling, rest = 1.0, []
+        elif isinstance(scaling, torch.Tensor):  # PEFT's hotswapping makes it one
+            B, scaling = B.float() * scaling, 1.0
+        y = result = lora_linear_4bit(x, w, A, B, scaling, bias, p)
+        for A, B, scaling, p, _ in rest:
+            result = result + F.linear(F.linear(F.dropout(x.to(A.dtype), p), A), B) * scaling
+        return result.to(y.dtype)
+
+    # -- merging -----------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Quantizes ``W + Σ scaling · B A`` of all merged adapters with W's settings; keeps W aside.
+
+        W is the original weight, also where adapters are merged one after another. The merged layer is near,
+        not equal to, the unmerged one. Needs float32 ``[N, K]`` temporaries. What is not finite is refused with
+        or without ``safe_merge``, since 4 bits cannot hold it; the layer is then as it was.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.lora_A]
+        if not names:
+            return
+        base, everything = self.get_base_layer(), [*self.merged_adapters, *names]
+        bias = self._merged_bias(base, everything)
+        base._merge_weight(lambda W: self._merged_weight(W, everything))
+        if bias is not None:
+            if self._bias_aside is None:
+                self._bias_aside = base.bias.detach().clone()
+            base.bias.data.copy_(bias)
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Restores the original bytes, and the bias, exactly."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        if base.merged:
+            base._unmerge_weight()
+        if self._bias_aside is not None:
+            base.bias.data.copy_(self._bias_aside)
+            self._bias_aside = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> Linear4bit:
+        """The base layer without this one, for PEFT's ``unload`` and ``merge_and_unload``."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        base = self.get_base_layer()
+        base._unmerged = None  # nobody is left to restore it
+        return base
+
+    def _merged_weight(self, W: torch.Tensor, names: list[str]) -> torch.Tensor:
+        original = W.clone() if any(name in self.lora_variant for name in names) else W
+        for name in names:
+            variant = self.lora_variant.get(name)
+            if variant is None:
+                A, B = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
+                W.addmm_(B, A, alpha=float(self.scaling[name]))
+            elif isinstance(variant, DoraLinearVariant):
+                delta = self.get_delta_weight(name).float()
+                magnitude = self.lora_magnitude_vector[name]
+                norm = magnitude.get_weight_norm(original, delta, scaling=1)
+                W = (magnitude.weight.float() / norm).view(-1, 1) * (W + delta)
+            else:
+                W = variant.merge_safe(self, name, W)  # raises for what cannot be merged
+            if not W.isfinite().all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+                )
+        return W
+
+    def _merged_bias(self, base: Linear4bit, names: list[str]) -> torch.Tensor | None:
+        names = [name for name in names if self.lora_bias[name]]
+        if not names:
+            return None
+        if base.bias is None:
+            raise RuntimeError(
+                f"merge: {names} have lora_bias=True, which cannot be merged: the base layer has no bias"
+            )
+        bias = (base.bias if self._bias_aside is None else self._bias_aside).detach().float()
+        for name in names:
+            bias = bias + self.lora_B[name].bias.detach().float() * float(self.scaling[name])
+        if not bias.isfinite().all():
+            raise ValueError(f"merge: expected finite biases, those of {names} are not")
+        return bias
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Calling ``module`` runs its class's forward and nothing else: no hooks, of accelerate either."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _check_config(config) -> None:
+    init = config.init_lora_weights
+    if (init.lower() if isinstance(init, str) else init) not in INITIALISATIONS:
+        raise ValueError(
+            f"init_lora_weights: expected one of {INITIALISATIONS}, got {init!r}, which changes the base weight; "
+            "a Linear4bit keeps its bytes (an adapter trained that way can be converted: see PEFT's "
+            "path_initial_model_for_weight_conversion)"
+        )
+    variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
+    for name in [*variants, "use_qalora"]:  # which PEFT would ignore
+        if (value := getattr(config, name)) and name not in _VARIANTS:
+            raise ValueError(
+                f"{name}: expected it unset, got {value!r}; it needs a dense base weight and is not supported on "
+                f"a Linear4bit, unlike {sorted(_VARIANTS)}"
+            )
+
+
+def dispatch(target: nn.Module, adapter_name: str, config, **kwargs) -> PeftLinear4bit:
+    """The LoRA layer for ``target``, whose base is a Linear4bit.
+
+    Raises ValueError for a LoRALinear4bit, for target_parameters, and as :meth:`PeftLinear4bit.update_layer`.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, LoRALinear4bit):
+        raise ValueError(
+            f"target_modules: expected Linear4bit layers (replace_linear with r=0), got a LoRALinear4bit, which "
+            f"has adapters of its own: {list(base.r)}"
+        )
+    if (name := kwargs.pop("parameter_name", None)) is not None:
+        raise ValueError(
+            f"target_parameters: expected dense parameters, got {name!r} of a Linear4bit, which is packed in 4 "
+            "bits; name the layer in target_modules"
+        )
+    if config.fan_in_fan_out:
+        warnings.warn(
+            "fan_in_fan_out is True but the target is a Linear4bit; set to False", stacklevel=2
+        )
+        config.fan_in_fan_out = False
+    return PeftLinear4bit(target, adapter_name, config=config, **kwargs)

@@ -1,0 +1,132 @@
+"""Batches with mixed adapters under PEFT: ``model(..., adapter_names=[...])`` in the multi-adapter kernel.
+
+Each layer copies the adapters of the batch into pages of its own, where the kernel reads them. Which adapter
+has which pages is the same in all layers with the same adapters, so they share one plan.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..functional import linear_4bit
+from ..multi_lora.bank import ModulePages
+from ..multi_lora.functional import multi_lora_linear_4bit
+from ..multi_lora.plan import Plan
+from ..multi_lora.slots import Slots
+from ..schema import RANK_STEP, ceil_div
+
+if TYPE_CHECKING:
+    from .peft_layer import Parts, PeftLinear4bit
+
+
+class _Layout(Slots):
+    """Adapters one after another in the pages, each in as few as hold its rank. Never changes."""
+
+    def __init__(self, ranks: tuple[tuple[str, int], ...], dtype, device) -> None:
+        pages = sum(ceil_div(rank, RANK_STEP) for _, rank in ranks)
+        super().__init__(pages, RANK_STEP, device)
+        self.dtype = dtype
+        self.first_page: dict[int, int] = {}
+        for name, rank in ranks:
+            slot, page_ids = self._take_pages(name, rank)
+            self._name_slot(name, slot, rank)
+            self.first_page[slot] = page_ids[0]
+
+
+# One object for all layers with the same adapters. Small, and without references to a layer.
+_layout = functools.lru_cache(maxsize=64)(_Layout)
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(layout: _Layout, names: tuple[str | None, ...], tokens: int) -> Plan:
+    with torch.inference_mode(False):
+        return Plan(layout, names, [tokens] * len(names), fixed=False, max_rank=None)
+
+
+class _Pages(ModulePages):
+    """The adapters of one layer. Their parameters stay the owners of the values, see :meth:`refresh`."""
+
+    def __init__(self, layer: PeftLinear4bit) -> None:
+        weights = {
+            name: (layer.lora_A[name].weight, layer.lora_B[name].weight)
+            for name in layer.lora_A
+            if name not in layer.lora_variant
+        }
+        dtypes = {weight.dtype for pair in weights.values() for weight in pair}
+        ranks = tuple((name, A.shape[0]) for name, (A, _) in weights.items())
+        device = layer.get_base_layer().weight.device
+        layout = _layout(ranks, dtypes.pop() if len(dtypes) == 1 else torch.float32, device)
+        with torch.inference_mode(False):
+            super().__init__(layout, "", weakref.proxy(layer))
+        self.parts: dict[str, Parts] = {}
+        self._settings: dict[int, tuple[float, float]] = {}
+        self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        N, K = self.shape
+        for name, rank in ranks:
+            slot = layout.slot(name)
+            first = layout.first_page[slot] * RANK_STEP
+            rows = slice(first, first + rank)
+            self._views[slot] = self.A.view(-1, K)[rows], self.B.view(-1, N)[rows].T
+            self._ranks[slot] = self._tables[0][slot] = rank
+            self.follow(slot, name)
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of the layer makes its own
+
+    def hold(self, parts: dict[str, Parts], device: torch.device) -> bool:
+        """Whether there is room for these adapters, without loss."""
+        dtype = self.bank.dtype
+        for name, (A, B, *_) in parts.items():
+            slot = self.bank._slots.get(name)
+            if slot is None or self._ranks[slot] != A.shape[0]:
+                return False
+            if dtype != torch.float32 and not A.dtype == B.dtype == dtype:
+                return False
+        return device == self.device
+
+    def _own_adapter(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.parts[self.own[slot]][:2]
+
+    @torch.no_grad()
+    def refresh(self, plan: Plan) -> None:
+        """Copies the adapters of the plan into their pages, every time.
+
+        ``_version`` would tell most changes but not those through ``.data``, as PEFT's hotswapping and some
+        optimizers make them.
+        """
+        pages, values = [], []
+        for slot in plan.slots:
+            A, B, scaling, dropout_p, _ = self.parts[self.own[slot]]
+            settings = float(scaling), dropout_p
+            if self._settings.get(slot) != settings:
+                self._tables[1][slot], self._tables[2][slot] = settings
+                self._settings[slot], self._dropout[slot] = settings, dropout_p
+            pages += self._views[slot]
+            values += A, B
+        torch._foreach_copy_(pages, values)
+
+
+@torch.compiler.disable
+def mixed_batch(
+    layer: PeftLinear4bit, x: torch.Tensor, adapter_names: list[str], parts: dict[str, Parts]
+) -> torch.Tensor:
+    """:func:`multi_lora_linear_4bit` with an adapter for each ``x[i]``; ``parts``: those that the layer has.
+
+    Differentiable in x, the bias and the parameters of the adapters.
+    """
+    base = layer.base_layer
+    w, pages = base.weight4bit, layer._mixed_pages
+    if not parts:
+        return linear_4bit(x, w, base.bias)
+    if pages is None or not pages.hold(parts, w.device):
+        pages = layer._mixed_pages = _Pages(layer)
+    pages.parts = parts
+    names = tuple(name if name in parts else None for name in adapter_names)
+    plan = _plan(pages.bank, names, x.shape[1:-1].numel())
+    if not torch.is_grad_enabled():
+        pages.refresh(plan)  # with gradients the function does it
+    return multi_lora_linear_4bit(x, w, plan, pages, base.bias, dropout=True)
