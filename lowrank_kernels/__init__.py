@@ -1,6 +1,6 @@
 """Kernels for low-rank adapters on 4-bit weights. See README.md; public names only here."""
 
-from . import backends
+from . import backends, distributed
 from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
@@ -37,6 +37,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "enable_adapters",
+    "distributed",
     "int8_activations",
     "linear_4bit",
     "load_adapter",

@@ -128,6 +128,20 @@ class Weight4bit:
         """The same weight on another device."""
         return dataclasses.replace(self, **{n: t.to(device) for n, t in self.tensors().items()})
 
+    def narrow(self, dim: int, start: int, length: int) -> Weight4bit:
+        """Rows (``dim`` 0) or columns (1) ``start : start + length`` as a weight of their own; its bytes are copies.
+
+        Nothing is quantized again: ``w.narrow(...).dequantize()`` has the bits of ``w.dequantize().narrow(...)``.
+        Where a cut goes through blocks the slice has smaller ones, down to 32 elements. Scales stay
+        double-quantized for rows that begin with a nested block (256 whole blocks), and become float32 elsewhere.
+
+        Raises TypeError for what is no integer, IndexError outside of the matrix, and ValueError naming the
+        multiple that is needed where blocks of 32 do not fit either.
+        """
+        from .slices import narrow  # which imports this module
+
+        return narrow(self, dim, start, length)
+
     def __repr__(self) -> str:
         return (
             f"Weight4bit({self.quant_type}, shape={tuple(self.shape)}, blocksize={self.blocksize}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -45,8 +46,24 @@ class Params4bit(nn.Parameter):
         return type(self), (self.data,)
 
 
+def is_dtensor(tensor: torch.Tensor) -> bool:
+    """Whether it is a shard that torch.distributed's fully_shard (FSDP2) made of a parameter."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, and not needed before
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     """``fn`` of Module._apply on the bytes of ``tensor``: moves, shares, empties; never casts."""
+    if is_dtensor(tensor):
+        local = apply_to_bytes(fn, tensor.to_local())
+        return type(tensor).from_local(
+            local,
+            tensor.device_mesh,
+            tensor.placements,
+            run_check=False,
+            shape=tensor.shape,
+            stride=tensor.stride(),
+        )
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     out = fn(flat)
     if out is flat:
@@ -54,6 +71,15 @@ def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     if out.dtype != torch.uint8:  # Module.type() casts integers too
         out = flat.to(out.device)
     return out.view(tensor.dtype).reshape(tensor.shape)
+
+
+class _AnyName:
+    """Has every name that has no underscore in front, and all of them are itself."""
+
+    def __getattr__(self, name: str) -> _AnyName:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
 
 
 class Linear4bit(nn.Linear):
@@ -144,7 +170,10 @@ class Linear4bit(nn.Linear):
         self.register_parameter("bias", bias)
 
     def _set_weight4bit(self, w: Weight4bit) -> None:
-        packed = w.packed if isinstance(w.packed, Params4bit) else Params4bit(w.packed)
+        if is_dtensor(w.packed):
+            packed = nn.Parameter(w.packed.detach(), requires_grad=False)
+        else:
+            packed = w.packed if isinstance(w.packed, Params4bit) else Params4bit(w.packed)
         self.register_parameter("weight", packed)
         for field, name in _BUFFERS.items():
             self._buffers[name] = getattr(w, field)
@@ -173,7 +202,16 @@ class Linear4bit(nn.Linear):
             and w.nested_offset is buffers["nested_offset"]
         ):
             return w
-        w = self._collect()
+        before, w = w.packed.dtype, self._collect()
+        if (
+            before.is_floating_point
+            and w.packed.dtype.is_floating_point
+            and w.packed.dtype != before
+        ):
+            raise ValueError(
+                f"weight: expected packed bytes presented in {before}, got {w.packed.dtype}: something cast them "
+                "(a mixed precision policy?); quant_storage=torch.uint8 is never cast"
+            )
         w.validate("weight")
         self._weight4bit = w
         return w
@@ -258,6 +296,13 @@ class Linear4bit(nn.Linear):
 
     # -- state dict --------------------------------------------------------------------------------
 
+    # torch.distributed.checkpoint.state_dict walks along the parts of a key: "weight.absmax" through the
+    # attribute "weight" to its "absmax", which no parameter has. It asks this method for detours.
+    _entries = _AnyName()
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        return {"weight": "_entries"}
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         w, key = self.weight4bit, prefix + "weight"
@@ -286,6 +331,12 @@ class Linear4bit(nn.Linear):
         missing_keys += [k for k in missing if k != key or not own]
         if not own:
             return
+        if is_dtensor(self.weight) and not (is_dtensor(own.get(key)) and len(own) > 1):
+            error_msgs.append(
+                f"{key}: this layer is sharded: expected torch.distributed.checkpoint.state_dict."
+                "set_model_state_dict with the packed weight, and its statistics on every process"
+            )
+            return
         try:
             w = self._read_weight(own, key)
         except (TypeError, ValueError) as error:
@@ -306,7 +357,7 @@ class Linear4bit(nn.Linear):
 
     def _read_weight(self, entries: dict[str, torch.Tensor], key: str) -> Weight4bit:
         """The 4-bit weight in ``entries``, or a dense one quantized; ValueError if neither."""
-        shape = (self.out_features, self.in_features)
+        shape = tuple(self._weight4bit.shape)
         if entries.keys() != {key}:
             w = Weight4bit.from_bitsandbytes(entries, key)
             if tuple(w.shape) != shape:

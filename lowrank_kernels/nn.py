@@ -110,6 +110,10 @@ class LoRALinear4bit(Linear4bit):
         return self
 
     def _setup(self, w, bias):
+        self._init_adapters()
+        super()._setup(w, bias)
+
+    def _init_adapters(self) -> None:
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -118,7 +122,6 @@ class LoRALinear4bit(Linear4bit):
         self.scaling: dict[str, float] = {}
         self._active_adapter: str | None = None
         self._disabled = False
-        super()._setup(w, bias)
 
     # -- adapters ----------------------------------------------------------------------------------
 
@@ -192,6 +195,16 @@ class LoRALinear4bit(Linear4bit):
         modules = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         return A._parameters["weight"], B._parameters["weight"]
+
+    def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B as they are saved; a parallel layer has only parts of them."""
+        return self.adapter_parameters(name)
+
+    def shard_of_adapter(
+        self, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this layer holds of a whole A and B: all, unless it is a parallel layer."""
+        return A, B
 
     @property
     def active_adapter(self) -> str | None:

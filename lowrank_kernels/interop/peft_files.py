@@ -49,8 +49,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     config = _config_of(model, layers, name)
     tensors = {}
     for layer_path, layer in layers.items():
-        for part, linear in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
-            tensor = linear.weight.detach().to("cpu", copy=True).contiguous()
+        for part, parameter in zip(("lora_A", "lora_B"), layer.whole_adapter(name), strict=True):
+            tensor = parameter.detach().to("cpu", copy=True).contiguous()
             tensors[f"{_PREFIX}{layer_path}.{part}.weight"] = tensor
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,5 +400,6 @@ def _assign(layer: LoRALinear4bit, name: str, loaded: AdapterLayer) -> None:
     layer.add_adapter(name, loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.use_rslora)
     if kept:
         layer.lora_A[name], layer.lora_B[name] = kept
-    layer.lora_A[name].weight.copy_(loaded.A)
-    layer.lora_B[name].weight.copy_(loaded.B)
+    parts = layer.shard_of_adapter(loaded.A, loaded.B)
+    for parameter, part in zip(layer.adapter_parameters(name), parts, strict=True):
+        parameter.copy_(part)

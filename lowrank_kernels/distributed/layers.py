@@ -1,0 +1,183 @@
+"""The shards that ``parallelize`` makes of layers: ``ColumnParallelLoRALinear4bit``, ``RowParallelLoRALinear4bit``."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import int8
+from ..backends import check_batch_invariant
+from ..functional import autocast, dropout_seed, wants_grad
+from ..multi_lora.plan import active as active_plan
+from ..nn import LoRALinear4bit
+from ..schema import check_linear, check_tensor
+from .functional import ColumnParallel, RowParallel
+from .shards import Cut, GatherColumns, OwnColumns, Place
+
+
+class ParallelLoRALinear4bit(LoRALinear4bit):
+    """What the two kinds have in common.
+
+    ``in_features``, ``out_features`` and ``r`` are those of the whole layer; ``weight4bit``, the parameters and the
+    state dict hold this process's part. ``weight_cut`` says which rows (column-parallel) or columns of W that is.
+    Adapters are added, chosen, deleted, disabled and loaded as in one process, each call on all processes.
+    """
+
+    place: Place
+    weight_cut: Cut
+    whole: dict[str, tuple[torch.Tensor, torch.Tensor]]  # adapters gathered to be saved
+
+    def __init__(self, *args, **kwargs) -> None:
+        raise TypeError(
+            f"{type(self).__name__}: expected lowrank_kernels.distributed.parallelize to make it"
+        )
+
+    def _become_shard(self, place: Place, unit: int, option: bool) -> None:
+        """Called once, on a whole layer whose class was changed to this one."""
+        self.place, self.whole = place, {}
+        self._option = option
+        w = self.weight4bit
+        self.weight_cut = place.cut(w.shape[self.weight_dim], unit)
+        self._set_weight4bit(w.narrow(self.weight_dim, self.weight_cut.first, self.weight_cut.size))
+        for name in self.r:
+            self._keep_shard(name)
+
+    def _keep_shard(self, name: str) -> None:
+        parts = self.shard_of_adapter(*self.adapter_parameters(name))
+        for modules, part in zip((self.lora_A, self.lora_B), parts, strict=True):
+            old = modules[name].weight
+            new = nn.Parameter(part.detach().clone(), requires_grad=old.requires_grad)
+            modules[name].weight = new
+            modules[name].out_features, modules[name].in_features = new.shape
+
+    def add_adapter(self, name: str, *args, **kwargs) -> None:
+        """:meth:`LoRALinear4bit.add_adapter`; of A and B, which each process draws whole, it keeps its part.
+
+        With equal generators the parts are those of one process.
+        """
+        super().add_adapter(name, *args, **kwargs)
+        self._keep_shard(name)
+
+    def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        if name not in self.whole:
+            raise RuntimeError(
+                "save_adapter: this process has only a part of a parallel layer's adapter; call "
+                "lowrank_kernels.distributed.save_adapter on all processes"
+            )
+        return self.whole[name]
+
+    def merge(self) -> None:
+        """Not implemented for parts of a layer: raises RuntimeError. Merge before ``parallelize``."""
+        raise RuntimeError("merge: not implemented for parallel layers; merge before parallelize")
+
+    def _inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """x ready for the operator, rows [M, K of the weight]; raises as :func:`lora_linear_4bit`."""
+        if active_plan() is not None and not self._disabled:
+            raise RuntimeError(
+                "forward under a plan: AdapterBank is not implemented for parallel layers; use one active adapter"
+            )
+        check_tensor("x", x)
+        x = autocast(x)
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() else x
+
+    def _arguments(self, x: torch.Tensor, cut: object) -> tuple:
+        """The operator's after x, for the active adapter."""
+        w, bias, name = self.weight4bit, self._parameters["bias"], self._active_adapter
+        check_linear(x, *w.shape, w.device, bias)
+        A = B = None
+        scaling = dropout_p = 0.0
+        if not self._disabled and name in self.r:
+            (A, B), scaling = self.adapter_parameters(name), self.scaling[name]
+            dropout_p = self.lora_dropout[name] if self.training else 0.0
+        int8.check(x, w, wants_grad(x, A, B, bias))
+        check_batch_invariant(x)
+        seed = dropout_seed(dropout_p, x.device)  # drawn on all, which keeps generators in step
+        seed = None if seed is None else self.place.from_first(seed)
+        return A, B, bias, seed, self.place, cut, float(scaling), float(dropout_p), *w.op_args()
+
+    def extra_repr(self) -> str:
+        cut = self.weight_cut
+        part = f"{cut.first}:{cut.first + cut.size}"
+        return f"{super().extra_repr()}, {self._kind}={part} ({self.place.rank} of {self.place.size})"
+
+
+class ColumnParallelLoRALinear4bit(ParallelLoRALinear4bit):
+    """The outputs ``weight_cut`` of a layer whose x all processes have; formulas in :mod:`.functional`.
+
+    Holds these rows of W, B and bias, and every process another part of the ranks of A. Returns
+    ``[..., weight_cut.size]``, or with ``gather_output`` all of ``[..., out_features]`` on all processes.
+    """
+
+    weight_dim, _kind = 0, "outputs"
+
+    def _become_shard(self, place, unit, option):
+        super()._become_shard(place, unit, option)
+        if self.bias is not None:
+            part = self.weight_cut.own(self.bias.detach(), 0).clone()
+            self.bias = nn.Parameter(part, requires_grad=self.bias.requires_grad)
+
+    @property
+    def gather_output(self) -> bool:
+        return self._option
+
+    def ranks(self, name: str) -> Cut:
+        """The part of adapter ``name``'s ranks whose rows of A are here; empty if it has fewer than processes."""
+        return self.place.cut_evenly(self.r[name])
+
+    def shard_of_adapter(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.place.cut_evenly(A.shape[0]).own(A, 0), self.weight_cut.own(B, 0)
+
+    def gather_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole A and B on all processes, which all call this."""
+        A, B = (parameter.detach() for parameter in self.adapter_parameters(name))
+        A = self.place.all_gather(A.T, self.ranks(name)).T
+        return A, self.place.all_gather(B.T, self.weight_cut).T
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self._inputs(x)
+        name = self._active_adapter
+        ranks = self.ranks(name) if name in self.r else None
+        y = ColumnParallel.apply(rows, *self._arguments(rows, ranks))
+        if self.gather_output:
+            y = GatherColumns.apply(y, self.place, self.weight_cut)
+        return y.view(*x.shape[:-1], y.shape[1])
+
+
+class RowParallelLoRALinear4bit(ParallelLoRALinear4bit):
+    """The inputs ``weight_cut`` of a layer whose y all processes get; formulas in :mod:`.functional`.
+
+    Holds these columns of W and A, a part of the rows of B, and all of bias, which is added once. x is
+    ``[..., weight_cut.size]``, or without ``input_is_parallel`` ``[..., in_features]`` on all processes.
+    """
+
+    weight_dim, _kind = 1, "inputs"
+
+    @property
+    def input_is_parallel(self) -> bool:
+        return self._option
+
+    @property
+    def outputs(self) -> Cut:
+        """The rows of B that are here."""
+        return self.place.cut_evenly(self.out_features)
+
+    def shard_of_adapter(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight_cut.own(A, 1), self.outputs.own(B, 0)
+
+    def gather_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole A and B on all processes, which all call this."""
+        A, B = (parameter.detach() for parameter in self.adapter_parameters(name))
+        B = self.place.all_gather(B.T, self.outputs).T
+        return self.place.all_gather(A, self.weight_cut), B
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self._inputs(x)
+        if not self.input_is_parallel:
+            if x.dim() == 0 or x.shape[-1] != self.in_features:
+                raise ValueError(
+                    f"x: expected shape [..., in_features = {self.in_features}] where input_is_parallel is "
+                    f"False, got {tuple(x.shape)}"
+                )
+            rows = OwnColumns.apply(rows, self.place, self.weight_cut)
+        y = RowParallel.apply(rows, *self._arguments(rows, (self.weight_cut, self.outputs)))
+        return y.view(*x.shape[:-1], self.out_features)

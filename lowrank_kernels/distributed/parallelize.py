@@ -1,0 +1,142 @@
+"""``parallelize``: 4-bit layers of a model become this process's shards, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import nn
+
+from ..interop import peft_files
+from ..linear4bit import Linear4bit
+from ..nn import LoRALinear4bit
+from ..replace import matches
+from .layers import (
+    ColumnParallelLoRALinear4bit,
+    ParallelLoRALinear4bit,
+    RowParallelLoRALinear4bit,
+)
+from .shards import Place
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How to cut by outputs. ``unit``: parts are multiples of so many outputs, as of a head's."""
+
+    gather_output: bool = False
+    unit: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How to cut by inputs. ``unit``: parts are multiples of so many inputs, itself a multiple of 32."""
+
+    input_is_parallel: bool = True
+    unit: int = 32
+
+
+_STYLES = {"column": Column(), "row": Row()}
+
+
+def parallelize(
+    model: nn.Module, plan: Mapping[str, str | Column | Row], group: object = None
+) -> list[str]:
+    """Cuts the 4-bit layers that ``plan`` names among the processes of ``group``; each keeps its part, in place.
+
+    Call it on all processes, each with the whole model, adapters included: nothing is communicated. Weights are cut,
+    never quantized again (:meth:`Weight4bit.narrow`), adapters as in S-LoRA. Hooks, training mode and
+    ``requires_grad`` stay; parameters are new, so make the optimizer afterwards.
+
+    Args:
+        model: a module with :class:`Linear4bit` and :class:`LoRALinear4bit` inside; all others stay as they are.
+        plan: ``{"q_proj": "column", "o_proj": "row"}``: a key matches the layers whose path it equals or ends with,
+            as in :func:`replace_linear`; a value is "column", "row", :class:`Column` or :class:`Row`. A dimension
+            is cut into multiples of ``unit`` (32), larger parts first, so that the outputs of one layer fit the
+            inputs of the next. Give head_dim (times the heads of a group) where heads must stay whole.
+        group: a ProcessGroup, a DeviceMesh of one dimension, or None for the default group.
+
+    Returns:
+        The paths of the layers that were cut.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: a key matches no layer or two keys one, a layer is no 4-bit layer, is
+            cut already or has an adapter merged, a unit does not fit a weight, no process group; the model is as
+            it was.
+    """
+    place = Place.of(group)
+    layers = _layers(model, plan)
+    for path, (layer, style) in layers.items():
+        _check_layer(path, layer, style, place)
+    for layer, style in layers.values():
+        if type(layer) is Linear4bit:
+            layer.__class__ = LoRALinear4bit
+            layer._init_adapters()
+            layer._unmerged = None
+        column = isinstance(style, Column)
+        layer.__class__ = ColumnParallelLoRALinear4bit if column else RowParallelLoRALinear4bit
+        option = style.gather_output if column else style.input_is_parallel
+        layer._become_shard(place, style.unit, option)
+    return list(layers)
+
+
+def _layers(model: nn.Module, plan: Mapping) -> dict[str, tuple[nn.Module, Column | Row]]:
+    """Path -> layer and style, checked against the plan alone."""
+    if not isinstance(plan, Mapping) or not plan:
+        raise TypeError(f'plan: expected a mapping as {{"q_proj": "column"}}, got {plan!r}')
+    found: dict[str, tuple[nn.Module, Column | Row]] = {}
+    key_of: dict[str, str] = {}
+    modules = dict(model.named_modules())
+    for key, value in plan.items():
+        style = _STYLES.get(value) if isinstance(value, str) else value
+        if not isinstance(style, Column | Row):
+            raise ValueError(f"plan[{key!r}]: expected 'column', 'row', Column or Row, got {value!r}")
+        if type(style.unit) is not int or style.unit < 1:
+            raise ValueError(f"plan[{key!r}]: unit: expected an integer >= 1, got {style.unit!r}")
+        paths = [path for path in modules if matches(path, [key])]
+        if not paths:
+            raise ValueError(f"plan: {key!r} matches no module of the model")
+        for path in paths:
+            if path in found:
+                raise ValueError(f"plan: {path} matches both {key_of[path]!r} and {key!r}")
+            found[path], key_of[path] = (modules[path], style), key
+    return found
+
+
+def _check_layer(path: str, layer: nn.Module, style: Column | Row, place: Place) -> None:
+    """Raises what would come in the middle of the work."""
+    if isinstance(layer, ParallelLoRALinear4bit):
+        raise RuntimeError(f"{path}: expected a whole layer, got one that is cut already")
+    if type(layer) not in (Linear4bit, LoRALinear4bit):
+        raise TypeError(
+            f"{path}: expected a Linear4bit or LoRALinear4bit (see replace_linear), got {type(layer).__name__}"
+        )
+    if isinstance(layer, LoRALinear4bit) and layer.merged:
+        raise RuntimeError(f"{path}: an adapter is merged; call unmerge() before parallelize")
+    dim = 0 if isinstance(style, Column) else 1
+    meta = layer.weight4bit.to("meta")  # a rehearsal
+    try:
+        cut = place.cut(meta.shape[dim], style.unit)
+        for rank, size in enumerate(cut.sizes):
+            meta.narrow(dim, sum(cut.sizes[:rank]), size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
+    """:func:`lowrank_kernels.save_adapter` of a model with parallel layers: the whole A and B, in PEFT's files.
+
+    Call it on all processes: it gathers, the first process of the default group writes, and it returns when the
+    files are there. ``lowrank_kernels.load_adapter`` reads them, on all processes, each of which keeps its part.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ParallelLoRALinear4bit) and name in m.r]
+    try:
+        for layer in layers:
+            layer.whole[name] = layer.gather_adapter(name)
+        if dist.get_rank() == 0:
+            peft_files.save_adapter(model, path, name)
+    finally:
+        for layer in layers:
+            layer.whole.clear()
+        dist.barrier()
