@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.util
 import json
 import pathlib
 import re
@@ -38,7 +40,9 @@ def with_language(language: str) -> list[Block]:
 
 def run_elsewhere() -> set[str]:
     """Pages that another test file runs, `markdown_blocks.run("docs/x.md", ...)`."""
-    others = [path for path in (ROOT / "python_tests").glob("test_*.py") if path.name != "test_docs.py"]
+    others = [
+        path for path in (ROOT / "python_tests").glob("test_*.py") if path.name != "test_docs.py"
+    ]
     call = re.compile(r'markdown_blocks\.run\(\s*"([^"]+)"')
     return {page for path in others for page in call.findall(path.read_text(encoding="utf-8"))}
 
@@ -148,14 +152,20 @@ def test_every_public_name_is_in_the_api_reference():
     assert set(lk.__all__) <= described
     index = read("docs/api/index.md")
     assert not [name for name in lk.__all__ if f"[`{name}`](" not in index]
-    # Found by attribute access from a fresh import of the path's longest module.
     for name in described:
-        found = lk
-        for part in name.split("."):
-            if not hasattr(found, part):
-                __import__(f"lowrank_kernels.{name.rpartition('.')[0]}")
-            found = getattr(found, part)
-        assert found.__doc__, name
+        assert attribute(name).__doc__, name
+    for name in lk.distributed.__all__:
+        assert described & {f"distributed.{name}", f"distributed.{name}.{name}"}, name
+
+
+def attribute(name: str) -> object:
+    """``lowrank_kernels.<name>``, where a module comes before an attribute of the same name."""
+    path = f"lowrank_kernels.{name}"
+    module, rest = path, []
+    while importlib.util.find_spec(module) is None:
+        module, _, last = module.rpartition(".")
+        rest.insert(0, last)
+    return functools.reduce(getattr, rest, importlib.import_module(module))
 
 
 def messages() -> list[str]:

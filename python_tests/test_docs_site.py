@@ -106,13 +106,16 @@ def test_names_are_resolved_where_they_stand(tmp_path):
         '"""See :func:`later`."""\n\nclass C:\n    """:meth:`go`."""\n    def go(self): ...\n\n'
         "def later(): ...\ndef public(): ...\n"
     )
-    (package / "two.py").write_text('"""See :func:`public`, :class:`one.C`, :func:`nothing`."""\n')
+    (package / "two.py").write_text(
+        '"""See :func:`public`, :class:`one.C`, :func:`nothing`, :func:`pack.public`."""\n'
+    )
     extensions = griffe.load_extensions(str(ROOT / "docs/hooks/docstrings.py"))
     pack = griffe.load("pack", search_paths=[tmp_path], extensions=extensions)
     assert 'identifier="pack.one.later"' in pack["one"].docstring.value
     assert 'identifier="pack.one.C.go"' in pack["one.C"].docstring.value
     two = pack["two"].docstring.value
     assert 'identifier="pack.one.public"' in two and 'identifier="pack.one.C"' in two
+    assert 'identifier="pack.public"' in two
     assert "`nothing`" in two and "nothing</autoref>" not in two
 
 

@@ -35,6 +35,8 @@ def _objects(obj: griffe.Object) -> Iterator[griffe.Object]:
 def path(obj: griffe.Object, name: str) -> str | None:
     """The full path of ``name`` as seen from ``obj``, else among the package's public names."""
     first, _, rest = name.partition(".")
+    if first == obj.package.path:
+        return name
     try:
         found = obj.resolve(first)
     except griffe.NameResolutionError:
