@@ -91,9 +91,7 @@ def _layers(model: nn.Module, plan: Mapping) -> dict[str, tuple[nn.Module, Colum
     for key, value in plan.items():
         style = _STYLES.get(value) if isinstance(value, str) else value
         if not isinstance(style, Column | Row):
-            raise ValueError(
-                f"plan[{key!r}]: expected 'column', 'row', Column or Row, got {value!r}"
-            )
+            raise ValueError(f"plan[{key!r}]: expected 'column', 'row', Column or Row, got {value!r}")
         if type(style.unit) is not int or style.unit < 1:
             raise ValueError(f"plan[{key!r}]: unit: expected an integer >= 1, got {style.unit!r}")
         paths = [path for path in modules if matches(path, [key])]
