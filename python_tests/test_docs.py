@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.util
+import importlib
 import json
 import pathlib
 import re
@@ -160,12 +160,13 @@ def test_every_public_name_is_in_the_api_reference():
 
 def attribute(name: str) -> object:
     """``lowrank_kernels.<name>``, where a module comes before an attribute of the same name."""
-    path = f"lowrank_kernels.{name}"
-    module, rest = path, []
-    while importlib.util.find_spec(module) is None:
-        module, _, last = module.rpartition(".")
-        rest.insert(0, last)
-    return functools.reduce(getattr, rest, importlib.import_module(module))
+    module, rest = f"lowrank_kernels.{name}", []
+    while True:
+        try:
+            return functools.reduce(getattr, rest, importlib.import_module(module))
+        except ModuleNotFoundError:
+            module, _, last = module.rpartition(".")
+            rest.insert(0, last)
 
 
 def messages() -> list[str]:
