@@ -196,12 +196,21 @@ def active() -> str:
     return _active
 
 
+def triton_serves_gpus() -> bool:
+    """Whether operators on GPUs run on Triton: asked for, or because the CUDA library has no code for one of them.
+
+    Known once torch has started CUDA.
+    """
+    asked = _active == "triton" and "CUDA" in _KEYS["triton"]
+    return asked or (_active == "cpu" and _triton_serves_gpus)
+
+
 def _triton_report() -> str:
     """The version of triton, and whether it stands in for the CUDA library."""
     if not triton_kernels.installed():
         return "not installed"
-    stands_in = _triton_serves_gpus and _active == "cpu"
-    return importlib.metadata.version("triton") + (", serves the GPUs" if stands_in else "")
+    serves = ", serves the GPUs" if triton_serves_gpus() else ""
+    return importlib.metadata.version("triton") + serves
 
 
 def host_module():

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-PACKAGES = ("torch", "bitsandbytes", "peft", "transformers")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "trl")
 
 
 def versions() -> dict[str, str | None]:
