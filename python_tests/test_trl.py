@@ -254,7 +254,7 @@ def test_training_is_that_of_the_dequantized_model(kind, config, folder, tokeniz
     assert again == losses
     dense = oracle(make(folder))
     expected = train(trainer(kind, dense, data, tokenizer, tmp_path, **config))
-    assert losses == pytest.approx(expected, rel=2e-2 if config.get("bf16") else 1e-3)
+    assert losses == pytest.approx(expected, rel=5e-2 if config.get("bf16") else 1e-3)
 
 
 def test_dpo_from_an_adapter_makes_a_reference_of_it(folder, tokenizer, tmp_path):
@@ -284,6 +284,21 @@ def test_grpo(folder, tokenizer, tmp_path):
     assert len(rewards) == STEPS and all(reward > 0 for reward in rewards)
     second = run()
     assert train(second) == losses and logged(second, "reward") == rewards
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO", "Reward"])
+def test_from_a_path(kind, folder, tokenizer, tmp_path):
+    """With a quantization_config: the bytes of ``replace_linear``, and adapters in bfloat16, as TRL wants them."""
+    rest = {"quantization_config": lk.LowRankConfig()}
+    data, config = {"SFT": answers, "GRPO": dataset}.get(kind, preferences)(), {"bf16": True}
+    if kind == "GRPO":
+        rest["reward_funcs"] = distinct_letters
+        config |= GRPO
+    run = trainer(kind, str(folder), data, tokenizer, tmp_path, rest=rest, **config)
+    trainable = [p for p in run.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.bfloat16}
+    losses = train(run, tensors((scoring if kind == "Reward" else causal)(folder)))
+    assert kind == "GRPO" or falls(losses), losses
 
 
 # -- around a run ------------------------------------------------------------------------------------
