@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -93,7 +95,15 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether the operator must be part of a graph; RuntimeError where there can be none."""
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return False
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "gradients under torch.func transforms (vmap, grad, jacrev, ...) are not implemented for 4-bit layers; "
+            "use torch.autograd, or torch.no_grad() for vmap"
+        )
+    return True
 
 
 def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
@@ -124,7 +134,7 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
     x = autocast(x)
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
-    rows = x.reshape(x.shape[:-1].numel(), K)
+    rows = x.reshape(math.prod(x.shape[:-1]), K)
     needs_grad = wants_grad(x, bias)
     int8.check(x, w, needs_grad)
     check_batch_invariant(x)
@@ -172,7 +182,7 @@ def lora_linear_4bit(
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
     check_lora(x, N, K, A, B, scaling, dropout_p)
-    rows = x.reshape(x.shape[:-1].numel(), K)
+    rows = x.reshape(math.prod(x.shape[:-1]), K)
     needs_grad = wants_grad(x, A, B, bias)
     int8.check(x, w, needs_grad)
     check_batch_invariant(x)
@@ -209,7 +219,7 @@ def lora_linear(
     N, K = weight.shape
     check_linear(x, N, K, weight.device, bias)
     check_lora(x, N, K, A, B, scaling, dropout_p)
-    rows = x.reshape(x.shape[:-1].numel(), K)
+    rows = x.reshape(math.prod(x.shape[:-1]), K)
     seed = dropout_seed(dropout_p, x.device)
     check_batch_invariant(x)
     if wants_grad(x, A, B, bias, weight):

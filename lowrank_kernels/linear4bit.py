@@ -73,6 +73,17 @@ def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     return out.view(tensor.dtype).reshape(tensor.shape)
 
 
+class _ReplicasParameters(dict):
+    """The parameters of a replica, which nn.DataParallel keeps as attributes: found there, but not listed."""
+
+    def __init__(self, attributes: dict):
+        super().__init__()
+        self.attributes = attributes
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return self.attributes[name]
+
+
 class _AnyName:
     """Has every name that has no underscore in front, and all of them are itself."""
 
@@ -272,6 +283,11 @@ class Linear4bit(nn.Linear):
             moved = {name: apply_to_bytes(fn, t) for name, t in aside.tensors().items()}
             self._unmerged = dataclasses.replace(aside, **moved)
         return self
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica._parameters = _ReplicasParameters(replica.__dict__)
+        return replica
 
     # -- merging -----------------------------------------------------------------------------------
 

@@ -194,7 +194,10 @@ class LoRALinear4bit(Linear4bit):
         # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
         modules = self._modules
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        return A._parameters["weight"], B._parameters["weight"]
+        try:
+            return A._parameters["weight"], B._parameters["weight"]
+        except KeyError:  # a replica of nn.DataParallel has attributes instead
+            return A.weight, B.weight
 
     def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as they are saved; a parallel layer has only parts of them."""

@@ -148,10 +148,10 @@ def directives() -> set[str]:
 
 
 def test_every_public_name_is_in_the_api_reference():
-    described = directives()
-    assert set(lk.__all__) <= described
+    described, public = directives(), {*lk.__all__, "LowRankConfig", "pretrained_config"}
+    assert public <= described
     index = read("docs/api/index.md")
-    assert not [name for name in lk.__all__ if f"[`{name}`](" not in index]
+    assert not [name for name in public if f"[`{name}`](" not in index]
     for name in described:
         assert attribute(name).__doc__, name
     for name in lk.distributed.__all__:

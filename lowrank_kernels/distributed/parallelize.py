@@ -112,7 +112,7 @@ def _check_layer(path: str, layer: nn.Module, style: Column | Row, place: Place)
         raise TypeError(
             f"{path}: expected a Linear4bit or LoRALinear4bit (see replace_linear), got {type(layer).__name__}"
         )
-    if isinstance(layer, LoRALinear4bit) and layer.merged:
+    if getattr(layer, "merged", False):
         raise RuntimeError(f"{path}: an adapter is merged; call unmerge() before parallelize")
     dim = 0 if isinstance(style, Column) else 1
     meta = layer.weight4bit.to("meta")  # a rehearsal

@@ -41,6 +41,7 @@ class ModulePages:
             torch.zeros(num_pages, dtype=torch.float64, device=bank.device),
         )
         self.own: dict[int, str] = {}  # slot -> adapter of the layer that it follows
+        self._pages: dict[int, list[int]] = {}  # slot -> its pages, for torch.compile, which cannot ask the pool
         self._grad_rows: dict[tuple[int, ...], torch.Tensor] = {}
 
     def op_args(self) -> tuple[torch.Tensor, ...]:
@@ -66,6 +67,7 @@ class ModulePages:
         scalings[slot] = 0.0 if adapter is None else adapter.scaling
         dropout_p[slot] = self._dropout[slot]
         self._grad_rows.clear()
+        self._pages[slot] = pages
         if adapter is not None:
             self._write(pages, adapter.A, adapter.B)
 
@@ -100,7 +102,7 @@ class ModulePages:
         """Brings the values of the model's own adapters into their pages."""
         for slot in plan.slots:
             if slot in self.own:
-                self._write(self.bank.pool.pages(slot), *self._own_adapter(slot))
+                self._write(self._pages[slot], *self._own_adapter(slot))
 
     def parameters(self, plan: Plan) -> tuple[list[int], list[nn.Parameter]]:
         """Slots of the plan's adapters that want gradients, and A and B of each; their pages are refreshed."""
@@ -127,12 +129,15 @@ class ModulePages:
 
     def grad_rows(self, slots: tuple[int, ...]) -> torch.Tensor:
         """:meth:`grad_layout` as the operators take it."""
-        if slots not in self._grad_rows:
-            rows = [-1] * len(self._ranks)
-            for slot, first in self.grad_layout(slots)[0].items():
-                rows[slot] = first
-            self._grad_rows[slots] = torch.tensor(rows, dtype=torch.int32, device=self.device)
-        return self._grad_rows[slots]
+        if slots in self._grad_rows:
+            return self._grad_rows[slots]
+        rows = [-1] * len(self._ranks)
+        for slot, first in self.grad_layout(slots)[0].items():
+            rows[slot] = first
+        made = torch.tensor(rows, dtype=torch.int32, device=self.device)
+        if not torch.compiler.is_compiling():  # which may write to nothing in a backward
+            self._grad_rows[slots] = made
+        return made
 
     def __repr__(self) -> str:
         N, K = self.shape
