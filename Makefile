@@ -30,9 +30,9 @@ help: ## show this list
 demo: build/.installed ## build everything in .venv and run the demo on a small real model
 	@$(PY) -m lowrank_kernels demo $(ARGS)
 
-test: build/.installed emulator build/triton-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
+test: build/.installed emulator build/triton-oldest build/transformers-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
 	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
-		$(PY) -m pytest $(ARGS)
+		LOWRANK_TRANSFORMERS_OLDEST=$(abspath build/transformers-oldest) $(PY) -m pytest $(ARGS)
 
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
@@ -171,6 +171,13 @@ build/triton-oldest: | $(VENV)/.requirements
 	@echo '[env] install the oldest triton beside the environment'
 	@rm -rf $@ $@.new
 	@$(PIP) install --no-deps --target $@.new triton==3.6.0 numpy==2.2.6
+	@mv $@.new $@
+
+# The oldest transformers that is supported; what it needs beside itself is in the environment.
+build/transformers-oldest: | $(VENV)/.requirements
+	@echo '[env] install the oldest transformers beside the environment'
+	@rm -rf $@ $@.new
+	@$(PIP) install --no-deps --target $@.new transformers==5.20.0
 	@mv $@.new $@
 
 # ---- The self-tests, with no Python: csrc/cpu/selftest.cpp with the kernels, csrc/host/selftest.cpp

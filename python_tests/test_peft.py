@@ -211,7 +211,9 @@ def test_alora_acts_from_its_offset_on():
 
 
 def test_variants_that_need_no_base_weight_train():
-    config = peft.tuners.lora.config.MontecloraConfig()
+    config = lora_config("MontecloraConfig")
+    if config is None:
+        pytest.skip("this version of PEFT has no such variant")
     model = wrapped(monteclora_config=config).train()
     model(torch.randn(X)).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -248,7 +250,10 @@ def test_eva():
     assert_same_packed(model, before)
 
 
-LORA = peft.tuners.lora.config
+def lora_config(name: str, **arguments) -> object:
+    """A configuration of a variant; None, which skips the test, in versions of PEFT without it."""
+    kind = getattr(peft.tuners.lora.config, name, None)
+    return kind and kind(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -260,12 +265,12 @@ LORA = peft.tuners.lora.config
         ({"init_lora_weights": "corda"}, "init_lora_weights: .* got 'corda'"),
         ({"init_lora_weights": "mica"}, "init_lora_weights: .* got 'mica'"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights: .* got 'lora_ga'"),
-        ({"velora_config": LORA.VeloraConfig()}, "velora_config: expected it unset"),
+        ({"velora_config": lora_config("VeloraConfig")}, "velora_config: expected it unset"),
         (
-            {"use_bdlora": LORA.BdLoraConfig(target_modules_bd_a=["up"], nblocks=2)},
+            {"use_bdlora": lora_config("BdLoraConfig", target_modules_bd_a=["up"], nblocks=2)},
             "use_bdlora: expected it unset",
         ),
-        ({"kasa_config": LORA.KasaConfig()}, "kasa_config: expected it unset"),
+        ({"kasa_config": lora_config("KasaConfig")}, "kasa_config: expected it unset"),
         ({"use_qalora": True}, "use_qalora: expected it unset"),
         (
             {"target_modules": [], "target_parameters": ["up.weight"]},
@@ -274,6 +279,8 @@ LORA = peft.tuners.lora.config
     ],
 )
 def test_what_needs_a_dense_base_is_refused(config, message):
+    if None in config.values():
+        pytest.skip("this version of PEFT has no such variant")
     model = base()
     before = packed(model)
     with pytest.raises(ValueError, match=message):

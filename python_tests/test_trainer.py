@@ -26,9 +26,9 @@ def folder(tmp_path_factory):
     return tiny_llama.save(tmp_path_factory.mktemp("llama"), TEXTS)
 
 
-def load(folder, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(folder, dtype: torch.dtype = torch.float32, **options) -> nn.Module:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     lk.replace_linear(model, r=4, lora_dropout=0.1, progress=False)
     return model
 
@@ -98,6 +98,28 @@ def test_saves_and_resumes(folder, tmp_path):
     ids = torch.arange(8)[None]
     with torch.no_grad():
         assert torch.equal(fresh.eval()(ids).logits, whole.model.eval()(ids).logits)
+
+
+def test_a_model_that_from_pretrained_quantized(folder, tmp_path):
+    """Trainer refuses quantized models without PEFT; not one with adapters of its own."""
+    expected = trainer(load(folder), folder, tmp_path / "expected")
+    expected.train()
+    out = tmp_path / "run"
+    config = {"save_strategy": "steps", "save_steps": STEPS // 2}
+
+    def quantized():
+        return load(folder, quantization_config=lk.LowRankConfig())
+
+    whole = trainer(quantized(), folder, out, **config)
+    assert whole.model.is_quantized
+    whole.train()
+    rest = trainer(quantized(), folder, out)
+    rest.train(resume_from_checkpoint=str(out / f"checkpoint-{STEPS // 2}"))
+    assert losses(whole) == losses(rest) == losses(expected)
+    got, before = tensors(rest.model), tensors(quantized())
+    assert {n for n in got if not torch.equal(got[n], before[n])} == {
+        n for n in got if ".lora_" in n
+    }
 
 
 def test_an_adapter_alone_is_saved_by_its_own_function(folder, tmp_path):

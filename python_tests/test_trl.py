@@ -287,7 +287,7 @@ def test_grpo(folder, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "GRPO", "Reward"])
-def test_from_a_path(kind, folder, tokenizer, tmp_path):
+def test_from_a_path(kind, folder, tokenizer, tmp_path, fused_calls):
     """With a quantization_config: the bytes of ``replace_linear``, and adapters in bfloat16, as TRL wants them."""
     rest = {"quantization_config": lk.LowRankConfig()}
     data, config = {"SFT": answers, "GRPO": dataset}.get(kind, preferences)(), {"bf16": True}
@@ -298,7 +298,10 @@ def test_from_a_path(kind, folder, tokenizer, tmp_path):
     trainable = [p for p in run.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trainable} == {torch.bfloat16}
     losses = train(run, tensors((scoring if kind == "Reward" else causal)(folder)))
-    assert kind == "GRPO" or falls(losses), losses
+    if kind == "GRPO":
+        assert fused_calls
+    else:
+        assert falls(losses) and len(fused_calls) == 7 * LAYERS * STEPS
 
 
 # -- around a run ------------------------------------------------------------------------------------

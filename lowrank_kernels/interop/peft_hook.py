@@ -22,13 +22,16 @@ def _install(lora_model: ModuleType) -> None:
     default = getattr(lora_model, "dispatch_default", None)
     if default is None:
         warnings.warn(
-            "lowrank_kernels: expected peft >= 0.21; in this version of peft, which has no dispatch_default, "
-            "adapters on Linear4bit layers are not fused and cannot be merged",
-            stacklevel=2,
+            f"lowrank_kernels: {_expected()}; Linear4bit layers are not fused", stacklevel=2
         )
     elif default.__module__ != __name__:
         lora_model.dispatch_default = _before(default)
         _refuse_copies(sys.modules["peft.utils.other"].ModulesToSaveWrapper)
+
+
+def _expected() -> str:
+    version = getattr(sys.modules.get("peft"), "__version__", "another version")
+    return f"peft: expected version 0.19 or later, got {version}"
 
 
 def _before(default):
@@ -39,10 +42,9 @@ def _before(default):
         try:
             from .peft_layer import dispatch
         except ImportError as error:
-            import peft
-
-            version = getattr(peft, "__version__", "another version")
-            raise ImportError(f"peft: expected peft >= 0.21, got {version}: {error}") from error
+            raise ImportError(f"{_expected()}: {error}") from error
+        if "config" not in kwargs:
+            raise ImportError(_expected())
         return dispatch(target, adapter_name, **kwargs)
 
     return dispatch_default

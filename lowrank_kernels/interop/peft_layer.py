@@ -235,8 +235,9 @@ def _check_config(config) -> None:
             "path_initial_model_for_weight_conversion)"
         )
     variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
-    for name in [*variants, "use_qalora"]:  # which PEFT would ignore
-        if (value := getattr(config, name)) and name not in _VARIANTS:
+    # Older versions do not mark use_bdlora as a variant, none does use_qalora, which it would ignore.
+    for name in {*variants, "use_bdlora", "use_qalora"} - _VARIANTS:
+        if value := getattr(config, name, None):
             raise ValueError(
                 f"{name}: expected it unset, got {value!r}; it needs a dense base weight and is not supported on "
                 f"a Linear4bit, unlike {sorted(_VARIANTS)}"

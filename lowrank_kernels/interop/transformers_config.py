@@ -1,4 +1,4 @@
-"""``LowRankConfig``: how transformers quantizes to 4 bits with this library; ``pretrained_config``. docs/transformers.md."""
+"""What transformers is told: ``LowRankConfig`` and ``pretrained_config``. See docs/transformers.md."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class LowRankConfig(QuantizationConfigMixin):
         if bitsandbytes is not None:  # the config of such a checkpoint, to be written as it came
             theirs = _checked(bitsandbytes)
             quant_type, double_quant = theirs.bnb_4bit_quant_type, theirs.bnb_4bit_use_double_quant
-            quant_storage, skip_modules = theirs.bnb_4bit_quant_storage, theirs.llm_int8_skip_modules
+            quant_storage, skip_modules = (
+                theirs.bnb_4bit_quant_storage,
+                theirs.llm_int8_skip_modules,
+            )
             save_as = "bitsandbytes"
         code_of(quant_type)
         check_blocksize(blocksize)
@@ -54,7 +57,9 @@ class LowRankConfig(QuantizationConfigMixin):
             raise ValueError(f"double_quant: expected True or False, got {double_quant!r}")
         storage = str(quant_storage).removeprefix("torch.")
         if storage not in _STORAGE:
-            raise ValueError(f"quant_storage: expected one of {list(_STORAGE)}, got {quant_storage!r}")
+            raise ValueError(
+                f"quant_storage: expected one of {list(_STORAGE)}, got {quant_storage!r}"
+            )
         if skip_modules is not None and not (
             isinstance(skip_modules, list) and all(isinstance(name, str) for name in skip_modules)
         ):
@@ -106,7 +111,9 @@ def _checked(quantization_config: object) -> BitsAndBytesConfig:
         raise ValueError(f"quantization_config: expected {wanted}, got quant_method {method!r}")
     for bits, expected in (("8", False), ("4", True)):
         if (got := quantization_config.get(f"load_in_{bits}bit", False)) is not expected:
-            raise ValueError(f"quantization_config: expected {wanted}, got load_in_{bits}bit {got!r}")
+            raise ValueError(
+                f"quantization_config: expected {wanted}, got load_in_{bits}bit {got!r}"
+            )
     try:
         return BitsAndBytesConfig.from_dict(quantization_config)
     except (TypeError, ValueError, AttributeError) as error:
@@ -133,6 +140,6 @@ def pretrained_config(pretrained_model_name_or_path, **kwargs):
             "pass quantization_config=LowRankConfig() to from_pretrained to quantize it"
         )
     if not (isinstance(found, dict) and found.get("quant_method") == METHOD):
-        _checked(found)
+        LowRankConfig(bitsandbytes=found)  # raises what there is to raise
         config.quantization_config = {"quant_method": METHOD, "bitsandbytes": found}
     return loaded

@@ -70,7 +70,10 @@ class Quantize(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict, model=None, missing_keys=(), **kwargs):
-        return {name: self._quantize(name, _one(v), model, missing_keys) for name, v in input_dict.items()}
+        return {
+            name: self._quantize(name, _one(v), model, missing_keys)
+            for name, v in input_dict.items()
+        }
 
     def _quantize(self, name, value, model, missing):
         if not self.quantizer.param_needs_quantization(model, name):
@@ -103,6 +106,11 @@ class Deserialize(ConversionOps):
     def _cast(self, dense: torch.Tensor, model, name: str) -> torch.Tensor:
         # Where this class has its way, transformers does not cast the weights of norms and embeddings either.
         if not dense.is_floating_point():
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Linear, Conv1D)):
+                raise ValueError(
+                    f"{name}: expected a floating dtype, or packed bytes with {name}.absmax and others, "
+                    f"got {dense.dtype} alone"
+                )
             return dense
         dtype = self.dtype
         for pattern, other in model._get_dtype_plan(dtype).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import types
+import functools
 import warnings
 
 import torch
@@ -67,12 +67,16 @@ class LowRankQuantizer(HfQuantizer):
         return {device: size * 0.9 for device, size in max_memory.items()}  # room to quantize in
 
     def param_element_size(self, model, param_name, param) -> float:
-        if not self.param_needs_quantization(model, param_name):
+        if not self._is_target(param_name):
             return param.element_size()
         config = self.quantization_config
         return 0.5 + (1 if config.double_quant else 4) / config.blocksize
 
     def param_needs_quantization(self, model, param_name, **kwargs) -> bool:
+        # Never of a quantized checkpoint: transformers would accept a weight of any shape.
+        return not self.pre_quantized and self._is_target(param_name)
+
+    def _is_target(self, param_name: str) -> bool:
         path, _, name = param_name.rpartition(".")
         return name == "weight" and path in self.targets
 
@@ -85,7 +89,11 @@ class LowRankQuantizer(HfQuantizer):
         in_float32 = [
             *(model._keep_in_fp32_modules or ()),
             *(model._keep_in_fp32_modules_strict or ()),
-            *(key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair),
+            *(
+                key.removesuffix(".weight")
+                for pair in model.all_tied_weights_keys.items()
+                for key in pair
+            ),
         ]
         dense = self.get_modules_to_not_convert(model, config.skip_modules, in_float32)
         for name, module in model.named_modules():
@@ -133,7 +141,7 @@ class LowRankQuantizer(HfQuantizer):
             config.write_as_bitsandbytes(self.dtype, dense)
         # PEFT and TRL ask for this. transformers then counts parameters with bitsandbytes' help.
         model.is_loaded_in_4bit = True
-        model.num_parameters = types.MethodType(_num_parameters, model)
+        model.num_parameters = functools.partial(_num_parameters, model)
         self.model = model
         return model
 
@@ -157,7 +165,7 @@ class LowRankQuantizer(HfQuantizer):
             dense = nn.Linear(
                 layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype
             )
-            dense.weight = nn.Parameter(layer.dequantize(dtype))
+            dense.weight = nn.Parameter(layer.dequantize().to(dtype))  # as bitsandbytes rounds
             if layer.bias is not None:
                 dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
             _replace(model, name, dense.train(layer.training))
@@ -180,7 +188,9 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
 def _num_parameters(model, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """``PreTrainedModel.num_parameters``; a 4-bit weight counts as the matrix that it stands for."""
     modules = list(model.modules())
-    packed = {id(m.weight): m.weight4bit.shape.numel() for m in modules if isinstance(m, Linear4bit)}
+    packed = {
+        id(m.weight): m.weight4bit.shape.numel() for m in modules if isinstance(m, Linear4bit)
+    }
     embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     return sum(
         packed.get(id(p), p.numel())
