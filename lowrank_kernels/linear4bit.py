@@ -54,16 +54,6 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     """``fn`` of Module._apply on the bytes of ``tensor``: moves, shares, empties; never casts."""
-    if is_dtensor(tensor):
-        local = apply_to_bytes(fn, tensor.to_local())
-        return type(tensor).from_local(
-            local,
-            tensor.device_mesh,
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     out = fn(flat)
     if out is flat:

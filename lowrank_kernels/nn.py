@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .functional import linear_4bit, lora_linear_4bit
-from .linear4bit import Linear4bit, Params4bit
+from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
 from .multi_lora.plan import active as active_plan
 from .schema import FLOAT_DTYPES
@@ -46,6 +46,13 @@ def _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype
         raise TypeError(
             f"adapter_dtype: expected float32, bfloat16 or float16, got {adapter_dtype}"
         )
+
+
+def only_a_part() -> RuntimeError:
+    return RuntimeError(
+        "save_adapter: this process has only a part of the adapter; call "
+        "lowrank_kernels.distributed.save_adapter on all processes"
+    )
 
 
 class LoRALinear4bit(Linear4bit):
@@ -200,8 +207,11 @@ class LoRALinear4bit(Linear4bit):
             return A.weight, B.weight
 
     def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B as they are saved; a parallel layer has only parts of them."""
-        return self.adapter_parameters(name)
+        """A and B as they are saved. Raises RuntimeError where this process has only parts of them."""
+        A, B = self.adapter_parameters(name)
+        if is_dtensor(A):
+            raise only_a_part()
+        return A, B
 
     def shard_of_adapter(
         self, A: torch.Tensor, B: torch.Tensor

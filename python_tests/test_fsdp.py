@@ -17,3 +17,9 @@ def outcomes():
 @pytest.mark.parametrize("check", processes.names(MODULE))
 def test_two_processes(check, outcomes):
     assert outcomes[check] is None, outcomes[check]
+
+
+@pytest.mark.slow
+def test_four_processes():
+    for check, outcome in processes.results("workers_two_dimensions", size=4).items():
+        assert outcome is None, f"{check}: {outcome}"

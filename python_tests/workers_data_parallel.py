@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -186,10 +189,12 @@ def check_fsdp_of_a_model_without_data(rank, size):
 
 
 def check_fsdp_moves(rank, size):
-    parallel, one = shard(model()), model()
-    parallel.to(torch.bfloat16)
-    one.to(torch.bfloat16)
-    same_state({k: whole(v) for k, v in parallel.state_dict().items()}, one.state_dict())
+    for storage in (torch.uint8, torch.bfloat16):
+        parallel, one = shard(model(storage)), model(storage)
+        parallel.to(torch.float16)
+        one.to(torch.float16)
+        same_state({k: whole(v) for k, v in parallel.state_dict().items()}, one.state_dict())
+        close("y", parallel(batch().half()), one(batch().half()), 1e-3)
 
 
 def check_fsdp_mixed_precision(rank, size):
@@ -206,20 +211,26 @@ def check_fsdp_mixed_precision(rank, size):
         y.float().square().mean().backward()
         assert {p.grad.dtype for p in trainable(parallel)} == {torch.float32}
     for storage in (torch.float16, torch.float32):
-        message = None
-        try:
+        with pytest.raises(ValueError, match=r"quant_storage=torch.uint8 is never cast"):
             shard(model(storage), mp_policy=policy)(batch())
-        except ValueError as error:
-            message = str(error)
-        assert message and "quant_storage=torch.uint8 is never cast" in message, message
+
+
+def check_fsdp_saves_adapters(rank, size):
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    parallel, fresh = shard(model()), model(init_lora_weights=True)
+    with pytest.raises(RuntimeError, match="this process has only a part of the adapter"):
+        lk.save_adapter(parallel, folder[0])
+    lk.distributed.save_adapter(parallel, folder[0])
+    lk.load_adapter(fresh, folder[0])
+    same_state(fresh.state_dict(), model().state_dict())
+    with pytest.raises(RuntimeError, match=r"0.up: expected a whole weight, got FSDP2's"):
+        lk.distributed.parallelize(parallel, {"up": "column"})
+    dist.barrier()
 
 
 def check_fsdp_plain_load_is_refused(rank, size):
     parallel, state = shard(model()), model().state_dict()
-    try:
+    with pytest.raises(RuntimeError, match=r"0.up.weight: this layer is sharded: expected torch"):
         parallel.load_state_dict(state)
-    except RuntimeError as error:
-        assert "0.up.weight: this layer is sharded: expected torch.distributed" in str(error), error
-    else:
-        raise AssertionError("loaded")
     parallel(batch())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 import pathlib
 import tempfile
 
@@ -130,7 +132,8 @@ def check_a_layer_keeps_no_more_than_its_part(rank, size):
 # -- a model ---------------------------------------------------------------------------------------
 
 
-def llama(heads: int) -> nn.Module:
+def random_llama(heads: int) -> nn.Module:
+    """The same on all processes."""
     transformers = pytest.importorskip("transformers", reason="a real model needs transformers")
     torch.manual_seed(3)
     config = transformers.LlamaConfig(
@@ -143,7 +146,11 @@ def llama(heads: int) -> nn.Module:
         head_dim=32,
         attn_implementation="eager",
     )
-    model = transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(config)
+
+
+def llama(heads: int) -> nn.Module:
+    model = random_llama(heads)
     lk.replace_linear(model, r=5, lora_alpha=5, init_lora_weights=False, progress=False)
     return model
 
@@ -184,6 +191,8 @@ def check_llama_trains(rank, size):
             for name, parameter, value in zip("AB", shard.adapter_parameters("default"), gradients):
                 if value.numel():
                     close(f"{path}: d{name}", parameter.grad, value, 1e-4)
+        norms = nn.utils.clip_grad_norm_(one.parameters(), 0.5), lkd.clip_grad_norm_(mine, 0.5)
+        close("norm", norms[1], norms[0])
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -192,6 +201,23 @@ def check_llama_trains(rank, size):
     mine.eval()
     tokens = [m.eval().generate(ids, max_new_tokens=4, do_sample=False) for m in (one, mine)]
     assert torch.equal(*tokens)
+
+
+def check_docs(rank, size):
+    """The blocks of distributed.md, on a model whose heads can be divided."""
+    import test_docs
+
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    os.chdir(folder[0])
+    load = functools.partial(random_llama, 2 * size)
+    names = test_docs.run("distributed.md", {"load": load, "ids": torch.randint(0, 50, (2, 6))})
+    assert "model.layers.0.mlp.up_proj.weight.absmax" in names["full"]
+    saved = [
+        pathlib.Path(f"{kind}-adapter/adapter_model.safetensors") for kind in ("ddp", "fsdp", "tp")
+    ]
+    assert all(file.exists() for file in saved)
+    dist.barrier()
 
 
 # -- adapters --------------------------------------------------------------------------------------
@@ -231,7 +257,7 @@ def check_adapter_files(rank, size):
     mine = copy.deepcopy(one)
     lkd.parallelize(mine, {"up": "column", "down": "row"})
     with pytest.raises(
-        RuntimeError, match="save_adapter: this process has only a part of a parallel"
+        RuntimeError, match="save_adapter: this process has only a part of the adapter"
     ):
         lk.save_adapter(mine, path / "parts")
     assert not (path / "parts").exists()
@@ -258,7 +284,8 @@ def check_adapter_files(rank, size):
 def check_machinery(rank, size):
     x = torch.randn(5, 96)
     for kind in ("gathered", "whole_x"):
-        mine = parallel(layer(lora_dropout=0.3), STYLES[kind])
+        one = layer(lora_dropout=0.3)
+        mine = parallel(one, STYLES[kind])
         with torch.autocast("cpu", BF16):
             y = mine.eval()(x)
         assert y.dtype == BF16
@@ -282,11 +309,16 @@ def check_machinery(rank, size):
             results.append((y.detach(), leaf.grad, *parts))
         for result in results[1:]:
             tolerance.assert_same_bits(kind, result, results[0])
-        everyone = [torch.empty_like(results[0][0]) for _ in range(size)]
-        dist.all_gather(everyone, results[0][0])
-        assert all(torch.equal(everyone[0], y) for y in everyone)
+        torch.manual_seed(0)
+        close("y", results[0][0], one(x))
         mine.zero_grad()
         leaf = x.clone().requires_grad_()
+        compiled = torch.compile(mine, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(0)
+        y = compiled(leaf)
+        y.sum().backward()
+        parts = [p.grad for p in mine.parameters() if p.grad is not None]
+        tolerance.assert_same_bits("compiled", (y, leaf.grad, *parts), results[0])
         (dx,) = torch.autograd.grad(mine(leaf).square().sum(), leaf, create_graph=True)
         with pytest.raises(RuntimeError, match=r"once_differentiable|differentiate twice"):
             dx.sum().backward()

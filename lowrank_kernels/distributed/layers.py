@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -9,7 +12,7 @@ from .. import int8
 from ..backends import check_batch_invariant
 from ..functional import autocast, dropout_seed, wants_grad
 from ..multi_lora.plan import active as active_plan
-from ..nn import LoRALinear4bit
+from ..nn import LoRALinear4bit, only_a_part
 from ..schema import check_linear, check_tensor
 from .functional import ColumnParallel, RowParallel
 from .shards import Cut, GatherColumns, OwnColumns, Place
@@ -25,7 +28,6 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
 
     place: Place
     weight_cut: Cut
-    whole: dict[str, tuple[torch.Tensor, torch.Tensor]]  # adapters gathered to be saved
 
     def __init__(self, *args, **kwargs) -> None:
         raise TypeError(
@@ -34,8 +36,7 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
 
     def _become_shard(self, place: Place, unit: int, option: bool) -> None:
         """Called once, on a whole layer whose class was changed to this one."""
-        self.place, self.whole = place, {}
-        self._option = option
+        self.place, self._option = place, option
         w = self.weight4bit
         self.weight_cut = place.cut(w.shape[self.weight_dim], unit)
         self._set_weight4bit(w.narrow(self.weight_dim, self.weight_cut.first, self.weight_cut.size))
@@ -58,13 +59,12 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
         super().add_adapter(name, *args, **kwargs)
         self._keep_shard(name)
 
+    def parts(self) -> Iterator[nn.Parameter]:
+        """The parameters of which other processes have other parts."""
+        yield from (p for p in self.parameters() if p is not self.bias or self.weight_dim == 0)
+
     def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if name not in self.whole:
-            raise RuntimeError(
-                "save_adapter: this process has only a part of a parallel layer's adapter; call "
-                "lowrank_kernels.distributed.save_adapter on all processes"
-            )
-        return self.whole[name]
+        raise only_a_part()
 
     def merge(self) -> None:
         """Not implemented for parts of a layer: raises RuntimeError. Merge before ``parallelize``."""
@@ -78,7 +78,7 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
             )
         check_tensor("x", x)
         x = autocast(x)
-        return x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() else x
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x
 
     def _arguments(self, x: torch.Tensor, cut: object) -> tuple:
         """The operator's after x, for the active adapter."""

@@ -6,11 +6,12 @@ import dataclasses
 import os
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..interop import peft_files
-from ..linear4bit import Linear4bit
+from ..linear4bit import Linear4bit, is_dtensor
 from ..nn import LoRALinear4bit
 from ..replace import matches
 from .layers import (
@@ -112,6 +113,8 @@ def _check_layer(path: str, layer: nn.Module, style: Column | Row, place: Place)
         raise TypeError(
             f"{path}: expected a Linear4bit or LoRALinear4bit (see replace_linear), got {type(layer).__name__}"
         )
+    if is_dtensor(layer.weight):
+        raise RuntimeError(f"{path}: expected a whole weight, got FSDP2's; parallelize before fully_shard")
     if getattr(layer, "merged", False):
         raise RuntimeError(f"{path}: an adapter is merged; call unmerge() before parallelize")
     dim = 0 if isinstance(style, Column) else 1
@@ -125,18 +128,42 @@ def _check_layer(path: str, layer: nn.Module, style: Column | Row, place: Place)
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
-    """:func:`lowrank_kernels.save_adapter` of a model with parallel layers: the whole A and B, in PEFT's files.
+    """:func:`lowrank_kernels.save_adapter` of a model whose adapters are in parts: tensor parallel, or FSDP2's.
 
-    Call it on all processes: it gathers, the first process of the default group writes, and it returns when the
-    files are there. ``lowrank_kernels.load_adapter`` reads them, on all processes, each of which keeps its part.
+    Call it on all processes: it gathers A and B, the first process of the default group writes PEFT's files, and it
+    returns when they are there. ``lowrank_kernels.load_adapter`` reads them: on all processes, into parallel
+    layers too; before ``fully_shard``.
     """
-    layers = [m for m in model.modules() if isinstance(m, ParallelLoRALinear4bit) and name in m.r]
+    layers = [layer for layer in peft_files.lora_layers(model).values() if name in layer.r]
+    whole = {layer: _gathered(layer, name) for layer in layers}
     try:
-        for layer in layers:
-            layer.whole[name] = layer.gather_adapter(name)
         if dist.get_rank() == 0:
-            peft_files.save_adapter(model, path, name)
-    finally:
-        for layer in layers:
-            layer.whole.clear()
+            peft_files.write_adapter(model, path, name, whole.__getitem__)
+    finally:  # an error of the first process does not keep the others waiting
         dist.barrier()
+
+
+def _gathered(layer: LoRALinear4bit, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(layer, ParallelLoRALinear4bit):
+        return layer.gather_adapter(name)
+    A, B = layer.adapter_parameters(name)
+    return (A.full_tensor(), B.full_tensor()) if is_dtensor(A) else (A, B)
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` of a model with parallel layers: by the norm over all their parts.
+
+    Call it on all processes; what they all have is counted once. Returns the norm before, float32, that one process
+    would find.
+    """
+    layers = [m for m in model.modules() if isinstance(m, ParallelLoRALinear4bit)]
+    if not layers:
+        raise ValueError("model: expected a model with parallel layers (see parallelize)")
+    parts = {parameter for layer in layers for parameter in layer.parts()}
+    with_gradient = [p for p in model.parameters() if p.grad is not None]
+    square = torch.zeros(2, device=layers[0].weight.device)  # of parts, and of what all processes have
+    for parameter in with_gradient:
+        square[int(parameter not in parts)] += parameter.grad.float().square().sum()
+    norm = (layers[0].place.all_reduce(square[:1]) + square[1:]).sqrt()[0]
+    torch.nn.utils.clip_grads_with_norm_(with_gradient, max_norm, norm)
+    return norm

@@ -106,9 +106,8 @@ class Place:
         return torch.cat([part[:, :size] for part, size in zip(parts, cut.sizes)], 1)
 
     def from_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor of the group's first process, in place."""
-        dist.broadcast(tensor, group=self.group, group_src=0)
-        return tensor
+        """The tensor of the group's first process, in place. (A sum, since torch.compile knows no broadcast.)"""
+        return self.all_reduce(tensor if self.rank == 0 else tensor.zero_())
 
 
 class GatherColumns(torch.autograd.Function):

@@ -39,8 +39,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
 
     A and B keep their dtype. Each file is written under another name and then renamed.
     Raises ValueError if no layer has the adapter, or if its layers differ in lora_dropout or
-    use_rslora, which the format holds only once.
+    use_rslora, which the format holds only once; RuntimeError for a layer that is one process's part
+    (see :func:`lowrank_kernels.distributed.save_adapter`).
     """
+    write_adapter(model, path, name, lambda layer: layer.whole_adapter(name))
+
+
+def write_adapter(
+    model: nn.Module,
+    path: str | os.PathLike,
+    name: str,
+    parameters: Callable[[LoRALinear4bit], tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """:func:`save_adapter` with A and B of each layer from ``parameters``."""
     layers = lora_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
@@ -49,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     config = _config_of(model, layers, name)
     tensors = {}
     for layer_path, layer in layers.items():
-        for part, parameter in zip(("lora_A", "lora_B"), layer.whole_adapter(name), strict=True):
+        for part, parameter in zip(("lora_A", "lora_B"), parameters(layer), strict=True):
             tensor = parameter.detach().to("cpu", copy=True).contiguous()
             tensors[f"{_PREFIX}{layer_path}.{part}.weight"] = tensor
     folder = Path(path)
