@@ -306,12 +306,6 @@ def test_nobody_reads_on():
     assert process.wait(60) == 141
 
 
-def test_bench_takes_the_options_of_the_suite():
-    done = command("bench", "--no-such-option")
-    assert done.returncode == 2
-    assert "--quick" in done.stderr
-
-
 def test_missing_model_folder(tmp_path):
     pytest.importorskip("transformers", reason="the demo needs transformers")
     out = str(tmp_path / "out")

@@ -206,7 +206,7 @@ def test_small_files_go_along_and_code_does_not(llama, tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("a b")["input_ids"]
     report = json.loads((tmp_path / "report.json").read_text())
     weight = tensors_of(llama)["model.layers.0.mlp.up_proj.weight"]
-    row = next(row for row in report["layers"] if row["name"] == "model.layers.0.mlp.up_proj")
+    row = next(row for row in report["quantized"] if row["name"] == "model.layers.0.mlp.up_proj")
     error = (lk.quantize_4bit(weight).dequantize() - weight).norm() / weight.norm()
     assert row["error"] == pytest.approx(float(error), rel=1e-5)
     assert row["bytes_before"] == 4 * weight.numel()
@@ -313,7 +313,7 @@ def check_model(folder: pathlib.Path, out: pathlib.Path, *arguments: str) -> dic
             weight.data = by_bitsandbytes(layer)
             count += 1
     document = json.loads(report.read_text())
-    assert count == len(document["layers"]) > 0
+    assert count == len(document["quantized"]) > 0
     inputs = {"input_ids": IDS}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = IDS
@@ -346,26 +346,60 @@ def test_a_checkpoint_without_the_models_prefix(tmp_path, copied):
     assert "layers.0.mlp.up_proj.weight.absmax" in tensors_of(tmp_path / "out")
 
 
-def test_weights_that_are_split_when_loaded_stay_dense(tmp_path, copied, monkeypatch):
-    """A checkpoint with q, k and v in one tensor, for which transformers has a converter."""
+def convert_llama(monkeypatch, transform: object) -> None:
+    """As if checkpoints of Llamas needed it."""
     from transformers import conversion_mapping
-    from transformers.core_model_loading import Chunk, WeightConverter
 
-    sources, targets = "self_attn.gate_up", ["mlp.gate_proj", "mlp.up_proj"]
-    converter = WeightConverter(sources, targets, operations=[Chunk(dim=0)])
     find = conversion_mapping.get_checkpoint_conversion_mapping
     monkeypatch.setattr(
         conversion_mapping,
         "get_checkpoint_conversion_mapping",
-        lambda name: [converter] if name == "llama" else find(name),
+        lambda name: [transform] if name == "llama" else find(name),
     )
+
+
+@pytest.mark.parametrize(("old", "quantized"), [("mlp.oben", True), (r"mlp.oben.weight$", False)])
+def test_renamed_weights(tmp_path, copied, monkeypatch, old, quantized):
+    """Renamed by a pattern that finds its statistics too, or by one that does not: then it stays dense."""
+    from transformers.core_model_loading import WeightRenaming
+
+    new = "mlp.up_proj.weight" if old.endswith("$") else "mlp.up_proj"
+    convert_llama(monkeypatch, WeightRenaming(old, new))
+    tensors = load_file(copied / checkpoint.SINGLE)
+    for i in range(2):
+        weight = tensors.pop(f"model.layers.{i}.mlp.up_proj.weight")
+        tensors[f"model.layers.{i}.mlp.oben.weight"] = weight
+    save_file(tensors, copied / checkpoint.SINGLE, {"format": "pt"})
+    skipped = check_model(copied, tmp_path / "out")
+    assert ("model.layers.1.mlp.up_proj" in skipped) is not quantized
+    key = "model.layers.1.mlp.oben.weight"
+    assert (f"{key}.absmax" in tensors_of(tmp_path / "out")) is quantized
+
+
+def test_names_that_a_pattern_would_spoil(tmp_path, llama, monkeypatch):
+    """transformers then leaves a key that the model has as it is; not so the keys of its statistics."""
+    from transformers.core_model_loading import WeightRenaming
+
+    convert_llama(monkeypatch, WeightRenaming("mlp.up_proj", "mlp.none"))
+    skipped = check_model(llama, tmp_path / "out")
+    assert [name for name in skipped if "up_proj" in name] == [
+        f"model.layers.{i}.mlp.up_proj" for i in range(2)
+    ]
+
+
+def test_weights_that_are_split_when_loaded_stay_dense(tmp_path, copied, monkeypatch):
+    """A checkpoint with q, k and v in one tensor, for which transformers has a converter."""
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    sources, targets = "self_attn.gate_up", ["mlp.gate_proj", "mlp.up_proj"]
+    convert_llama(monkeypatch, WeightConverter(sources, targets, operations=[Chunk(dim=0)]))
     tensors = load_file(copied / checkpoint.SINGLE)
     for i in range(2):
         parts = [tensors.pop(f"model.layers.{i}.mlp.{n}_proj.weight") for n in ("gate", "up")]
         tensors[f"model.layers.{i}.self_attn.gate_up.weight"] = torch.cat(parts)
     save_file(tensors, copied / checkpoint.SINGLE, {"format": "pt"})
     skipped = check_model(copied, tmp_path / "out")
-    assert skipped["model.layers.1.mlp.gate_proj"] == "made of other tensors when it is loaded"
+    assert skipped["model.layers.1.mlp.gate_proj"] == "converted when it is loaded"
     assert skipped.keys() == {"lm_head"} | {
         f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up")
     }

@@ -106,6 +106,13 @@ def test_resume_of_nothing_and_of_a_shard_that_is_cut(llama, tmp_path, whole, mo
     assert contents(tmp_path / "new") == whole
 
 
+def test_resume_of_a_run_that_ended_just_before_its_end(llama, tmp_path, whole):
+    quantize(llama, tmp_path / "out", *SHARDS)
+    (tmp_path / "out" / STATE).write_text("{}")
+    quantize(llama, tmp_path / "out", *SHARDS, "--resume")
+    assert contents(tmp_path / "out") == whole
+
+
 def test_resume_refuses_another_source(copy, tmp_path, monkeypatch):
     stop_at_the_end(monkeypatch, copy, tmp_path / "out")
     os.utime(copy / checkpoint.SINGLE, ns=(0, 0))
@@ -137,7 +144,7 @@ def test_a_full_disk(llama, tmp_path, whole):
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1 and "File too large" in done.stderr
     assert leftovers(tmp_path) == ["out.partial"]
-    assert not list((tmp_path / "out.partial").glob("*.safetensors"))
+    assert leftovers(tmp_path / "out.partial") == []
     quantize(llama, out, "--resume")
     assert leftovers(tmp_path) == ["out"]
 
@@ -184,6 +191,9 @@ def test_places_that_are_refused(copy, tmp_path):
     for out in (copy, copy / "inside", tmp_path):
         assert "apart from MODEL" in refused(copy, out, "--force")
     assert "existing folder" in refused(copy, tmp_path / "no" / "out")
+    assert "existing folder" in refused(
+        copy, tmp_path / "out", "--report", tmp_path / "no" / "r.json"
+    )
     (tmp_path / "link").symlink_to(home)
     assert "not a folder" in refused(copy, tmp_path / "link", "--force")
     (tmp_path / "link").unlink()

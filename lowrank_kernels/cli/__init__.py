@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
@@ -25,6 +26,13 @@ def _steps(text: str) -> int:
     value = int(text)
     if value < 4:
         raise argparse.ArgumentTypeError(f"expected at least 4 to see a loss fall, got {value}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
     return value
 
 
@@ -161,13 +169,85 @@ def _add_quantize(commands) -> None:
     quantize.add_argument("--quiet", action="store_true", help="no progress bar, no table")
 
 
+def _list_of(item: Callable[[str], object]) -> Callable[[str], list]:
+    """An argument type: "1,16,512"."""
+
+    def parse(text: str) -> list:
+        return [item(part) for part in text.split(",")]
+
+    parse.__name__ = f"list of {item.__name__.strip('_')}"
+    return parse
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected NxK, such as 4096x4096, got {text}")
+    return int(match[1]), int(match[2])
+
+
 def _add_bench(commands) -> None:
     bench = commands.add_parser(
         "bench",
-        help="run the benchmark suite of a source checkout (bench --help for its options)",
-        add_help=False,
+        help="time the operators at sizes of your choice, against what else is installed",
+        description="Times the operators on this machine, against torch's dense product, bitsandbytes and "
+        "PEFT where they are installed. Results are checked before they are timed.",
+        epilog="examples:\n"
+        "  python -m lowrank_kernels bench\n"
+        "  python -m lowrank_kernels bench --shape 11008x4096,4096x11008 --m 1,16 --op linear,dx\n"
+        "  python -m lowrank_kernels bench --isa avx512,avx2 --peers none --json speed.json\n"
+        "  python -m lowrank_kernels bench --op training --m 1,4,16,64,256 --plot speed.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+    ops = ("linear", "dx", "lora", "training", "multi_lora")
+    peers = ("torch", "bitsandbytes", "dequantize", "none")
+
+    def one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
+        def choice(text: str) -> str:
+            if text not in choices:
+                raise argparse.ArgumentTypeError(f"expected {', '.join(choices)}, got {text!r}")
+            return text
+
+        return choice
+
+    def add(name: str, kind: Callable[[str], object], help: str, **options: object) -> None:
+        bench.add_argument(name, type=_list_of(kind), metavar="A,B,...", help=help, **options)
+
+    add("--shape", _shape, "weights, as NxK (default: 4096x4096)", default=[(4096, 4096)])
+    add("--m", _positive, "rows of x (default: 1,16,512)", default=[1, 16, 512])
+    add(
+        "--op",
+        one_of(ops),
+        f"of {', '.join(ops)} (default: linear,training)",
+        default=["linear", "training"],
+    )
+    add(
+        "--dtype",
+        one_of(("float32", "bfloat16", "float16")),
+        "of the activations (default: float32; on a GPU bfloat16)",
+    )
+    add(
+        "--peers",
+        one_of(peers),
+        f"of {', '.join(peers)}; torch: dense weights (default: all)",
+        default=list(peers[:-1]),
+    )
+    add("--isa", str, "instruction sets of the CPU, a column each (default: the best)")
+    add("--backend", str, "backends, a column each: cpu, cuda, triton, reference")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    bench.add_argument("--rank", type=_positive, default=16, help="of adapters (default: 16)")
+    bench.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    bench.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.3,
+        help="timed per case and provider (default: 0.3)",
+    )
+    bench.add_argument(
+        "--hot", action="store_true", help="one weight, found in the cache; a model never has that"
+    )
+    bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the results")
+    bench.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the results")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def sync_folder(folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def written(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file for ``path`` that takes that name once it is whole and on the disk; removed if something fails."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -58,7 +58,7 @@ def meta_model(source: Source) -> nn.Module:
 
 
 def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """(parameter -> the key that is loaded into it as it is, parameters made of other keys).
+    """(parameter -> the key that is loaded into it as it is, parameters that are converted).
 
     As transformers loads a checkpoint: renamed keys, with the model's prefix or without. A key is in
     the first only if its statistics (key + ".absmax") will find the same parameter.
@@ -76,18 +76,17 @@ def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], 
     there = model.state_dict()
     # Of a name with a suffix, whether the model's prefix is due is decided by the parameter.
     stats = there | {f"{name}.absmax": tensor for name, tensor in there.items()}
-
-    def renamed(key: str) -> tuple[str, str | None]:
-        prefix = model.base_model_prefix
-        name, converter = rename_source_key(key, renamings, converters, prefix, stats)
-        if name not in stats and key in stats:
-            return rename_source_key(key, [], [], prefix, stats)
-        return name, converter
+    prefix = model.base_model_prefix
 
     plain, converted = {}, set()
     for key in keys:
-        name, converter = renamed(key)
-        if converter is None and name in there and renamed(f"{key}.absmax")[0] == f"{name}.absmax":
+        name, converter = rename_source_key(key, renamings, converters, prefix, there)
+        if (
+            name not in there and key in there
+        ):  # renamed for nothing; statistics have no such way out
+            name, converter = rename_source_key(key, [], [], prefix, there)
+        of_stats, _ = rename_source_key(f"{key}.absmax", renamings, converters, prefix, stats)
+        if converter is None and name in there and of_stats == f"{name}.absmax":
             plain[name] = key
         else:
             converted.add(name)
@@ -152,7 +151,7 @@ def plan(
             return "kept in float32 by the model"
         if weight not in plain:
             made = weight in converted
-            return "made of other tensors when it is loaded" if made else "not in the checkpoint"
+            return "converted when it is loaded" if made else "not in the checkpoint"
         if entries[plain[weight]].dtype not in FLOAT_DTYPES:
             return f"stored as {str(entries[plain[weight]].dtype).removeprefix('torch.')}"
         return None

@@ -15,7 +15,6 @@ import itertools
 import json
 import os
 import pathlib
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,28 +24,15 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..formats import Weight4bit, quantize_4bit
-from ..replace import SkippedLayer
 from ..schema import FLOAT_DTYPES
-from . import UserError, files, layers, tables
+from . import UserError, files, layers
 from .checkpoint import INDEX, SINGLE, Entry, Source, Writer
+from .quantize_report import MIB, QuantizedLayer, Report
 
 STATE = ".quantize.json"  # in the partial folder: options, source, finished shards
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 STORAGES = {"uint8": torch.uint8, **DTYPES}
 _BLOB_BYTES = 512  # room for a quant state's JSON, in sizes that are told beforehand
-_MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantizedLayer:
-    """One row of the report. ``error``: |W - W4| / |W| in the Frobenius norm, where it was asked for."""
-
-    name: str
-    shape: tuple[int, int]
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +98,15 @@ def run(args: argparse.Namespace) -> int:
             run.finish()
             files.publish(partial, out)
         (out / STATE).unlink()
-        _report(args, options, source, rows, plan.skipped, time.perf_counter() - start)
+        before = sum(entry.nbytes for entry in source.entries.values())
+        after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        report = Report(rows, plan.skipped, before, after, time.perf_counter() - start)
+        if args.report is not None:
+            files.write_json(
+                {"options": dataclasses.asdict(options)} | report.document(), args.report
+            )
+    if not args.quiet:
+        print(f"{report}\n\n{args.out}: {report.summary()}")
     return 0
 
 
@@ -144,8 +138,9 @@ def _check_places(
         raise UserError(
             f"{partial}: left by a run that was interrupted; --resume goes on, --force starts again"
         )
-    if not out.parent.is_dir():
-        raise UserError(f"OUT {out}: expected an existing folder {out.parent}")
+    for path in [out, *([args.report] if args.report else [])]:
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path}: expected an existing folder {path.absolute().parent}")
 
 
 class _Run:
@@ -190,7 +185,7 @@ class _Run:
         free = shutil.disk_usage(self.folder.parent).free
         if needed - there > free:
             raise UserError(
-                f"{self.folder.parent}: {(needed - there) / _MIB:.0f} MiB are needed, {free / _MIB:.0f} "
+                f"{self.folder.parent}: {(needed - there) / MIB:.0f} MiB are needed, {free / MIB:.0f} "
                 "MiB are free"
             )
 
@@ -334,78 +329,3 @@ class _Run:
             "quant_method": "bitsandbytes",
         }
         return config
-
-
-# -- the report ------------------------------------------------------------------------------------
-
-
-def _report(
-    args: argparse.Namespace,
-    options: Options,
-    source: Source,
-    rows: list[QuantizedLayer],
-    skipped: list[SkippedLayer],
-    seconds: float,
-) -> None:
-    before = sum(entry.nbytes for entry in source.entries.values())
-    after = sum(path.stat().st_size for path in args.out.glob("*.safetensors"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if args.report is not None:
-        document = {
-            "options": dataclasses.asdict(options),
-            "layers": [dataclasses.asdict(row) for row in rows],
-            "skipped": [dataclasses.asdict(layer) for layer in skipped],
-            "bytes_before": before,
-            "bytes_after": after,
-            "seconds": seconds,
-            "peak_memory_bytes": peak,
-        }
-        files.write_json(document, args.report)
-    if args.quiet:
-        return
-    print(table(rows))
-    for line in _grouped(skipped):
-        print(line)
-    print(
-        f"\n{args.out}: {before / _MIB:.1f} MiB -> {after / _MIB:.1f} MiB, {seconds:.1f} s, "
-        f"peak memory {peak / _MIB:.0f} MiB"
-    )
-
-
-def table(rows: list[QuantizedLayer]) -> str:
-    """As :class:`ReplaceReport <lowrank_kernels.ReplaceReport>` prints what it replaced."""
-    with_errors = rows[0].error is not None
-
-    def cells(name, shape, before, after, bits, error):
-        numbers = (f"{before / _MIB:.3f}", f"{after / _MIB:.3f}", f"{bits:.3f}")
-        return (name, shape, *numbers, *([f"{error:.2%}"] if with_errors else []))
-
-    head = ("quantized", "shape", "before MiB", "after MiB", "bits/weight")
-    lines = [(*head, *(["error"] if with_errors else []))]
-    for row in rows:
-        shape = f"{row.shape[0]} x {row.shape[1]}"
-        sizes = row.bytes_before, row.bytes_after, row.bits_per_weight
-        lines.append(cells(row.name, shape, *sizes, row.error))
-    elements = [row.shape[0] * row.shape[1] for row in rows]
-
-    def mean(values: list[float]) -> float:
-        return sum(n * v for n, v in zip(elements, values)) / max(1, sum(elements))
-
-    sizes = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
-    error = mean([row.error for row in rows]) if with_errors else None
-    bits = mean([row.bits_per_weight for row in rows])
-    lines.append(cells("total", f"{len(rows)} layers", *sizes, bits, error))
-    return tables.text(lines, rules=(1, -1))
-
-
-def _grouped(skipped: list[SkippedLayer]) -> Iterator[str]:
-    """A line for each kind of layer, numbers in names left out: models have many experts."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for layer in skipped:
-        words = ["*" if word.isdigit() else word for word in layer.name.split(".")]
-        groups.setdefault((".".join(words), layer.reason), []).append(layer.name)
-    if groups:
-        yield f"\nleft dense: {len(skipped)}"
-    for (name, why), members in groups.items():
-        one = len(members) == 1
-        yield f"{members[0]}  {why}" if one else f"{name}  {len(members)} layers, {why}"

@@ -16,3 +16,14 @@ def text(rows: Sequence[Sequence[str]], rules: Sequence[int] = (1,)) -> str:
     for index in sorted((i % len(lines) for i in rules), reverse=True):
         lines.insert(index, rule)
     return "\n".join(lines)
+
+
+def digits(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def times_faster(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1f}x" if value >= 0.95 else f"{value:.2f}x"
