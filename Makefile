@@ -82,17 +82,17 @@ emulator-asan: build/.installed ## run the CUDA kernels' tests on the emulator u
 		$(PY) -m pytest $(EMULATOR_ASAN_TESTS) $(ARGS)
 
 wheel: $(VENV)/.base $(VENV)/.wheel ## build a wheel for PYTHON into dist/ (ARCHS='9.0a': with CUDA for these)
+	@$(WHEEL_PYTHON) $(NEW_ENOUGH)
 	@echo '[wheel] sources'
 	@rm -rf build/wheel/new build/wheel/source && mkdir -p build/wheel/new build/wheel/source dist
-	@$(PY) setup.py --quiet egg_info --egg-base build/wheel sdist --dist-dir build/wheel/new
+	@$(PY) setup.py --quiet egg_info --egg-base build/wheel sdist --dist-dir build/wheel/new $(LOGGED)
 	@tar -xzf build/wheel/new/*.tar.gz --strip-components 1 -C build/wheel/source
-	@echo '[wheel] build for $(WHEEL_PYTHON)'
-	@cd build/wheel/source && PYTHONPATH=$(BUILD_TOOLS) $(CUDA_FOR_ARCHS) $(WHEEL_PYTHON) \
-		-W 'ignore:setup.py install is deprecated' setup.py --quiet \
-		build --build-temp ../objects bdist_wheel --dist-dir ../new
+	@echo '[wheel] compile for $(WHEEL_PYTHON)'
+	@(cd build/wheel/source && PYTHONPATH=$(BUILD_TOOLS) $(CUDA_FOR_ARCHS) $(WHEEL_PYTHON) setup.py --quiet \
+		build --build-temp ../objects bdist_wheel --dist-dir ../new) $(LOGGED)
 	@echo '[wheel] platform tag'
 	@PATH=$(abspath $(VENV)/bin):$$PATH auditwheel repair $(NOT_OURS:%=--exclude '%') --wheel-dir dist \
-		build/wheel/new/*.whl 2>build/wheel/auditwheel.log || { cat build/wheel/auditwheel.log; exit 1; }
+		build/wheel/new/*.whl $(LOGGED)
 	@mv build/wheel/new/*.tar.gz dist
 	@for wheel in build/wheel/new/*.whl; do ls dist/$$(basename $${wheel%-*})-*.whl; done
 
@@ -108,9 +108,11 @@ clean: ## remove what was built (rm -r .venv removes the environment as well)
 
 # ---- The environment: a stamp for each step, made again when what it depends on changes ----
 
+NEW_ENOUGH = -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+
 $(VENV)/.created:
 	@echo '[env] create $(VENV)'
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+	@$(PYTHON) $(NEW_ENOUGH)
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -157,12 +159,15 @@ build/.installed: $(VENV)/.requirements $(SOURCES)
 # build. Objects are kept in build/wheel/objects, where ninja compiles again what changed. ----
 
 # The Python that .venv was made from, if no other was asked for.
-WHEEL_PYTHON = $(abspath $(if $(filter file,$(origin PYTHON)),$(PY),$(shell command -v $(PYTHON))))
+WHEEL_PYTHON = $(or $(abspath $(if $(filter file,$(origin PYTHON)),$(PY),\
+	$(shell command -v $(PYTHON) 2>/dev/null))),$(error there is no $(PYTHON): set PYTHON=))
 WHEEL_PYTHONS = $(foreach minor,10 11 12 13,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 # Any Python builds with the tools of .venv, of which none is compiled for one Python, and with its
 # torch, of which only headers and names of symbols are used: no torch for this Python is needed.
 BUILD_TOOLS = $$($(abspath $(PY)) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 CUDA_FOR_ARCHS = $(if $(ARCHS),LOWRANK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCHS)")
+# setuptools says much that means nothing.
+LOGGED = >build/wheel/log 2>&1 || { cat build/wheel/log; exit 1; }
 # Comes with torch and the driver; all other libraries are the system's or in the wheel.
 NOT_OURS = libtorch* libc10* libcuda*
 

@@ -332,9 +332,11 @@ def write_cuda_edges(n, out, cxx, cuda):
         depfile="$out.d",
         deps="gcc",
     )
+    # nvcc looks into lib64, where toolkits have it; PyPI's packages of nvcc have lib alone.
+    libraries = f"-L{Path(cuda.nvcc).resolve().parents[1] / 'lib'}"
     n.rule(
         "nvcc_link",
-        f"{words([cuda.nvcc, *host])} -o $out $in {words(NVCC_LDFLAGS)}",
+        f"{words([cuda.nvcc, *host, libraries])} -o $out $in {words(NVCC_LDFLAGS)}",
         description="link $out",
     )
     sources = sorted(glob("csrc/cuda/launch/*.cu"))

@@ -15,18 +15,21 @@ SYSTEM |= {"libpthread.so.0", "libdl.so.2", "librt.so.1"}  # parts of libc since
 _STANDARD = re.compile(r"_Z(T[ISV])?N?K?(S[a-z]|St|10__cxxabiv1|N10__cxxabiv1)|_Z(nw|na|dl|da)")
 
 
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _output(library: pathlib.Path, *command: str) -> str:
+    done = subprocess.run([*command, str(library)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{library.name} is no shared object: {command[0]} fails")
+    return done.stdout
 
 
 def undefined_symbols(library: pathlib.Path) -> set[str]:
-    lines = _output("nm", "-D", "--undefined-only", "--format=posix", str(library)).splitlines()
+    lines = _output(library, "nm", "-D", "--undefined-only", "--format=posix").splitlines()
     return {line.split()[0].partition("@")[0] for line in lines}
 
 
 def needed_libraries(library: pathlib.Path) -> set[str]:
     """The libraries it is linked to, without those of the system. ValueError: it has no $ORIGIN run path."""
-    text = _output("readelf", "--dynamic", str(library))
+    text = _output(library, "readelf", "--dynamic")
     if "[$ORIGIN]" not in text:
         raise ValueError(f"{library.name} has no $ORIGIN run path")
     names = re.findall(r"\(NEEDED\).*\[(.*)\]", text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -20,10 +21,11 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from .contents import PACKAGE, ROOT, Wheel, WheelError, check, check_files, last_line, require
-from .contents import project_version
+from . import contents
+from .contents import PACKAGE, ROOT, Wheel, WheelError, last_line, reason, require
 
 SMOKE = pathlib.Path(__file__).with_name("smoke.py")
+PIP = ("-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
 class Row(NamedTuple):
@@ -43,11 +45,11 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[Row] = []
 
-    def run(self, wheel: str, python: str, torch: str, call: Callable[[], str]) -> None:
+    def run(self, wheel: str, python: str, torch: str, call: Callable[..., str], *args) -> None:
         print(f"[wheel-check] {wheel}, {python}, torch {torch}", flush=True)
         start = time.monotonic()
         try:
-            result, passed = call(), True
+            result, passed = call(*args), True
         except WheelError as error:
             result, passed = f"FAILED: {error}", False
         self.add(wheel, python, torch, result, time.monotonic() - start, passed)
@@ -65,7 +67,7 @@ class Table:
 
 @contextlib.contextmanager
 def environment(python: str) -> Iterator[Callable[..., str]]:
-    """An empty virtual environment outside the sources; calls run a program with its Python there."""
+    """An empty virtual environment outside the sources; calls run its Python there, with these arguments."""
     with tempfile.TemporaryDirectory(prefix="wheel-check-") as folder:
         # Nothing of this environment, the user's or ours, must reach that one.
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LOWRANK"))}
@@ -83,23 +85,12 @@ def environment(python: str) -> Iterator[Callable[..., str]]:
             )
             if done.returncode:
                 print(done.stdout)
-                raise WheelError(last_line(done.stdout) or f"{command[0]}: {done.returncode}")
+                raise WheelError(reason(done.stdout))
             return done.stdout
 
-        try:
-            run(python, "-m", "venv", "--without-pip", "env")
-        except FileNotFoundError:
-            raise WheelError(f"there is no {python}") from None
-        inside = f"{folder}/env/bin/python"
+        run(python, "-m", "venv", "env")
         shutil.copy(SMOKE, folder)
-
-        def in_environment(program: str, *arguments: str) -> str:
-            if program == "pip":
-                pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-                return run(*pip, "--python", inside, *arguments)
-            return run(inside, "-I", program, *arguments)
-
-        yield in_environment
+        yield functools.partial(run, f"{folder}/env/bin/python", "-I")
 
 
 def python_tag(python: str) -> str:
@@ -109,7 +100,7 @@ def python_tag(python: str) -> str:
         done = subprocess.run([python, "-c", program], capture_output=True, text=True)
     except FileNotFoundError:
         raise WheelError(f"there is no {python}") from None
-    require(done.returncode == 0, f"{python}: {last_line(done.stderr)}")
+    require(done.returncode == 0, f"{python}: {reason(done.stderr)}")
     return done.stdout.strip()
 
 
@@ -122,26 +113,27 @@ def smoke(table: Table, wheels: list[Wheel], python: str, torch: str) -> None:
         require(fitting, f"no wheel for {tag} in dist: make wheel PYTHON={python}")
         with environment(python) as run:
             for wheel in fitting:
-                table.run(wheel.kind, tag, torch, lambda: install_and_run(run, wheel, torch))
+                table.run(wheel.kind, tag, torch, install_and_run, run, wheel, torch)
     except WheelError as error:  # there is no environment
         table.add("-", tag, torch, f"FAILED: {error}", 0.0, False)
 
 
 def install_and_run(run: Callable[..., str], wheel: Wheel, torch: str) -> str:
-    run("pip", "uninstall", "--quiet", "--yes", PACKAGE)  # another wheel
-    run("pip", "install", "--quiet", f"torch=={torch}", str(wheel.path))
-    run("pip", "check")
+    run(*PIP, "uninstall", "--yes", PACKAGE)  # another wheel
+    run(*PIP, "install", f"torch=={torch}", str(wheel.path))
+    run("-m", "pip", "check")
     return last_line(run("smoke.py"))
 
 
 def build_from_sdist(python: str, dist: pathlib.Path) -> str:
     """pip builds the sdist, in an environment of its own, into a wheel with the same files."""
-    (sdist,) = dist.glob(f"{PACKAGE}-{project_version()}.tar.gz")
+    sdist = dist / f"{PACKAGE}-{contents.project_version()}.tar.gz"
+    require(sdist.exists(), f"there is no {sdist.name}: make wheel")
     with environment(python) as run, tempfile.TemporaryDirectory() as folder:
-        run("pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, str(sdist))
+        run(*PIP, "wheel", "--no-deps", "--wheel-dir", folder, str(sdist))
         (path,) = pathlib.Path(folder).glob("*.whl")
         with zipfile.ZipFile(path) as archive:
-            check_files(Wheel(path), archive)
+            contents.check_files(Wheel(path), archive)
     return f"builds {path.name}"
 
 
@@ -167,15 +159,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """0 if all is well; 1, and the first reason on stderr, if not."""
     chosen, table, wheels = arguments(argv), Table(), []
-    for path in sorted(chosen.dist.glob(f"{PACKAGE}-{project_version()}-*.whl")):
-        wheels.append(Wheel(path))
-        table.run(wheels[-1].kind, wheels[-1].python, "-", lambda: check(wheels[-1]))
-    if not wheels:
-        print(f"wheel-check: no wheel of {project_version()} in {chosen.dist}: make wheel", file=sys.stderr)
+    for path in sorted(chosen.dist.glob(f"{PACKAGE}-{contents.project_version()}-*.whl")):
+        try:
+            wheels.append(Wheel(path))
+        except WheelError as error:
+            table.add(path.name, "-", "-", f"FAILED: {error}", 0.0, False)
+        else:
+            table.run(wheels[-1].kind, wheels[-1].python, "-", contents.check, wheels[-1])
+    if not table.rows:
+        print(
+            f"wheel-check: no wheel of {contents.project_version()} in {chosen.dist}: make wheel",
+            file=sys.stderr,
+        )
         return 1
     if chosen.sdist:
         name = pathlib.Path(chosen.python[0]).name
-        table.run("sdist", name, "-", lambda: build_from_sdist(chosen.python[0], chosen.dist))
+        table.run("sdist", name, "-", build_from_sdist, chosen.python[0], chosen.dist)
     for python in () if chosen.no_smoke else chosen.python:
         for torch in chosen.torch:
             smoke(table, wheels, python, torch)

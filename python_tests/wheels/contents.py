@@ -26,6 +26,9 @@ MIN_TORCH = "2.10.0"
 LIBTORCH = {"libtorch.so", "libtorch_cpu.so", "libc10.so"}
 CUDA_LIBRARY = "liblowrank_cuda.so"
 
+_GLIBC = {"1": 5, "2010": 12, "2014": 17}  # PEP 600: the minor version of older names
+_MANYLINUX = re.compile(rf"manylinux(?:({'|'.join(_GLIBC)})|_(\d+)_(\d+))_")
+
 # Run by a Python of the wheel's version, which needs no torch for it.
 IMPORT_HOST = """
 import importlib.util, sys
@@ -71,7 +74,7 @@ class Wheel:
 
     @property
     def host(self) -> str:
-        machine = re.sub(r"^(manylinux_\d+_\d+|linux)_", "", self.platforms[0])
+        machine = re.sub(rf"^({_MANYLINUX.pattern}|linux_)", "", self.platforms[0])
         return f"_host.cpython-{self.python[2:]}-{machine}-linux-gnu.so"
 
     def libraries(self) -> set[str]:
@@ -92,6 +95,7 @@ class Wheel:
 
 def check(wheel: Wheel) -> str:
     """Everything that needs no torch. A few words for the table; WheelError: what is wrong."""
+    require(zipfile.is_zipfile(wheel.path), "no zip file")
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(wheel.path) as archive:
             check_files(wheel, archive)
@@ -173,9 +177,11 @@ def check_platform(wheel: Wheel) -> None:
 
 
 def glibc(platform: str) -> tuple[int, int] | None:
-    """(2, 34) of manylinux_2_34_x86_64; None of another tag."""
-    match = re.match(r"manylinux_(\d+)_(\d+)_", platform)
-    return (int(match[1]), int(match[2])) if match else None
+    """(2, 34) of manylinux_2_34_x86_64, as of the older names; None of another tag."""
+    match = _MANYLINUX.match(platform)
+    if match is None:
+        return None
+    return (2, _GLIBC[match[1]]) if match[1] else (int(match[2]), int(match[3]))
 
 
 def check_dependencies(wheel: Wheel, package: pathlib.Path) -> None:
@@ -185,13 +191,13 @@ def check_dependencies(wheel: Wheel, package: pathlib.Path) -> None:
         wheel.host: {"liblowrank_cpu.so"},
         "liblowrank_cpu.so": set(),
     }
-    for name, libraries in allowed.items():
-        try:
+    try:
+        for name, libraries in allowed.items():
             needed = binaries.needed_libraries(package / name)
-        except ValueError as error:
-            raise WheelError(str(error)) from None
-        require(needed <= libraries, f"{name} needs {sorted(needed - libraries)}")
-    unstable = binaries.unstable_symbols(package / "_ops.so")
+            require(needed <= libraries, f"{name} needs {sorted(needed - libraries)}")
+        unstable = binaries.unstable_symbols(package / "_ops.so")
+    except ValueError as error:
+        raise WheelError(str(error)) from None
     require(not unstable, f"_ops.so uses unstable symbols of torch: {sorted(unstable)[:3]}")
 
 
@@ -236,11 +242,17 @@ def check_host(wheel: Wheel, path: pathlib.Path) -> str:
 
 
 def run(*command: str) -> str:
-    """Its standard output. WheelError with its last line if it fails."""
+    """Its standard output. WheelError with its error if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise WheelError(last_line(done.stderr or done.stdout) or f"{command[0]} failed")
+        raise WheelError(reason(done.stderr or done.stdout))
     return done.stdout
+
+
+def reason(text: str) -> str:
+    """The line of a failed program's output that says why: its last error, else its last line."""
+    errors = re.findall(r"^[\w.]*(?:Error|ERROR)\b.*$", text, re.M)
+    return errors[-1] if errors else last_line(text) or "no output"
 
 
 def last_line(text: str) -> str:

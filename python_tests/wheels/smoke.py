@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import lowrank_kernels as lk
+import lowrank_kernels.cuda_library
 
 
 class Model(nn.Module):
@@ -57,9 +58,14 @@ def installed() -> None:
 def doctor() -> None:
     command = [sys.executable, "-I", "-m", "lowrank_kernels", "doctor"]
     result = subprocess.run(command, capture_output=True, text=True)
-    print(result.stdout)
-    assert result.returncode == 0, f"doctor: exit code {result.returncode}\n{result.stderr}"
-    assert result.stdout.rstrip().endswith("all good"), "doctor finds problems"
+    print(result.stdout, result.stderr)
+    end, code = "all good", 0
+    cuda = lk.cuda_library.path().exists() and torch.version.cuda is not None
+    if cuda and not torch.cuda.is_available():  # all of it was meant for a GPU: that is a finding
+        assert "CUDA FAILED: torch finds no usable GPU" in result.stdout, "no GPU, and it is silent"
+        end, code = "1 problem(s)", 1
+    assert result.stdout.rstrip().endswith(end), f"doctor does not end with {end}"
+    assert result.returncode == code, f"doctor: exit code {result.returncode}, expected {code}"
 
 
 def training() -> None:
