@@ -20,7 +20,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check clean
+.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -55,6 +55,10 @@ format: $(VENV)/.lint ## rewrite the sources in that style
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/.docs ## build the documentation site into build/site; a broken link is an error
+	@echo '[docs] build'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 asan: ## run the C++ self-tests under AddressSanitizer and UBSan (needs no Python)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(ASAN_TESTS)
@@ -115,6 +119,11 @@ $(VENV)/.created:
 $(VENV)/.lint: requirements/lint.txt | $(VENV)/.created
 	@echo '[env] install the linters'
 	@$(PIP) install -r requirements/lint.txt
+	@touch $@
+
+$(VENV)/.docs: requirements/docs.txt | $(VENV)/.created
+	@echo '[env] install mkdocs'
+	@$(PIP) install -r requirements/docs.txt
 	@touch $@
 
 $(VENV)/.base: requirements/base.txt | $(VENV)/.created

@@ -255,12 +255,12 @@ def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
     """For how many rows each CPU kernel is the fastest one, as measured: {"forward": ..., "dx": ...}.
 
     Each is {kernel: (first, last)} in rows of x or dy, for the instruction set in use; last is None where
-    there is none. They are
+    there is none. They are::
 
-    few     rows of the weight decoded in registers, for a dot or an outer product
-    small   16 rows of the weight decoded in registers, for all rows of x
-    panels  decoded into panels of float32
-    tiles   tile registers of bfloat16 (AMX), float32 numbers as sums of three
+        few     rows of the weight decoded in registers, for a dot or an outer product
+        small   16 rows of the weight decoded in registers, for all rows of x
+        panels  decoded into panels of float32
+        tiles   tile registers of bfloat16 (AMX), float32 numbers as sums of three
 
     A weight whose blocks do not fit its rows, and a dense one, have no ``few`` and ``small``: panels serve them.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lowrank_kernels as lk
-import test_docs
+import markdown_blocks
 import tiny_llama
 from lowrank_kernels.cli import corpus, models
 
@@ -349,8 +349,8 @@ def test_resuming_changes_nothing(folder, tokenizer, tmp_path):
 
 
 def test_the_page(tmp_path, monkeypatch):
-    page = (test_docs.DOCS / "trl.md").read_text(encoding="utf-8")
+    page = markdown_blocks.read("docs/trl.md")
     monkeypatch.chdir(tmp_path)
-    names = test_docs.run("trl.md", {"path": tiny_llama.save(tmp_path / "llama", [page])})
+    names = markdown_blocks.run("docs/trl.md", {"path": tiny_llama.save(tmp_path / "llama", [page])})
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert len(logged(names["trainer"])) == STEPS and names["kl"].isfinite()
