@@ -15,7 +15,7 @@ from torch import nn
 
 from .interop.peft_files import lora_layers
 from .nn import LoRALinear4bit
-from .replace import _patterns, matches
+from .replace import matches, read_patterns
 
 _SHOWN = 4  # layers that a message names
 
@@ -208,7 +208,7 @@ def _having(model: nn.Module, name: str) -> dict[str, LoRALinear4bit]:
 def _targeted(
     layers: dict[str, LoRALinear4bit], target_modules: str | Iterable[str]
 ) -> dict[str, LoRALinear4bit]:
-    targets = _patterns("target_modules", target_modules)
+    targets = read_patterns("target_modules", target_modules)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return layers
     patterns = [targets] if isinstance(targets, str) else [[target] for target in targets]

@@ -216,7 +216,7 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _patterns(argument: str, value: object) -> str | list[str]:
+def read_patterns(argument: str, value: object) -> str | list[str]:
     if isinstance(value, str):
         try:
             re.compile(value)
@@ -235,8 +235,8 @@ def _plan(
     model: nn.Module, target_modules, exclude_modules, r: int
 ) -> tuple[list[list[str]], list[SkippedLayer]]:
     """The layers to replace, each as all the names it goes by, and those skipped."""
-    targets = _patterns("target_modules", target_modules)
-    excluded = _patterns("exclude_modules", () if exclude_modules is None else exclude_modules)
+    targets = read_patterns("target_modules", target_modules)
+    excluded = read_patterns("exclude_modules", () if exclude_modules is None else exclude_modules)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
 
     names_of: dict[int, list[str]] = {}
