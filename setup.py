@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Command, Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "lowrank_kernels"
@@ -251,6 +252,11 @@ def parse_architectures(text):
     ]
 
 
+def build_tag(architectures):
+    """What stands in a wheel's file name: 1cuda_9.0a_12.0PTX. (pip wants a digit first, no plus.)"""
+    return "_".join(["1cuda", *architectures]).replace("+", "")
+
+
 def gencode(entry):
     number = entry.removesuffix("+PTX").replace(".", "")
     codes = f"[sm_{number},compute_{number}]" if entry.endswith("+PTX") else f"sm_{number}"
@@ -326,9 +332,11 @@ def write_cuda_edges(n, out, cxx, cuda):
         depfile="$out.d",
         deps="gcc",
     )
+    # nvcc looks into lib64, where toolkits have it; PyPI's packages of nvcc have lib alone.
+    libraries = f"-L{Path(cuda.nvcc).resolve().parents[1] / 'lib'}"
     n.rule(
         "nvcc_link",
-        f"{words([cuda.nvcc, *host])} -o $out $in {words(NVCC_LDFLAGS)}",
+        f"{words([cuda.nvcc, *host, libraries])} -o $out $in {words(NVCC_LDFLAGS)}",
         description="link $out",
     )
     sources = sorted(glob("csrc/cuda/launch/*.cu"))
@@ -382,6 +390,17 @@ class NinjaBuild(build_ext):
         return {built: os.path.join(PACKAGE, name) for built, name in pairs} if self.inplace else {}
 
 
+class TaggedWheel(bdist_wheel):
+    """With CUDA, a build tag that lists the architectures: it names the wheel's file, and lets pip
+    prefer it to the one without."""
+
+    def finalize_options(self):
+        chosen, _ = cuda()
+        if chosen and self.build_number is None:
+            self.build_number = build_tag(chosen.architectures)
+        super().finalize_options()
+
+
 class CudaBuild(Command):
     """The CUDA library alone: needs nvcc and ninja, no torch. Installs nothing."""
 
@@ -408,5 +427,9 @@ if __name__ == "__main__":
     setup(
         # For setuptools to know that the wheel is for one platform and Python.
         ext_modules=[Extension(f"{PACKAGE}._host", sources=[])],
-        cmdclass={"build_ext": NinjaBuild, "build_cuda": CudaBuild},
+        cmdclass={
+            "build_ext": NinjaBuild,
+            "build_cuda": CudaBuild,
+            "bdist_wheel": TaggedWheel,
+        },
     )

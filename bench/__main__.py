@@ -15,11 +15,12 @@ import torch
 from tqdm import tqdm
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import timing
+from lowrank_kernels.cli import files, machine
 
 from . import cases, harness, memory, report
 
 BENCH = pathlib.Path(__file__).parent
-BUSY = 0.5  # load average from which on a warning is due
 OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "multi_lora", "quantize", "growth")
 
 
@@ -172,18 +173,19 @@ def main(argv: list[str] | None = None) -> None:
     # The modules of the suite read these when pytest imports them, which is later.
     cases.choose(args.device, args.shape, args.tokens)
     start = time.perf_counter()
-    load = harness.load_average()
-    if load is not None and load > BUSY and args.device == "cpu":
+    load = machine.load_average()
+    if load is not None and load > machine.BUSY and args.device == "cpu":
         print(f"bench: load average {load:.1f}: other programs disturb the result", file=sys.stderr)
     more = {"load_average_before": load} | ({"note": args.note} if args.note else {})
     if args.device == "cpu":
-        more["freed_memory_kept"] = harness.keep_freed_memory()
+        more["freed_memory_kept"] = timing.keep_freed_memory()
     run = harness.Harness(_settings(args))
     output = _output(args, harness.header(run))
+    output.parent.mkdir(parents=True, exist_ok=True)
 
     def save_part() -> None:
         document = harness.collect({"benchmarks": []}, run) | more | {"complete": False}
-        harness.write_json(document, output)
+        files.write_json(document, output)
 
     run.on_case = save_part
     document, failures = run_pytest(args, run)
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == "cpu" and not (args.op or args.k):
         print("memory", file=sys.stderr)
         document["memory"] = memory.measure(*cases.SHAPES[-1], cases.TOKENS, document["threads"])
-    harness.write_json(document, output)
+    files.write_json(document, output)
     print(report.text(document))
     print(f"{time.perf_counter() - start:.0f} s; wrote {output}")
     if output.parent == BENCH / "results":

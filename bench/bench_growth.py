@@ -1,7 +1,9 @@
 """y = x Wᵀ from small square matrices to large ones: does the cost per weight stay the same?"""
 
-from . import providers
-from .cases import DEVICE, GROWTH_SHAPES, GROWTH_TOKENS, Case
+from lowrank_kernels.benchmark import providers
+from lowrank_kernels.benchmark.case import Case
+
+from .cases import DEVICE, GROWTH_SHAPES, GROWTH_TOKENS
 
 CASES = [
     Case("linear_4bit_growth", N, K, M, device=DEVICE)

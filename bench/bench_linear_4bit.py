@@ -1,7 +1,10 @@
 """y = x Wᵀ with W in 4 bits: inference, and the base half of training's forward."""
 
-from . import peer_ggml, peer_openvino, providers, variants
-from .cases import DEVICE, TOKENS, Case, cases
+from lowrank_kernels.benchmark import providers
+from lowrank_kernels.benchmark.case import Case
+
+from . import peer_ggml, peer_openvino, variants
+from .cases import DEVICE, TOKENS, cases
 from .tables import INT8
 
 CASES = cases("linear_4bit", hot=TOKENS)

@@ -1,7 +1,10 @@
 """dx = dy W with W in 4 bits: the gradient that flows through a frozen base."""
 
-from . import providers, variants
-from .cases import DEVICE, TOKENS, Case, cases
+from lowrank_kernels.benchmark import providers
+from lowrank_kernels.benchmark.case import Case
+
+from . import variants
+from .cases import DEVICE, TOKENS, cases
 
 CASES = cases("linear_4bit_dx", hot=TOKENS)
 PROVIDERS = {

@@ -1,7 +1,10 @@
 """Base and adapter together, r = 16: forward, and forward with the gradients of x, A and B."""
 
-from . import providers, variants
-from .cases import DEVICE, RANK, TRAINING_TOKENS, Case, cases
+from lowrank_kernels.benchmark import providers
+from lowrank_kernels.benchmark.case import Case
+
+from . import variants
+from .cases import DEVICE, RANK, TRAINING_TOKENS, cases
 
 CASES = [
     *cases("lora_linear_4bit", R=RANK),

@@ -2,8 +2,11 @@
 
 import itertools
 
-from . import cases, multi_providers
-from .cases import DEVICE, DTYPES, MANY_SHAPE, MANY_TOKENS, MIX, RANK, SHAPES, Case
+from lowrank_kernels.benchmark import multi_providers
+from lowrank_kernels.benchmark.case import MIX, Case
+
+from . import cases
+from .cases import DEVICE, DTYPES, MANY_SHAPE, MANY_TOKENS, RANK, SHAPES
 
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")
 

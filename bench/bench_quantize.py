@@ -1,6 +1,7 @@
 """Quantize a dense matrix to NF4 with double quantization, and back."""
 
-from . import providers
+from lowrank_kernels.benchmark import providers
+
 from .cases import DEVICE, cases
 
 CASES = [*cases("quantize_4bit", tokens=(0,)), *cases("dequantize_4bit", tokens=(0,))]

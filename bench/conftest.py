@@ -7,10 +7,11 @@ import itertools
 import pytest
 
 from lowrank_kernels import backends
+from lowrank_kernels.benchmark import cuda
+from lowrank_kernels.benchmark.providers import Unavailable
 
-from . import cases, cuda, limits
+from . import cases, limits
 from .harness import Harness
-from .providers import Unavailable
 
 LIMIT_TURNS = 4  # of a quick run: 2
 

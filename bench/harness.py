@@ -1,31 +1,17 @@
-"""How a call is timed, and what is kept of it.
+"""One run of the suite: pytest-benchmark's rounds, what is missing and why, the result document.
 
-Rules, each against a way of fooling oneself:
-
-- *Cold* cases rotate over enough copies of the weight that none is still in the last-level cache
-  when its turn comes; a model never finds its next layer there. *Hot* cases reuse one copy.
-- Every buffer is written before it is timed: untouched pages of ``torch.empty`` all read one zero
-  page. Outputs get memory that was used before (:func:`keep_freed_memory`): fresh pages cost more
-  than what is written to them, for every provider alike.
-- Providers alternate within a case, several times over, so that a slow minute of the machine hits
-  all of them.
-- Medians and quartiles, never means or minima; only the limits of the machine take the best round.
-- The limits (bandwidth, matrix product) are measured in the same run, at moments spread over it.
-
-On a GPU `cuda.py` takes the times instead of pytest-benchmark; all else is the same.
+The rules of timing are in ``lowrank_kernels/benchmark/timing.py``. The limits of the machine (bandwidth, matrix
+product) are measured in the same run, at moments spread over it; they alone take the best round. On a GPU
+``cuda.py`` takes the times instead of pytest-benchmark; all else is the same.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import importlib.metadata
 import itertools
-import json
-import os
 import pathlib
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -34,15 +20,14 @@ from datetime import datetime, timezone
 import torch
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import check, cuda, providers, timing
+from lowrank_kernels.benchmark.case import Case
+from lowrank_kernels.benchmark.timing import summary
 from lowrank_kernels.cli import machine
 
-from . import cases, check, cuda, limits, peer_ggml, peer_openvino, providers
-from .cases import Case
+from . import cases, limits, peer_ggml, peer_openvino
 
 SCHEMA = 1
-MAX_ROUNDS = 40  # per pass
-SLOW_SECONDS = 0.2
-SHORT_SECONDS = 0.05  # calls shorter than this are preceded by an untimed one in every pass
 
 
 @dataclasses.dataclass
@@ -164,44 +149,12 @@ class Harness:
             if self._short[key]:
                 next(calls)()
             return
-        seconds = float("inf")
-        for _ in range(2):  # the first also allocates and starts threads: a short one is repeated
-            start = time.perf_counter()
-            next(calls)()
-            seconds = min(seconds, time.perf_counter() - start)
-            if seconds > SLOW_SECONDS:
-                break
-        per_pass = self.settings.seconds / self.settings.passes
-        self._rounds[key] = min(MAX_ROUNDS, max(1, round(per_pass / seconds)))
-        self._short[key] = seconds < SHORT_SECONDS
-
-
-def keep_freed_memory() -> bool:
-    """Has glibc keep all that is freed, for this process and for good; False without glibc.
-
-    By default it returns large blocks to the system, or not: that hangs on what was freed before.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, TypeError):
-        return False
-    kept = {-4: 0, -1: (1 << 31) - 1}  # M_MMAP_MAX: no blocks of their own, M_TRIM_THRESHOLD
-    return all([mallopt(option, value) == 1 for option, value in kept.items()])
+        seconds = timing.warm_up(calls)
+        self._rounds[key] = timing.rounds(seconds, self.settings.seconds / self.settings.passes)
+        self._short[key] = seconds < timing.SHORT_SECONDS
 
 
 # -- the result document ---------------------------------------------------------------------------
-
-
-def _summary(seconds: list[float]) -> dict[str, float | int]:
-    low, median, high = (
-        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    )
-    return {
-        "median_ms": median * 1e3,
-        "q1_ms": low * 1e3,
-        "q3_ms": high * 1e3,
-        "rounds": len(seconds),
-    }
 
 
 def collect(raw: dict, run: Harness) -> dict:
@@ -222,7 +175,7 @@ def collect(raw: dict, run: Harness) -> dict:
     for key, seconds in rounds.items():
         more = {"graph": run.graphs[key]} if key in run.graphs else {}
         more |= {"copies": run.copies[key]} if key in run.copies else {}
-        results.setdefault(key[0], {})[key[1]] = _summary(seconds) | more
+        results.setdefault(key[0], {})[key[1]] = summary(seconds) | more
     for word, reasons in (("unavailable", run.unavailable), ("error", run.errors)):
         for (case, name), why in reasons.items():
             results.setdefault(case, {})[name] = {word: why}
@@ -276,16 +229,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def load_average() -> float | None:
-    """How many programs wanted to run in the last minute; None where the system does not tell."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def write_json(document: dict, path: pathlib.Path) -> None:
-    """Written beside its destination and renamed: never half a file, never a lost old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)

@@ -17,9 +17,11 @@ import sys
 import torch
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import providers
+from lowrank_kernels.benchmark.case import Case
 
-from . import providers, variants
-from .cases import RANK, Case
+from . import variants
+from .cases import RANK
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMPARED = "dequantize + matmul"  # what fused calls avoid

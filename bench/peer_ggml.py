@@ -19,9 +19,9 @@ import weakref
 
 import torch
 
-from . import check, providers
-from .cases import Case
-from .providers import Calls, Unavailable
+from lowrank_kernels.benchmark import check, providers
+from lowrank_kernels.benchmark.case import Case
+from lowrank_kernels.benchmark.providers import Calls, Unavailable
 
 NAME = "ggml IQ4_NL (int8 activations)"
 TOLERANCE = 0.08  # of the norm; 0.062 was measured, nearly all of it from NF4 to IQ4_NL

@@ -13,10 +13,9 @@ from collections.abc import Callable
 import torch
 
 from lowrank_kernels import Weight4bit, reference
-
-from . import check, providers
-from .cases import BLOCKSIZE, Case
-from .providers import Calls, Unavailable
+from lowrank_kernels.benchmark import check, providers
+from lowrank_kernels.benchmark.case import BLOCKSIZE, Case
+from lowrank_kernels.benchmark.providers import Calls, Unavailable
 
 NAME = "OpenVINO NF4 (float32 scales)"
 TOLERANCE = 1e-3  # of the norm

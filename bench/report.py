@@ -12,18 +12,18 @@ import os
 import pathlib
 import sys
 
+from lowrank_kernels.cli.tables import digits, times_faster
+
 from . import report_cpu, report_multi, report_targets
 from .tables import (
     OURS,
     cell,
-    digits,
     is_variant,
     markdown,
     median,
     of_limit,
     plain,
     ratio,
-    times_faster,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lowrank_kernels.benchmark.case import Case
+
 from . import report_targets, variants
-from .cases import Case
 from .tables import OURS, cell, is_variant, markdown, median, of_limit, plain
 
 GROWTH = "linear_4bit_growth"

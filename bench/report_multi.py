@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .tables import OURS, cell, digits, markdown, median, of_limit, plain, ratio, times_faster
+from lowrank_kernels.cli.tables import digits, times_faster
+
+from .tables import OURS, cell, markdown, median, of_limit, plain, ratio
 
 ADD, LINEAR, TRAINING = (
     "multi_lora_",

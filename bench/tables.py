@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lowrank_kernels.cli.tables import digits
+
 OURS = "lowrank_kernels"
 INT8 = f"{OURS}, int8 activations"
 
@@ -9,11 +11,6 @@ INT8 = f"{OURS}, int8 activations"
 def is_variant(name: str) -> bool:
     """Whether this is the library in another way than by itself, exact as ever: see variants.py."""
     return name.startswith(f"{OURS}, ") and name != INT8
-
-
-def digits(value: float) -> str:
-    """Three significant digits."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
 def median(case: dict, provider: str) -> float | None:
@@ -24,12 +21,6 @@ def ratio(case: dict, peer: str | None) -> float | None:
     """How many times faster than ``peer`` this library is; None if one of them did not run."""
     ours, theirs = median(case, OURS), median(case, peer)
     return theirs / ours if ours and theirs else None
-
-
-def times_faster(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1f}x" if value >= 0.95 else f"{value:.2f}x"
 
 
 def of_limit(case: dict) -> str:

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import check, providers
+from lowrank_kernels.benchmark.case import Case
+from lowrank_kernels.benchmark.providers import Calls, Unavailable
 
-from . import check, providers
-from .cases import Case
-from .providers import Calls, Unavailable
 from .tables import OURS
 
 Provider = Callable[[Case], Calls]

@@ -1,12 +1,25 @@
 """Kernels for low-rank adapters on 4-bit weights. See README.md; public names only here."""
 
+import typing
+
 from . import backends, distributed
 from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
 from .interop import peft_hook
+from .interop.on_import import on_import as _on_import
 from .interop.peft_files import load_adapter, save_adapter
+from .model_adapters import (
+    adapters,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    enable_adapters,
+    merge_adapter,
+    set_adapter,
+    unmerge_adapter,
+)
 from .multi_lora.bank import AdapterBank
 from .multi_lora.functional import multi_lora_
 from .nn import Linear4bit, LoRALinear4bit
@@ -20,16 +33,43 @@ __all__ = [
     "Linear4bit",
     "LoRALinear4bit",
     "Weight4bit",
+    "adapters",
+    "add_adapter",
     "backends",
     "batch_invariant",
+    "delete_adapter",
+    "disable_adapters",
+    "enable_adapters",
     "distributed",
     "int8_activations",
     "linear_4bit",
     "load_adapter",
     "lora_linear",
     "lora_linear_4bit",
+    "merge_adapter",
     "multi_lora_",
     "quantize_4bit",
     "replace_linear",
     "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
 ]
+
+
+def _register_quantizer(module):
+    from .interop import transformers_quantizer  # registers itself
+
+
+_on_import("transformers.quantizers.auto", _register_quantizer)
+
+if typing.TYPE_CHECKING:
+    from .interop.transformers_quantizer import LowRankConfig, pretrained_config
+
+
+def __getattr__(name: str):
+    """What needs transformers, which is imported no sooner than somebody asks."""
+    if name in ("LowRankConfig", "pretrained_config"):
+        from .interop import transformers_quantizer
+
+        return getattr(transformers_quantizer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

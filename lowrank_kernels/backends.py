@@ -196,12 +196,21 @@ def active() -> str:
     return _active
 
 
+def triton_serves_gpus() -> bool:
+    """Whether operators on GPUs run on Triton: asked for, or because the CUDA library has no code for one of them.
+
+    Known once torch has started CUDA.
+    """
+    asked = _active == "triton" and "CUDA" in _KEYS["triton"]
+    return asked or (_active == "cpu" and _triton_serves_gpus)
+
+
 def _triton_report() -> str:
     """The version of triton, and whether it stands in for the CUDA library."""
     if not triton_kernels.installed():
         return "not installed"
-    stands_in = _triton_serves_gpus and _active == "cpu"
-    return importlib.metadata.version("triton") + (", serves the GPUs" if stands_in else "")
+    serves = ", serves the GPUs" if triton_serves_gpus() else ""
+    return importlib.metadata.version("triton") + serves
 
 
 def host_module():
@@ -246,12 +255,12 @@ def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
     """For how many rows each CPU kernel is the fastest one, as measured: {"forward": ..., "dx": ...}.
 
     Each is {kernel: (first, last)} in rows of x or dy, for the instruction set in use; last is None where
-    there is none. They are
+    there is none. They are::
 
-    few     rows of the weight decoded in registers, for a dot or an outer product
-    small   16 rows of the weight decoded in registers, for all rows of x
-    panels  decoded into panels of float32
-    tiles   tile registers of bfloat16 (AMX), float32 numbers as sums of three
+        few     rows of the weight decoded in registers, for a dot or an outer product
+        small   16 rows of the weight decoded in registers, for all rows of x
+        panels  decoded into panels of float32
+        tiles   tile registers of bfloat16 (AMX), float32 numbers as sums of three
 
     A weight whose blocks do not fit its rows, and a dense one, have no ``few`` and ``small``: panels serve them.
     """

@@ -47,6 +47,9 @@ class Status:
     driver: str  # the newest CUDA version that the driver supports, or that there is none
     devices: tuple[Device, ...]
     problems: tuple[str, ...]  # why a GPU that should work does not: one line each, with the remedy
+    lacking: tuple[
+        str, ...
+    ]  # likewise, GPUs that the library has no code for: a problem unless Triton serves them
     note: str | None  # why no GPU is used, where that is nobody's mistake
 
 
@@ -122,7 +125,7 @@ def status() -> Status:
         compiled, built, broken = (), "broken", f"{path()} cannot be opened: {error}"
     found = driver()
     devices, reason = _devices(compiled)
-    problems, note = [broken] if broken else [], None
+    problems, lacking, note = [broken] if broken else [], [], None
     if torch.version.cuda is None:
         note = "torch is a CPU build; for GPUs install a CUDA build of torch"
     elif reason is not None:
@@ -132,9 +135,9 @@ def status() -> Status:
         else:
             note = what
     elif not compiled:
-        problems += [] if broken else [_not_built(devices)]
+        lacking += [] if broken else [_not_built(devices)]
     else:
-        problems += [_not_covered(d, compiled) for d in devices if not d.covered]
+        lacking += [_not_covered(d, compiled) for d in devices if not d.covered]
         problems += _driver_too_old(built, found)
     return Status(
         built=built,
@@ -142,6 +145,7 @@ def status() -> Status:
         driver="{}.{}".format(*found) if found else "none",
         devices=devices,
         problems=tuple(problems),
+        lacking=tuple(lacking),
         note=note,
     )
 

@@ -28,7 +28,7 @@ CODES = {
     )),
 }  # fmt: skip
 _DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-_STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
+STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
 _ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
 
 
@@ -231,9 +231,9 @@ class Weight4bit:
         blocks = ceil_div(numel, self.blocksize)
         size = ceil_div(numel, 2)
         packed = self.packed
-        if packed.dtype not in _STORAGE_DTYPES:
+        if packed.dtype not in STORAGE_DTYPES:
             raise ValueError(
-                f"{name}: expected packed data in one of {_STORAGE_DTYPES}, got {packed.dtype}"
+                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {packed.dtype}"
             )
         held = packed.numel() * packed.element_size()
         padded = ceil_div(size, packed.element_size()) * packed.element_size()
@@ -336,8 +336,8 @@ def quantize_4bit(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected a matrix [N, K], got shape {tuple(weight.shape)}")
     check_blocksize(blocksize)
-    if quant_storage not in _STORAGE_DTYPES:
-        raise ValueError(f"quant_storage: expected one of {_STORAGE_DTYPES}, got {quant_storage}")
+    if quant_storage not in STORAGE_DTYPES:
+        raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
     code = code_of(quant_type, weight.device)
     weight = weight.detach()
     packed, absmax = ops.quantize_4bit(weight, code, blocksize)

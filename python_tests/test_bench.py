@@ -23,17 +23,15 @@ from bench import (  # noqa: E402
     bench_linear_4bit_dx,
     bench_lora_linear_4bit,
     bench_multi_lora,
-    check,
-    cuda,
     harness,
-    multi_providers,
-    providers,
     report,
     report_cpu,
     report_multi,
 )
-from bench.cases import Case, cases, rows_per_adapter  # noqa: E402
+from bench.cases import cases  # noqa: E402
 from bench.tables import INT8  # noqa: E402
+from lowrank_kernels.benchmark import check, cuda, multi_providers, providers  # noqa: E402
+from lowrank_kernels.benchmark.case import Case, rows_per_adapter  # noqa: E402
 
 PEERS = {"bitsandbytes", "bitsandbytes + PEFT", "torch + PEFT"}
 
@@ -375,8 +373,8 @@ def test_what_a_graph_adds_is_looked_at_once():
 
 
 OWN_MEMORY = """
-from bench import multi_providers
-cases.POOL = 4
+from lowrank_kernels.benchmark import multi_providers
+case.POOL = 4
 multi_providers.each = lambda case, activations, turns: [(activations.clone(), t) for t in turns]
 """
 

@@ -23,17 +23,17 @@ from bench import (  # noqa: E402
     bench_linear_4bit,
     bench_linear_4bit_dx,
     bench_lora_linear_4bit,
-    check,
     limits,
     memory,
-    providers,
     report,
     report_cpu,
     report_targets,
     variants,
 )
-from bench.cases import Case, cases, growth_shapes  # noqa: E402
+from bench.cases import cases, growth_shapes  # noqa: E402
 from bench.tables import INT8, OURS, is_variant  # noqa: E402
+from lowrank_kernels.benchmark import check, providers  # noqa: E402
+from lowrank_kernels.benchmark.case import Case  # noqa: E402
 
 # -- variants ----------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ def test_limit_of_avx2(monkeypatch):
 
 KEEP = """
 import resource, torch
-from bench import harness
+from lowrank_kernels.benchmark import timing
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def of_one():
@@ -138,7 +138,7 @@ def of_one():
     return faults() - before
 def of_ten():  # small ones may have taken a bit of the block that was freed
     return min(of_one() for _ in range(10))
-print(of_ten(), harness.keep_freed_memory(), of_ten())
+print(of_ten(), timing.keep_freed_memory(), of_ten())
 """
 
 

@@ -20,17 +20,16 @@ from bench import (  # noqa: E402
     bench_linear_4bit_dx,
     bench_lora_linear_4bit,
     bench_quantize,
-    check,
-    cuda,
     gpu,
     harness,
-    providers,
     report,
     smoke,
     summary,
 )
 from bench import cases as case_lists  # noqa: E402
-from bench.cases import Case, cases  # noqa: E402
+from bench.cases import cases  # noqa: E402
+from lowrank_kernels.benchmark import check, cuda, providers  # noqa: E402
+from lowrank_kernels.benchmark.case import Case  # noqa: E402
 
 # -- cases, rotation, timing, checks ----------------------------------------------------------
 
@@ -159,11 +158,12 @@ FAKE_RUN = """
 import sys, torch
 sys.path.insert(0, "python_tests")
 from test_bench_gpu import FakeDevice
-from bench import __main__ as main, cases, cuda, providers
+from bench import __main__ as main, cases
+from lowrank_kernels.benchmark import case, cuda, providers
 for name in [name for name in sys.modules if name.startswith("bench.bench_")]:
     del sys.modules[name]  # they listed the CPU's cases
 real = cases.Case
-cases.Case = lambda *fields: real(*fields[:7])  # on the CPU, whatever cases.DEVICE says
+cases.Case = case.Case = lambda *fields: real(*fields[:7])  # on the CPU, whatever cases.DEVICE says
 torch.cuda.is_available = lambda: True
 cuda.Device, cuda.GRAPH_SECONDS, cuda.WARM_SECONDS = FakeDevice, 1e-5, 1e-6
 providers.MAX_COPIES = 2

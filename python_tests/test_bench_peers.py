@@ -13,8 +13,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # `bench` is no part
 
 pytest.importorskip("pytest_benchmark", reason="the suite runs on pytest-benchmark")
 
-from bench import bench_linear_4bit, check, peer_ggml, peer_openvino, providers
-from bench.cases import Case
+from bench import bench_linear_4bit, peer_ggml, peer_openvino
+from lowrank_kernels.benchmark import check, providers
+from lowrank_kernels.benchmark.case import Case
 
 
 def present(library):

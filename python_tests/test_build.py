@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lowrank_kernels
+from wheels.binaries import needed_libraries, undefined_symbols, unstable_symbols
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(lowrank_kernels.__file__).parent
@@ -24,22 +25,6 @@ needs_nm = pytest.mark.skipif(not shutil.which("nm"), reason="needs nm and reade
 
 def read(name):
     return (ROOT / name).read_text()
-
-
-def undefined_symbols(library):
-    command = ["nm", "-D", "--undefined-only", "--format=posix", str(PACKAGE / library)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    return {line.split()[0].partition("@")[0] for line in lines}
-
-
-def needed_libraries(library):
-    command = ["readelf", "--dynamic", str(PACKAGE / library)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "[$ORIGIN]" in text, f"{library} has no $ORIGIN run path"
-    names = re.findall(r"\(NEEDED\).*\[(.*)\]", text)
-    system = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6"}
-    system |= {"libpthread.so.0", "libdl.so.2"}  # parts of libc since glibc 2.34
-    return {name for name in names if not name.startswith("ld-linux")} - system
 
 
 # ---- Versions ----
@@ -128,29 +113,26 @@ def test_a_missing_package_is_named_in_one_line(tmp_path, module, install):
 
 @needs_nm
 def test_ops_use_only_the_stable_abi():
-    symbols = undefined_symbols("_ops.so")
-    # Mangled names of the C++ standard library and ABI (namespaces std and __cxxabiv1, operator
-    # new and delete) are fine; those of torch (at, c10, torch, caffe2) tie us to one version.
-    standard = re.compile(r"_Z(T[ISV])?N?K?(S[a-z]|St|10__cxxabiv1|N10__cxxabiv1)|_Z(nw|na|dl|da)")
-    foreign = {name for name in symbols if name.startswith("_Z") and not standard.match(name)}
-    assert not foreign
+    assert unstable_symbols(PACKAGE / "_ops.so") == set()
+    symbols = undefined_symbols(PACKAGE / "_ops.so")
     assert any(name.startswith(("aoti_torch_", "torch_")) for name in symbols)
     assert not any(name.startswith(("Py", "_Py")) for name in symbols)
-    assert needed_libraries("_ops.so") <= {"liblowrank_cpu.so", "libtorch_cpu.so", "libtorch.so"}
+    needed = needed_libraries(PACKAGE / "_ops.so")
+    assert needed <= {"liblowrank_cpu.so", "libtorch_cpu.so", "libtorch.so"}
 
 
 @needs_nm
 def test_kernels_know_neither_torch_nor_python():
-    symbols = undefined_symbols("liblowrank_cpu.so")
+    symbols = undefined_symbols(PACKAGE / "liblowrank_cpu.so")
     pattern = re.compile(r"torch|c10|caffe2|_ZN?K?2at|^_?Py")
     assert not {name for name in symbols if pattern.search(name)}
-    assert needed_libraries("liblowrank_cpu.so") == set()
+    assert needed_libraries(PACKAGE / "liblowrank_cpu.so") == set()
 
 
 @needs_nm
 def test_host_module_knows_only_the_kernel_library():
     host = "_host" + sysconfig.get_config_var("EXT_SUFFIX")
-    assert needed_libraries(host) == {"liblowrank_cpu.so"}
+    assert needed_libraries(PACKAGE / host) == {"liblowrank_cpu.so"}
 
 
 @needs_sources

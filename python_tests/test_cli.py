@@ -39,6 +39,10 @@ def assert_one_line(done: subprocess.CompletedProcess, *words: str) -> None:
         assert word in lines[0]
 
 
+def run_doctor(*arguments: str) -> int:
+    return cli.run(cli.parser().parse_args(["doctor", *arguments]))
+
+
 # -- doctor ------------------------------------------------------------------------------------------
 
 
@@ -46,7 +50,18 @@ def test_doctor():
     done = command("doctor", LOWRANK_BACKEND="", LOWRANK_ISA="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all good" in done.stdout
-    for word in ("python", "torch", "CPU", "threads", "library", "ISA", "self-test scalar"):
+    for word in (
+        "python",
+        "torch",
+        "peft",
+        "transformers",
+        "trl",
+        "CPU",
+        "threads",
+        "library",
+        "ISA",
+        "self-test scalar",
+    ):
         assert word in done.stdout
     assert "FAILED" not in done.stdout
 
@@ -67,7 +82,7 @@ def test_doctor_finds_a_wrong_kernel(monkeypatch, capsys):
         return y + 0.01 * y.abs().max(), s
 
     monkeypatch.setattr(reference, "lora_linear", wrong)
-    assert doctor.run() == 1
+    assert run_doctor() == 1
     assert "FAILED: y: relative error" in capsys.readouterr().out
 
 
@@ -116,7 +131,7 @@ def gpu_tests(monkeypatch):
 def test_doctor_tests_each_gpu_in_both_dtypes(machine, gpu_tests, capsys):
     status = machine(gpus=(H200, H200))
     assert (status.problems, status.note) == ((), None)
-    assert doctor.run() == 0
+    assert run_doctor() == 0
     dtypes = torch.float32, torch.bfloat16
     assert gpu_tests == [(f"cuda:{index}", dtype) for index in (0, 1) for dtype in dtypes]
     out = capsys.readouterr().out
@@ -139,7 +154,7 @@ def test_doctor_reports_a_wrong_gpu_kernel(machine, monkeypatch, capsys):
         assert device == "cpu", f"dA: relative error on {device}"
 
     monkeypatch.setattr(doctor, "check_layer", check_layer)
-    assert doctor.run() == 1
+    assert run_doctor() == 1
     out = capsys.readouterr().out
     assert "self-test cuda:0 bfloat16  FAILED: dA: relative error on cuda:0" in out
     assert "2 problem(s)" in out
@@ -163,7 +178,7 @@ REBUILD = 'rebuild: TORCH_CUDA_ARCH_LIST="9.0a" LOWRANK_BUILD_CUDA=1 pip install
 )  # fmt: skip
 def test_doctor_names_what_keeps_a_gpu_from_working(machine, gpu_tests, capsys, played, line):
     machine(**played)
-    assert doctor.run() == 1
+    assert run_doctor() == 1
     found = [text for text in capsys.readouterr().out.splitlines() if "FAILED" in text]
     assert len(found) == 1
     assert found[0].startswith("CUDA FAILED: ")
@@ -185,18 +200,46 @@ def test_doctor_says_why_no_gpu_is_used_where_that_is_no_mistake(
     machine, gpu_tests, capsys, played, line
 ):
     machine(**played)
-    assert doctor.run() == 0
+    assert run_doctor() == 0
     assert gpu_tests == []
     out = capsys.readouterr().out
     assert f"{'CUDA':16} {line}" in out
     assert "FAILED" not in out
 
 
+@pytest.mark.parametrize("compiled", ["", "8.0 8.6"])
+def test_doctor_is_content_where_triton_serves_the_gpus(
+    machine, gpu_tests, monkeypatch, capsys, compiled
+):
+    machine(compiled=compiled)
+    monkeypatch.setattr(lowrank_kernels.backends, "triton_serves_gpus", lambda: True)
+    assert run_doctor() == 0
+    assert [device for device, _ in gpu_tests] == ["cuda:0", "cuda:0"], "on Triton"
+    out = capsys.readouterr().out
+    assert f"{'CUDA':16} Triton serves the GPUs\n" in out
+    assert 'build: TORCH_CUDA_ARCH_LIST="9.0a"' in out, "how to have more"
+    assert "FAILED" not in out
+
+
+def test_doctor_as_json(machine, gpu_tests, capsys):
+    machine()
+    assert run_doctor("--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cuda"]["devices"][0]["name"] == "NVIDIA H200"
+    assert found["self_tests"]["scalar"] is None and found["self_tests"]["cuda:0 bfloat16"] is None
+    machine(compiled="8.0")
+    assert run_doctor("--json") == 1
+    [problem] = json.loads(capsys.readouterr().out)["problems"]
+    assert "the library was compiled for 8.0" in problem
+
+
 def test_doctor_tests_the_gpu_that_is_covered_beside_one_that_is_not(machine, gpu_tests):
     ada = cuda_library.Device(1, "NVIDIA L4", (8, 9), False)
     status = machine(gpus=(H200, ada))
     assert [device.covered for device in status.devices] == [True, False]
-    assert doctor.run() == 1
+    assert run_doctor() == 1
     assert {device for device, _ in gpu_tests} == {"cuda:0"}
 
 
@@ -244,10 +287,23 @@ def test_help(capsys):
     assert all(name in out for name in ("doctor", "demo", "bench"))
 
 
-def test_bench_takes_the_options_of_the_suite():
-    done = command("bench", "--no-such-option")
-    assert done.returncode == 2
-    assert "--quick" in done.stderr
+def test_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"lowrank_kernels {lowrank_kernels.__version__}\n"
+
+
+def test_nobody_reads_on():
+    """As in "doctor | head -1": no word about it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowrank_kernels", "doctor"],
+        cwd=ROOT, env={**os.environ, "LOWRANK_BACKEND": "", "LOWRANK_ISA": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 141
 
 
 def test_missing_model_folder(tmp_path):

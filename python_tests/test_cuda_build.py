@@ -8,7 +8,6 @@ import os
 import pathlib
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ import pytest
 import setuptools
 
 from lowrank_kernels import cuda_library
+from wheels.binaries import fatbin_entries
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -280,26 +280,6 @@ def library(tmp_path_factory) -> pathlib.Path:
         return pathlib.Path(archive.extract("lowrank_kernels/liblowrank_cuda.so", folder))
 
 
-def fatbin_entries(data: bytes) -> list[set[str]]:
-    """The architectures of each fat binary that nvcc embedded, as {"sm_90a", "compute_120"}."""
-    magic, found = struct.pack("<IHH", 0xBA55ED50, 1, 16), []  # magic, version, size of the header
-    start = data.find(magic)
-    while start >= 0:
-        at = start + 16
-        end = at + struct.unpack_from("<Q", data, start + 8)[0]
-        entries = set()
-        while at < end:
-            kind, header, size = struct.unpack_from("<HxxIQ", data, at)
-            (number,) = struct.unpack_from("<I", data, at + 28)
-            (flags,) = struct.unpack_from("<Q", data, at + 40)
-            variant = "a" if flags & 1 << 20 else "f" if flags & 1 << 21 else ""
-            entries.add(f"{ {1: 'compute', 2: 'sm'}[kind] }_{number}{variant}")
-            at += header + size
-        found.append(entries)
-        start = data.find(magic, end)
-    return found
-
-
 @needs_nvcc
 def test_the_binary_holds_what_the_library_says(library):
     loaded = ctypes.CDLL(str(library))  # without a driver, too: the CUDA runtime is inside
@@ -342,6 +322,20 @@ def test_this_reader_of_fat_binaries_is_right(tmp_path):
     target = tmp_path / "kernel.o"
     subprocess.run([nvcc, *flags, "-c", str(source), "-o", str(target)], check=True)
     assert fatbin_entries(target.read_bytes()) == [{"sm_80", "sm_90a", "sm_90", "compute_90"}]
+
+
+@needs_nvcc
+def test_cuobjdump_finds_the_same_code(library):
+    triton = pytest.importorskip("triton", reason="triton brings a cuobjdump")
+    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this triton has no cuobjdump")
+    listed = subprocess.run(
+        [str(tool), "--list-elf", "--list-ptx", str(library)], capture_output=True, text=True
+    ).stdout
+    found = re.findall(r"\.(sm_\w+)\.(cubin|ptx)$", listed, re.MULTILINE)
+    assert len(found) == len(fatbin_entries(library.read_bytes()))
+    assert set(found) == {("sm_90a", "cubin")}
 
 
 # -- a build without CUDA ---------------------------------------------------------------------------

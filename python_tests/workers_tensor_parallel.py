@@ -205,13 +205,15 @@ def check_llama_trains(rank, size):
 
 def check_docs(rank, size):
     """The blocks of distributed.md, on a model whose heads can be divided."""
-    import test_docs
+    import markdown_blocks
 
     folder = [tempfile.mkdtemp() if rank == 0 else None]
     dist.broadcast_object_list(folder)
     os.chdir(folder[0])
     load = functools.partial(random_llama, 2 * size)
-    names = test_docs.run("distributed.md", {"load": load, "ids": torch.randint(0, 50, (2, 6))})
+    names = markdown_blocks.run(
+        "docs/distributed.md", {"load": load, "ids": torch.randint(0, 50, (2, 6))}
+    )
     assert "model.layers.0.mlp.up_proj.weight.absmax" in names["full"]
     saved = [
         pathlib.Path(f"{kind}-adapter/adapter_model.safetensors") for kind in ("ddp", "fsdp", "tp")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import pathlib
 import statistics
 import textwrap
 import time
@@ -18,7 +15,7 @@ from tqdm import tqdm
 
 import lowrank_kernels as lk
 
-from . import UserError, corpus, demo_multi, models, pictures, speed
+from . import UserError, corpus, demo_multi, files, models, pictures, speed
 from .training import LOOK_EVERY, adamw, loss_fell
 
 BATCH = 4
@@ -73,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     numbers = {"model": name, "bytes": sizes, "loss": losses, "held_out_loss": held_out}
     numbers |= {"answers": generated, "logits_identical": identical, "many_adapters": many}
     numbers |= {"tokens_per_second": rates}
-    write_json(numbers, args.out / "demo.json")
+    files.write_json(numbers, args.out / "demo.json")
     for path in sorted(args.out.iterdir()):
         print(f"  {path}")
     print(f"\n{time.perf_counter() - start:.0f} s")
@@ -88,12 +85,6 @@ def run(args: argparse.Namespace) -> int:
 
 def chapter(title: str) -> None:
     print(f"\n{title}\n{'-' * len(title)}", flush=True)
-
-
-def write_json(numbers: dict, path: pathlib.Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(numbers, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 # -- the chapters ----------------------------------------------------------------------------------

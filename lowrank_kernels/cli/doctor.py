@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
+import json
 import pathlib
+from collections.abc import Callable
 
 import torch
 
@@ -20,79 +24,102 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 _BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def run() -> int:
+def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 if all that is here works, 1 if something does not or there are no kernels."""
-    report = lk.backends.report()
-    for name, version in machine.versions().items():
-        print(f"{name:16} {version or 'not installed'}")
-    cpu = machine.cpu()
+    found = examine(say=(lambda line="": None) if args.json else print)
+    if args.json:
+        print(json.dumps(found, indent=2))
+    return 1 if found["problems"] else 0
+
+
+def examine(say: Callable[..., None]) -> dict:
+    """What was found, as --json prints it; ``say`` gets every line of the report as soon as it is known."""
+    cuda = cuda_library.status()  # starts CUDA: who serves the GPUs is known from here on
+    served = lk.backends.triton_serves_gpus()
+    found = {
+        "versions": machine.versions(),
+        "cpu": machine.cpu(),
+        "libraries": sorted(str(path) for path in _PACKAGE.iterdir() if path.suffix == ".so"),
+        "backends": lk.backends.report(),
+        "cuda": dataclasses.asdict(cuda) | {"served_by_triton": served},
+    }
+    _say_installation(found, say)
+    _say_cuda(cuda, served, say)
+    say()
+    failures = self_tests(found["backends"], say)
+    problems = [*cuda.problems, *(() if served else cuda.lacking)]
+    for problem in problems:
+        say(f"CUDA FAILED: {problem}")
+    if served or found["backends"]["active"] in ("cpu", "cuda"):  # others stand above both
+        failures |= gpu_self_tests(cuda, served, say)
+    found["self_tests"] = failures
+    found["problems"] = [*problems, *(f"{name}: {why}" for name, why in failures.items() if why)]
+    say(f"\n{len(found['problems'])} problem(s)" if found["problems"] else "\nall good")
+    return found
+
+
+def _say_installation(found: dict, say: Callable[..., None]) -> None:
+    cpu, report = found["cpu"], found["backends"]
+    for name, version in found["versions"].items():
+        say(f"{name:16} {version or 'not installed'}")
     cache = cpu["last_level_cache_bytes"] / 2**20
-    print(f"{'CPU':16} {cpu['model']} ({cpu['identity']})")
-    print(f"{'threads':16} {report['threads']} of {cpu['cores']} cores, cache {cache:.0f} MiB")
-    print(f"{'backends':16} {', '.join(report['available'])}; active: {report['active']}")
-    libraries = sorted(path for path in _PACKAGE.iterdir() if path.suffix == ".so")
-    for path in libraries:
-        print(f"{'library':16} {path}")
-    if not libraries:
-        print(f"{'library':16} none in {_PACKAGE}")
-    print(f"{'build':16} {report['build']}")
-    print(f"{'ISA':16} {report['isa']}; supported: {', '.join(report['isas_supported']) or 'none'}")
+    say(f"{'CPU':16} {cpu['model']} ({cpu['identity']})")
+    say(f"{'threads':16} {report['threads']} of {cpu['cores']} cores, cache {cache:.0f} MiB")
+    say(f"{'backends':16} {', '.join(report['available'])}; active: {report['active']}")
+    for path in found["libraries"] or [f"none in {_PACKAGE}"]:
+        say(f"{'library':16} {path}")
+    say(f"{'build':16} {report['build']}")
+    say(f"{'ISA':16} {report['isa']}; supported: {', '.join(report['isas_supported']) or 'none'}")
     for product, kernels in (report["kernels"] or {}).items():
         rows = (f"{name} {first}-{last or ''}" for name, (first, last) in kernels.items())
-        print(f"{f'{product}, by rows':16} {', '.join(rows)}")
-    print(f"{'int8':16} {report['int8'] or 'none'}")
-    cuda = cuda_library.status()
-    print_cuda(cuda)
-    print()
-    failures = self_tests(report) + list(cuda.problems)
-    for problem in cuda.problems:
-        print(f"CUDA FAILED: {problem}")
-    if report["active"] in ("cpu", "cuda"):  # others stand above the CUDA kernels
-        failures += cuda_self_tests(cuda)
-    print(f"\n{len(failures)} problem(s)" if failures else "\nall good")
-    return 1 if failures else 0
+        say(f"{f'{product}, by rows':16} {', '.join(rows)}")
+    say(f"{'int8':16} {report['int8'] or 'none'}")
 
 
-def print_cuda(cuda: cuda_library.Status) -> None:
+def _say_cuda(cuda: cuda_library.Status, served: bool, say: Callable[..., None]) -> None:
     """Library, torch, driver and each GPU; why there is none, where that is no mistake."""
-    print(f"{'CUDA library':16} {cuda.built}")
-    print(f"{'CUDA of torch':16} {cuda.torch}")
-    print(f"{'CUDA of driver':16} {cuda.driver}")
+    say(f"{'CUDA library':16} {cuda.built}")
+    say(f"{'CUDA of torch':16} {cuda.torch}")
+    say(f"{'CUDA of driver':16} {cuda.driver}")
     for device in cuda.devices:
         capability = "{}.{}".format(*device.capability)
         covered = "in the library" if device.covered else "NOT in the library"
-        print(f"{f'cuda:{device.index}':16} {device.name}, capability {capability}: {covered}")
+        say(f"{f'cuda:{device.index}':16} {device.name}, capability {capability}: {covered}")
+    if served:
+        say(f"{'CUDA':16} Triton serves the GPUs")
+        for line in cuda.lacking:
+            say(f"{'CUDA':16} {line}")
     if cuda.note:
-        print(f"{'CUDA':16} {cuda.note}")
+        say(f"{'CUDA':16} {cuda.note}")
 
 
-def cuda_self_tests(cuda: cuda_library.Status) -> list[str]:
-    """Runs :func:`check_layer` on each GPU that the library covers, prints one line for each dtype."""
-    failures = []
+def gpu_self_tests(
+    cuda: cuda_library.Status, served: bool, say: Callable[..., None]
+) -> dict[str, str | None]:
+    """Runs :func:`check_layer` on each GPU that has kernels, a line for each dtype; name -> what is wrong."""
+    results = {}
     for device in cuda.devices:
-        for dtype in _BOUNDS if device.covered else ():
-            problem = _problem(device=f"cuda:{device.index}", dtype=dtype)
+        for dtype in _BOUNDS if device.covered or served else ():
             name = f"cuda:{device.index} {str(dtype).removeprefix('torch.')}"
-            print(f"self-test {name:16} {problem or 'quantize, forward, backward: ok'}")
-            failures += [problem] if problem else []
-    return failures
+            results[name] = _problem(device=f"cuda:{device.index}", dtype=dtype)
+            say(f"self-test {name:16} {results[name] or 'quantize, forward, backward: ok'}")
+    return results
 
 
-def self_tests(report: dict) -> list[str]:
-    """Runs :func:`check_layer` on each instruction set, prints one line for each; the failures."""
+def self_tests(report: dict, say: Callable[..., None]) -> dict[str, str | None]:
+    """Runs :func:`check_layer` on each instruction set, a line for each; name -> what is wrong, or None."""
     # "cuda" leaves the CPU's kernels where they are.
     forced = report["active"] not in ("cpu", "cuda")
     names = [report["active"]] if forced else report["isas_supported"]
     if not names:
-        print(f"self-test failed: no kernels ({report['build']})")
-        return ["no kernels"]
-    failures = []
+        say(f"self-test failed: no kernels ({report['build']})")
+        return {"no kernels": report["build"]}
+    results = {}
     for name in names:
         with contextlib.nullcontext() if forced else lk.backends.use_isa(name):
-            problem = _problem()
-        print(f"self-test {name:16} {problem or 'quantize, forward, backward: ok'}")
-        failures += [problem] if problem else []
-    return failures
+            results[name] = _problem()
+        say(f"self-test {name:16} {results[name] or 'quantize, forward, backward: ok'}")
+    return results
 
 
 def _problem(**options) -> str | None:

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-PACKAGES = ("torch", "bitsandbytes", "peft", "transformers")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "trl")
 
 
 def versions() -> dict[str, str | None]:
@@ -62,3 +62,11 @@ def cpu() -> dict[str, object]:
         "last_level_cache_bytes": last_level_cache_bytes(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def load_average() -> float | None:
+    """How many programs wanted to run in the last minute; None where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+BUSY = 0.5  # load average from which on other programs disturb what is timed

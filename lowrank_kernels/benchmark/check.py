@@ -10,7 +10,7 @@ import lowrank_kernels as lk
 from lowrank_kernels import reference
 
 from . import multi_providers, providers
-from .cases import POOL, Case
+from .case import POOL, Case
 
 TOLERANCE = 2e-2  # of the norm; results in bfloat16 stay under 0.7e-2
 

@@ -17,7 +17,7 @@ import lowrank_kernels as lk
 from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
 
 from . import providers
-from .cases import MIX, POOL, Case
+from .case import MIX, POOL, Case
 from .providers import SCALING, Calls, Unavailable, copies, each, weights_4bit, x_of
 
 MAX_BYTES = 2 << 30  # of the adapters of one provider, whatever cache the system reports

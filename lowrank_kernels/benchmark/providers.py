@@ -23,7 +23,7 @@ from lowrank_kernels.triton import installed as triton_installed
 from lowrank_kernels.triton import kernel_of
 
 from . import cuda
-from .cases import BLOCKSIZE, Case
+from .case import BLOCKSIZE, Case
 
 Calls = list[Callable[[], object]]
 SCALING = 2.0

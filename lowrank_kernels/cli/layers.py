@@ -1,0 +1,194 @@
+"""Which tensors of a checkpoint are weights of linear layers that bitsandbytes' loader would make 4-bit ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ..replace import SkippedLayer, matches
+from ..schema import FLOAT_DTYPES
+from . import UserError, models
+from .checkpoint import Entry, Source
+
+
+@dataclasses.dataclass
+class Plan:
+    """``quantized``: key of a weight -> name of its layer; ``skipped``: linear layers left as they are, and why.
+
+    ``dense``: the names that keep transformers from making them 4-bit; ``uncast``: keys that stay float32.
+    """
+
+    quantized: dict[str, str]
+    skipped: list[SkippedLayer]
+    dense: list[str]
+    uncast: set[str]
+
+
+def meta_model(source: Source) -> nn.Module:
+    """The model of config.json on the meta device: no memory, no code but that of transformers."""
+    models.require("transformers")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    path = source.folder / "config.json"
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        names = source.config.get("architectures") or [None]
+        cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+        with torch.device("meta"):
+            if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+                model = cls(config)
+            elif names[0] is None:
+                model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+            else:
+                raise UserError(
+                    f"{path}: transformers has no model {names[0]!r}; code is never run"
+                )
+        model.tie_weights()
+    except UserError:
+        raise
+    except Exception as error:  # of a configuration that anyone may have written
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: transformers cannot build this model: {lines[0]}") from None
+    return model
+
+
+def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """(parameter -> the key that is loaded into it as it is, parameters that are converted).
+
+    As transformers loads a checkpoint: renamed keys, with the model's prefix or without. A key is in
+    the first only if its statistics (key + ".absmax") will find the same parameter.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    there = model.state_dict()
+    # Of a name with a suffix, whether the model's prefix is due is decided by the parameter.
+    stats = there | {f"{name}.absmax": tensor for name, tensor in there.items()}
+    prefix = model.base_model_prefix
+
+    plain, converted = {}, set()
+    for key in keys:
+        name, converter = rename_source_key(key, renamings, converters, prefix, there)
+        if (
+            name not in there and key in there
+        ):  # renamed for nothing; statistics have no such way out
+            name, converter = rename_source_key(key, [], [], prefix, there)
+        of_stats, _ = rename_source_key(f"{key}.absmax", renamings, converters, prefix, stats)
+        if converter is None and name in there and of_stats == f"{name}.absmax":
+            plain[name] = key
+        else:
+            converted.add(name)
+    return plain, converted
+
+
+def _kept_in_float32(model: nn.Module) -> list[str]:
+    return sorted(
+        {
+            name
+            for field in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+            for name in getattr(model, field, None) or ()
+        }
+    )
+
+
+def plan(
+    model: nn.Module,
+    entries: Mapping[str, Entry],
+    targets: str | list[str] | None,
+    excluded: list[str],
+) -> Plan:
+    """What :func:`quantize <.quantize.run>` does with each linear layer. ``targets`` None: all of them.
+
+    Raises UserError if the tensors are not those of the model, a target matches nothing, or nothing is left.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    plain, converted = _parameters(model, entries)
+    sizes = model.state_dict(keep_vars=True)
+    for name, key in plain.items():
+        if tuple(sizes[name].shape) != entries[key].shape:
+            raise UserError(
+                f"{key}: expected shape {tuple(sizes[name].shape)} by config.json, got {entries[key].shape}"
+            )
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    fp32 = _kept_in_float32(model)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    for target in targets or ():
+        if not any(matches(name, [target]) for name in layers):
+            few = ", ".join(list(layers)[:8])
+            raise UserError(f"--target-modules: {target!r} matches no linear layer; here are {few}")
+
+    def reason(name: str, module: nn.Module) -> str | None:
+        """Why a layer stays dense; None if it need not."""
+        weight = f"{name}.weight"
+        if type(module) is not nn.Linear:
+            return f"of type {type(module).__name__}"
+        if targets is not None and not matches(name, targets):
+            return "not in --target-modules"
+        if matches(name, excluded):
+            return "in --exclude"
+        if others := [o for o in owners[id(module.weight)] if o != weight]:
+            return f"weight shared with {others[0].removesuffix('.weight')}"
+        if any(part in fp32 for part in name.split(".")):
+            return "kept in float32 by the model"
+        if weight not in plain:
+            made = weight in converted
+            return "converted when it is loaded" if made else "not in the checkpoint"
+        if entries[plain[weight]].dtype not in FLOAT_DTYPES:
+            return f"stored as {str(entries[plain[weight]].dtype).removeprefix('torch.')}"
+        return None
+
+    reasons = {name: reason(name, module) for name, module in layers.items()}
+    _heed_loader(reasons, fp32)
+    quantized = {plain[f"{name}.weight"]: name for name, why in reasons.items() if why is None}
+    skipped = [SkippedLayer(name, why) for name, why in reasons.items() if why is not None]
+    if not quantized:
+        few = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
+        raise UserError(f"nothing to quantize: {few or 'the model has no linear layer'}")
+    uncast = {key for name, key in plain.items() if any(part in fp32 for part in name.split("."))}
+    return Plan(quantized, skipped, _patterns(reasons), uncast)
+
+
+def _patterns(reasons: dict[str, str | None]) -> list[str]:
+    """The dense layers as transformers' loader should read them: some versions match any beginning of a name."""
+    quantized = [name for name, why in reasons.items() if why is None]
+    return [
+        f"{name}$" if any(other.startswith(name) for other in quantized) else name
+        for name, why in reasons.items()
+        if why is not None
+    ]
+
+
+def _heed_loader(reasons: dict[str, str | None], fp32: list[str]) -> None:
+    """Leaves dense what transformers takes for one of the dense layers: it matches endings, too."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    while True:
+        dense = _patterns(reasons)
+        caught = [
+            name
+            for name, why in reasons.items()
+            if why is None and not should_convert_module(name, dense + fp32)
+        ]
+        if not caught:
+            return
+        for name in caught:
+            reasons[name] = "its name is like that of a layer which stays dense"

@@ -1,0 +1,331 @@
+"""``quantize``: a folder of a Hugging Face model becomes one in 4 bits that bitsandbytes' loaders read.
+
+Tensor by tensor, shard by shard, in a folder beside the destination that takes its name at the end. What a shard
+holds depends on the source and the options alone, so a run that goes on after an interruption writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator
+
+import torch
+from tqdm import tqdm
+
+from .. import __version__
+from ..formats import Weight4bit, quantize_4bit
+from ..schema import FLOAT_DTYPES
+from . import UserError, files, layers
+from .checkpoint import INDEX, SINGLE, Entry, Source, Writer
+from .quantize_report import MIB, QuantizedLayer, Report
+
+STATE = ".quantize.json"  # in the partial folder: options, source, finished shards
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
+STORAGES = {"uint8": torch.uint8, **DTYPES}
+_BLOB_BYTES = 512  # room for a quant state's JSON, in sizes that are told beforehand
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the bytes of the result depend on, beside the source."""
+
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+    quant_storage: str
+    dtype: str | None
+    exclude: list[str]
+    target_modules: list[str] | None
+    max_shard_size: int
+    errors: bool
+
+    def weight(self, tensor: torch.Tensor) -> Weight4bit:
+        storage = STORAGES[self.quant_storage]
+        return quantize_4bit(tensor, self.quant_type, self.blocksize, self.double_quant, storage)
+
+    def stored(self, entry: Entry, plan: layers.Plan) -> torch.dtype:
+        """The dtype that a tensor has before it is quantized, or in the result."""
+        casts = self.dtype and entry.dtype in FLOAT_DTYPES and entry.key not in plan.uncast
+        return DTYPES[self.dtype] if casts else entry.dtype
+
+    def nbytes(self, entry: Entry, plan: layers.Plan) -> int:
+        """Bytes in the result, nearly."""
+        if entry.key not in plan.quantized:
+            return torch.Size(entry.shape).numel() * self.stored(entry, plan).itemsize
+        shape = torch.empty(entry.shape, dtype=self.stored(entry, plan), device="meta")
+        return self.weight(shape).nbytes + _BLOB_BYTES
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole command; 0, or UserError with OUT as it was."""
+    start = time.perf_counter()
+    options = Options(
+        quant_type=args.quant_type,
+        blocksize=args.blocksize,
+        double_quant=not args.no_double_quant,
+        quant_storage=args.quant_storage,
+        dtype=args.dtype,
+        exclude=args.exclude,
+        target_modules=args.target_modules,
+        max_shard_size=args.max_shard_size,
+        errors=args.report is not None,
+    )
+    out = pathlib.Path(os.path.abspath(args.out))
+    partial = out.with_name(f"{out.name}.partial")
+    with _readable(out):
+        if args.resume and (out / STATE).exists():  # ended between the last two steps
+            (out / STATE).unlink()
+            return 0
+        source = Source(args.model)
+        _check_places(source, out, partial, args)
+        plan = layers.plan(
+            layers.meta_model(source), source.entries, options.target_modules, options.exclude
+        )
+        run = _Run(source, plan, options, partial, quiet=args.quiet)
+        run.check_space()
+        with run.locked(resume=args.resume):
+            rows = run.shards()
+            run.finish()
+            files.publish(partial, out)
+        (out / STATE).unlink()
+        before = sum(entry.nbytes for entry in source.entries.values())
+        after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+        report = Report(rows, plan.skipped, before, after, time.perf_counter() - start)
+        if args.report is not None:
+            files.write_json(
+                {"options": dataclasses.asdict(options)} | report.document(), args.report
+            )
+    if not args.quiet:
+        print(f"{report}\n\n{args.out}: {report.summary()}")
+    return 0
+
+
+@contextlib.contextmanager
+def _readable(out: pathlib.Path) -> Iterator[None]:
+    """What the system refuses is a UserError; a full disk with a hint."""
+    try:
+        yield
+    except OSError as error:
+        hint = "; make room and go on with --resume" if error.errno == errno.ENOSPC else ""
+        raise UserError(f"{error.filename or out}: {error.strerror or error}{hint}") from None
+
+
+def _check_places(
+    source: Source, out: pathlib.Path, partial: pathlib.Path, args: argparse.Namespace
+) -> None:
+    """OUT is free, or --force replaces a model; it is not, nor holds, what is read."""
+    model = source.folder.resolve()
+    if model.is_relative_to(out.resolve()) or out.resolve().is_relative_to(model):
+        raise UserError(f"OUT {out}: expected a folder apart from MODEL {source.folder}")
+    if os.path.lexists(out):
+        if not args.force:
+            raise UserError(f"OUT {out}: exists already; --force replaces it")
+        if not out.is_dir() or out.is_symlink():
+            raise UserError(f"OUT {out}: not a folder, not replaced")
+        if any(out.iterdir()) and not (out / "config.json").is_file():
+            raise UserError(f"OUT {out}: not the folder of a model (no config.json), not replaced")
+    if partial.exists() and not (args.resume or args.force):
+        raise UserError(
+            f"{partial}: left by a run that was interrupted; --resume goes on, --force starts again"
+        )
+    for path in [out, *([args.report] if args.report else [])]:
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path}: expected an existing folder {path.absolute().parent}")
+
+
+class _Run:
+    """The partial folder and what goes into it."""
+
+    def __init__(
+        self, source: Source, plan: layers.Plan, options: Options, folder: pathlib.Path, quiet: bool
+    ):
+        self.source, self.plan, self.options, self.folder = source, plan, options, folder
+        self.quiet = quiet
+        self.names = self._split()
+        self.state = {
+            "version": __version__,
+            "options": dataclasses.asdict(options),
+            "source": source.fingerprint(),
+            "shards": {},
+        }
+
+    def _split(self) -> dict[str, list[Entry]]:
+        """The tensors of each shard of the result, in the source's order."""
+        shards: list[list[Entry]] = [[]]
+        size = 0
+        for entry in self.source.entries.values():
+            nbytes = self.options.nbytes(entry, self.plan)
+            if shards[-1] and size + nbytes > self.options.max_shard_size:
+                shards.append([])
+                size = 0
+            shards[-1].append(entry)
+            size += nbytes
+        if len(shards) == 1:
+            return {SINGLE: shards[0]}
+        count = len(shards)
+        return {
+            f"model-{number:05}-of-{count:05}.safetensors": shard
+            for number, shard in enumerate(shards, 1)
+        }
+
+    def check_space(self) -> None:
+        entries = itertools.chain(*self.names.values())
+        needed = sum(self.options.nbytes(entry, self.plan) for entry in entries)
+        there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        free = shutil.disk_usage(self.folder.parent).free
+        if needed - there > free:
+            raise UserError(
+                f"{self.folder.parent}: {(needed - there) / MIB:.0f} MiB are needed, {free / MIB:.0f} "
+                "MiB are free"
+            )
+
+    @contextlib.contextmanager
+    def locked(self, resume: bool) -> Iterator[None]:
+        """The folder is there and this process's alone; with the finished shards of an earlier run, or empty."""
+        self.folder.mkdir(exist_ok=True)
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.folder}: another process is writing it") from None
+            if resume and (self.folder / STATE).exists():
+                self._load()
+            for path in self.folder.iterdir():
+                if path.name not in (STATE, *self.state["shards"]):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _load(self) -> None:
+        before = json.loads((self.folder / STATE).read_text())
+        for what in ("version", "options", "source"):
+            if before.get(what) != json.loads(json.dumps(self.state[what])):
+                raise UserError(
+                    f"{self.folder}: was begun with another {what}; --force starts again"
+                )
+        self.state["shards"] = {
+            name: done
+            for name, done in before["shards"].items()
+            if (self.folder / name).is_file()
+            and (self.folder / name).stat().st_size == done["bytes"]
+        }
+
+    def shards(self) -> list[QuantizedLayer]:
+        """Writes what is missing; the layers of all shards."""
+        total = sum(entry.nbytes for entry in self.source.entries.values())
+        bar = tqdm(
+            total=total, desc="Quantizing", unit="B", unit_scale=True, disable=self.quiet or None
+        )
+        with bar:
+            for name, entries in self.names.items():
+                if name in self.state["shards"]:
+                    bar.update(sum(entry.nbytes for entry in entries))
+                    continue
+                self._write_shard(name, entries, bar)
+        rows = [row for name in self.names for row in self.state["shards"][name]["layers"]]
+        return [QuantizedLayer(**row | {"shape": tuple(row["shape"])}) for row in rows]
+
+    def _write_shard(self, name: str, entries: list[Entry], bar: tqdm) -> None:
+        rows, keys = [], []
+        room = [e.key for e in entries]
+        # A quantized weight becomes up to six tensors.
+        room += [f"{e.key}.quant_state.bitsandbytes__nf4" for e in entries for _ in range(5)]
+        with files.written(self.folder / name) as file:
+            writer = Writer(file, room)
+            for entry, tensor in self.source.tensors(entries):
+                bar.set_postfix_str(entry.key[-40:], refresh=False)
+                tensor = tensor.to(self.options.stored(entry, self.plan))
+                if entry.key not in self.plan.quantized:
+                    writer.add(entry.key, tensor)
+                    keys.append(entry.key)
+                else:
+                    weight, row = self._quantize(entry, tensor)
+                    rows.append(row)
+                    for key, part in weight.to_bitsandbytes(entry.key).items():
+                        writer.add(key, part)
+                        keys.append(key)
+                bar.update(entry.nbytes)
+            writer.finish()
+        self.state["shards"][name] = {
+            "bytes": (self.folder / name).stat().st_size,
+            "data": writer.offset,
+            "keys": keys,
+            "layers": [dataclasses.asdict(row) for row in rows],
+        }
+        files.write_json(self.state, self.folder / STATE)
+
+    def _quantize(self, entry: Entry, tensor: torch.Tensor) -> tuple[Weight4bit, QuantizedLayer]:
+        try:
+            weight = self.options.weight(tensor)
+        except ValueError as error:
+            raise UserError(f"{self.source.folder / entry.file}: {entry.key}: {error}") from None
+        error = None
+        if self.options.errors:
+            exact = tensor.float()
+            norm = float(exact.norm())
+            error = float((weight.dequantize(torch.float32) - exact).norm()) / norm if norm else 0.0
+        size = sum(t.numel() * t.element_size() for t in weight.to_bitsandbytes().values())
+        row = QuantizedLayer(
+            name=self.plan.quantized[entry.key],
+            shape=tuple(entry.shape),
+            bytes_before=entry.nbytes,
+            bytes_after=size,
+            bits_per_weight=weight.bits_per_weight,
+            error=error,
+        )
+        return weight, row
+
+    def finish(self) -> None:
+        """The index, config.json, and the small files of the source."""
+        done = self.state["shards"]
+        if len(self.names) > 1:
+            total = sum(done[name]["data"] for name in self.names)
+            weight_map = {key: name for name in self.names for key in done[name]["keys"]}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            files.write_json(index, self.folder / INDEX)
+        for path in self.source.small_files():
+            target = self.folder / path.relative_to(self.source.folder)
+            target.parent.mkdir(exist_ok=True)
+            with files.written(target) as file, open(path, "rb") as original:
+                shutil.copyfileobj(original, file)
+        files.write_json(self._config(), self.folder / "config.json")
+
+    def _config(self) -> dict:
+        """The source's config.json with what BitsAndBytesConfig writes. It has no blocksize: quant states do."""
+        config = dict(self.source.config)
+        field = "torch_dtype" if "torch_dtype" in config else "dtype"
+        if self.options.dtype:
+            config[field] = self.options.dtype
+        first = next(iter(self.plan.quantized))
+        stored = self.options.stored(self.source.entries[first], self.plan)
+        compute = config.get(field)
+        config["quantization_config"] = {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": compute
+            if compute in DTYPES
+            else str(stored).removeprefix("torch."),
+            "bnb_4bit_quant_storage": self.options.quant_storage,
+            "bnb_4bit_quant_type": self.options.quant_type,
+            "bnb_4bit_use_double_quant": self.options.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": self.plan.dense,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }
+        return config

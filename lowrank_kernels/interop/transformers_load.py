@@ -1,0 +1,133 @@
+"""What transformers runs on each tensor that it reads: quantize it, or put a quantized weight together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+
+from ..formats import Weight4bit, quantize_4bit
+from ..nn import Linear4bit
+
+if TYPE_CHECKING:
+    from .transformers_quantizer import LowRankQuantizer
+
+# Longest first: up to transformers 5.22 the first that a key begins with takes it.
+_ENTRIES = (
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+    "weight.nested_quant_map",
+    "weight.nested_absmax",
+    "weight.quant_map",
+    "weight.absmax",
+    "weight",
+)
+
+
+def _one(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+def _install(
+    model: nn.Module, name: str, weight: Weight4bit, missing: Collection[str]
+) -> nn.Parameter:
+    """Puts a Linear4bit around ``weight``, the parameter ``name``, in place of the dense layer."""
+    path = name.rpartition(".")[0]
+    old = model.get_submodule(path)
+    if isinstance(old, Conv1D):
+        shape = (old.nf, old.nx)
+    elif isinstance(old, nn.Linear):
+        shape = (old.out_features, old.in_features)
+    else:
+        raise ValueError(f"{name}: expected a weight of a linear layer, got a {type(old).__name__}")
+    if isinstance(old.weight, DTensor):
+        raise ValueError(f"{name}: 4-bit weights cannot be loaded with tensor parallelism")
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
+    new = Linear4bit.from_weight(weight, old.bias).train(old.training)
+    # transformers initialises what no file had; it must not touch the bytes.
+    new._is_hf_initialized = f"{path}.bias" not in missing
+    # It also replaces every non-persistent buffer by an empty one; until after_loading we have none.
+    new._non_persistent_buffers_set.clear()
+    model.set_submodule(path, new)
+    return new.weight
+
+
+def after_loading(layer: Linear4bit) -> None:
+    layer._non_persistent_buffers_set.update(layer._buffers)
+
+
+class Quantize(ConversionOps):
+    """Quantizes a dense weight as soon as it is read."""
+
+    def __init__(self, quantizer: LowRankQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict, model=None, missing_keys=(), **kwargs):
+        return {
+            name: self._quantize(name, _one(v), model, missing_keys)
+            for name, v in input_dict.items()
+        }
+
+    def _quantize(self, name, value, model, missing):
+        if not self.quantizer.param_needs_quantization(model, name):
+            return value
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+            value = value.T.contiguous()
+        try:
+            weight = quantize_4bit(value, *self.quantizer.quantization_config.quantize_args)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        return _install(model, name, weight, missing)
+
+
+class Deserialize(ConversionOps):
+    """Joins the tensors that bitsandbytes' format has for one weight. A dense weight passes."""
+
+    hf_quantizer = True  # for transformers: what this reads must not be cast
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=(), **kwargs):
+        name = full_layer_name
+        entries = {name + key.removeprefix("weight"): _one(v) for key, v in input_dict.items()}
+        if entries.keys() == {name}:
+            return {"weight": self._cast(entries[name], model, name)}
+        weight = Weight4bit.from_bitsandbytes(entries, name)
+        return {"weight": _install(model, name, weight, missing_keys)}
+
+    def _cast(self, dense: torch.Tensor, model, name: str) -> torch.Tensor:
+        # Where this class has its way, transformers does not cast the weights of norms and embeddings either.
+        if not dense.is_floating_point():
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Linear, Conv1D)):
+                raise ValueError(
+                    f"{name}: expected a floating dtype, or packed bytes with {name}.absmax and others, "
+                    f"got {dense.dtype} alone"
+                )
+            return dense
+        dtype = self.dtype
+        for pattern, other in model._get_dtype_plan(dtype).items():
+            if re.search(pattern.replace("*", ".*"), name):
+                dtype = other
+        return dense.to(dtype)
+
+
+def deserializer(dtype: torch.dtype) -> WeightConverter:
+    return WeightConverter(list(_ENTRIES), "weight", [Deserialize(dtype)])
+
+
+def reverts(conversion, names: Collection[str]) -> bool:
+    """Whether ``conversion``, undone as a model is saved, leaves the weights ``names`` whole."""
+    if not isinstance(conversion, WeightConverter):
+        return True  # renames only
+    if any(isinstance(op, Deserialize) for op in conversion.operations):
+        return False
+    undo = conversion.reverse_transform()
+    return not any(undo.rename_source_key(name)[1] is not None for name in names)

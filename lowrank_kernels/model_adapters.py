@@ -1,0 +1,235 @@
+"""The adapters of a whole model: what ``LoRALinear4bit`` does for one layer, for all layers at once.
+
+Everything is checked on all layers before the first one changes. A model of PEFT has methods of its own; these
+functions are for layers that :func:`replace_linear` made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .interop.peft_files import lora_layers
+from .nn import LoRALinear4bit
+from .replace import _patterns, matches
+
+_SHOWN = 4  # layers that a message names
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Adapter:
+    """One adapter of a model: its layers by path, and A and B of each, which an optimizer takes."""
+
+    layers: dict[str, LoRALinear4bit]
+    parameters: list[nn.Parameter]
+
+    def __repr__(self) -> str:
+        elements = sum(parameter.numel() for parameter in self.parameters)
+        return f"Adapter({len(self.layers)} layers, {elements} parameters)"
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Every adapter of ``model`` by name, in the order in which layers have them.
+
+    Raises ValueError if the model has no :class:`LoRALinear4bit`.
+    """
+    found: dict[str, Adapter] = {}
+    for path, layer in _layers(model).items():
+        for name in layer.r:
+            adapter = found.setdefault(name, Adapter({}, []))
+            adapter.layers[path] = layer
+            adapter.parameters.extend(layer.adapter_parameters(name))
+    return found
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    r: int = 16,
+    lora_alpha: float = 32,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    adapter_dtype: torch.dtype | None = None,
+    target_modules: str | Iterable[str] = "all-linear",
+) -> None:
+    """Adds adapter ``name`` to the model's :class:`LoRALinear4bit` layers.
+
+    It becomes active in layers where none is; otherwise by :func:`set_adapter`. Call again with
+    other ``target_modules`` for another r in other layers.
+
+    Args:
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see
+            :meth:`LoRALinear4bit.add_adapter`.
+        target_modules: which of these layers, by the rules of :func:`replace_linear`. Layers of other
+            types get their first adapter there.
+
+    Raises ValueError or TypeError naming the argument: also if a target matches no such layer, or a
+    layer has the adapter already.
+    """
+    layers = _layers(model)
+    targeted = _targeted(layers, target_modules)
+    arguments = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": lora_dropout,
+        "use_rslora": use_rslora,
+        "init_lora_weights": init_lora_weights,
+        "adapter_dtype": adapter_dtype,
+    }
+    LoRALinear4bit(1, 1, adapter_name=name, device="meta", **arguments)  # raises for a bad one
+    if taken := [path for path, layer in targeted.items() if name in layer.r]:
+        raise ValueError(f"name: expected a new adapter, got {name!r}, which {_some(taken)} have")
+    for layer in targeted.values():
+        layer.add_adapter(name, **arguments)
+    for layer in layers.values():
+        if layer.active_adapter is None and not layer.merged:
+            layer.set_adapter(name)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Removes adapter ``name`` from all layers; where it was active, none is then.
+
+    Raises ValueError for an unknown name, RuntimeError if it is merged.
+    """
+    having = _having(model, name)
+    _require_unmerged(
+        "delete_adapter", {p: l for p, l in having.items() if l.active_adapter == name}
+    )
+    for layer in having.values():
+        layer.delete_adapter(name)
+
+
+def set_adapter(model: nn.Module, name: str) -> contextlib.AbstractContextManager:
+    """Makes ``name`` the active adapter from now on; in a ``with``, until its end.
+
+    Of all adapters only its parameters require gradients; layers that lack it are their base. The end
+    of a ``with`` restores each layer's active adapter, and ``requires_grad`` as it was.
+    torch drops gradients for a parameter that requires none when backward runs, so run
+    backward while the adapter that forward had is active.
+
+    Raises ValueError for a name that no layer has, RuntimeError while an adapter is merged.
+    """
+    _having(model, name)
+    layers = _layers(model)
+    _require_unmerged("set_adapter", layers)
+    before = {layer: layer.active_adapter for layer in layers.values()}
+    parts = [p for adapter in adapters(model).values() for p in adapter.parameters]
+    required = [p.requires_grad for p in parts]
+
+    def undo():
+        _require_unmerged("the end of set_adapter", layers)
+        for layer, active in before.items():
+            layer._active_adapter = active
+        for parameter, wanted in zip(parts, required):
+            parameter.requires_grad_(wanted)
+
+    for layer in layers.values():
+        layer.set_adapter(name)
+    restore = contextlib.ExitStack()
+    restore.callback(undo)
+    return restore
+
+
+def disable_adapters(model: nn.Module) -> contextlib.AbstractContextManager:
+    """The model is its base from now on, even while merged; in a ``with``, until its end.
+
+    Also under :meth:`AdapterBank.using`: disabled layers are their base for every row of a plan.
+    """
+    restore = contextlib.ExitStack()
+    for layer in _layers(model).values():
+        restore.enter_context(layer.disable_adapters())
+    return restore
+
+
+def enable_adapters(model: nn.Module) -> None:
+    """Undoes :func:`disable_adapters`."""
+    for layer in _layers(model).values():
+        layer.enable_adapters()
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Folds the active adapter into the 4-bit weights: :meth:`LoRALinear4bit.merge` on all layers.
+
+    Raises RuntimeError if a layer is merged, is disabled or has no active adapter; ValueError, naming the
+    layer, if a merged weight is not finite. The model is then as it was.
+    """
+    layers = _layers(model)
+    _require_unmerged("merge_adapter", layers)
+    merged: list[LoRALinear4bit] = []
+    for path, layer in layers.items():
+        try:
+            layer.merge()
+        except BaseException as error:
+            for done in merged:
+                done.unmerge()
+            if type(error) in (RuntimeError, ValueError):
+                raise type(error)(f"{path}: {error}") from error
+            raise
+        merged.append(layer)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Restores the original bytes exactly. Raises RuntimeError if nothing is merged."""
+    merged = [layer for layer in _layers(model).values() if layer.merged]
+    if not merged:
+        raise RuntimeError("unmerge_adapter: nothing is merged; call merge_adapter() first")
+    for layer in merged:
+        layer.unmerge()
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not (layers := lora_layers(model)):
+        raise ValueError(
+            f"model: expected LoRALinear4bit layers (see replace_linear), got a "
+            f"{type(model).__name__} without any"
+        )
+    return layers
+
+
+def _having(model: nn.Module, name: str) -> dict[str, LoRALinear4bit]:
+    layers = _layers(model)
+    having = {path: layer for path, layer in layers.items() if name in layer.r}
+    if not having:
+        names = list(dict.fromkeys(n for layer in layers.values() for n in layer.r))
+        raise ValueError(f"name: expected one of {names}, got {name!r}")
+    return having
+
+
+def _targeted(
+    layers: dict[str, LoRALinear4bit], target_modules: str | Iterable[str]
+) -> dict[str, LoRALinear4bit]:
+    targets = _patterns("target_modules", target_modules)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return layers
+    patterns = [targets] if isinstance(targets, str) else [[target] for target in targets]
+    for pattern in patterns:
+        if not any(matches(path, pattern) for path in layers):
+            got = pattern if isinstance(pattern, str) else pattern[0]
+            raise ValueError(
+                f"target_modules: {got!r} matches no LoRALinear4bit (see replace_linear); here are "
+                f"{_some(layers)}"
+            )
+    if not patterns:
+        raise ValueError(f"target_modules: expected at least one name, got {target_modules!r}")
+    return {p: l for p, l in layers.items() if any(matches(p, pattern) for pattern in patterns)}
+
+
+def _require_unmerged(action: str, layers: dict[str, LoRALinear4bit]) -> None:
+    if merged := [path for path, layer in layers.items() if layer.merged]:
+        raise RuntimeError(f"{action}: {_some(merged)}: merged; call unmerge_adapter() first")
+
+
+def _some(paths: Iterable[str]) -> str:
+    paths = list(paths)
+    rest = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(paths[:_SHOWN]) + rest
