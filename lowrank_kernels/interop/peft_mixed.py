@@ -92,6 +92,16 @@ class _Pages(ModulePages):
     def _own_adapter(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.parts[self.own[slot]][:2]
 
+    def take(self, parts: dict[str, Parts], plan: Plan) -> None:
+        """The adapters of the next call: their scaling and dropout at once, the rest at :meth:`refresh`."""
+        self.parts = parts
+        for slot in plan.slots:
+            part = parts[self.own[slot]]
+            settings = float(part.scaling), part.dropout_p
+            if self._settings.get(slot) != settings:
+                self._tables[1][slot], self._tables[2][slot] = settings
+                self._settings[slot], self._dropout[slot] = settings, part.dropout_p
+
     @torch.no_grad()
     def refresh(self, plan: Plan) -> None:
         """Copies the adapters of the plan into their pages, but for those that are as they were copied.
@@ -101,11 +111,7 @@ class _Pages(ModulePages):
         """
         pages, values = [], []
         for slot in plan.slots:
-            A, B, scaling, dropout_p, _ = self.parts[self.own[slot]]
-            settings = float(scaling), dropout_p
-            if self._settings.get(slot) != settings:
-                self._tables[1][slot], self._tables[2][slot] = settings
-                self._settings[slot], self._dropout[slot] = settings, dropout_p
+            A, B = self._own_adapter(slot)
             if not (slot in self._copied and all(map(_is_same, self._copied[slot], (A, B)))):
                 pages += self._views[slot]
                 values += A, B
@@ -145,9 +151,9 @@ def mixed_batch(
         return linear_4bit(x, w, base.bias)
     if pages is None or not pages.hold(parts, w.device):
         pages = layer._mixed_pages = _Pages(layer)
-    pages.parts = parts
     names = tuple(name if name in parts else None for name in adapter_names)
     plan = _plan(pages.bank, names, x.shape[1:-1].numel())
+    pages.take(parts, plan)
     if not torch.is_grad_enabled():
         pages.refresh(plan)  # with gradients the function does it
     return multi_lora_linear_4bit(x, w, plan, pages, base.bias, dropout=True)
