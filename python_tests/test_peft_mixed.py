@@ -125,15 +125,24 @@ def test_one_plan_for_all_layers_and_steps(calls):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("write", ["data", "in place", "assign", "scale", "hotswap", "weighted"])
+@pytest.mark.parametrize(
+    "write", ["data", "trained", "in place", "assign", "parameter", "scale", "hotswap", "weighted"]
+)
 def test_values_are_never_stale(model, tmp_path, write, grad):
+    """No version counter sees what is written through ``.data``, as some optimizers do."""
     x = torch.randn(X)
+    for layer in layers(model):
+        layer.lora_B["b"].weight.requires_grad_(write == "trained")
     with torch.set_grad_enabled(grad):
         before = model(x, adapter_names=NAMES)
         for layer in layers(model):
             weight = layer.lora_B["b"].weight
-            if write == "data":  # no version counter sees this
+            if write in ("data", "trained"):
                 weight.data.mul_(-2)
+                if write == "data":
+                    layer.forget_pages()
+            elif write == "parameter":
+                layer.lora_B["b"].weight = nn.Parameter(-2 * weight.detach(), requires_grad=False)
             elif write == "in place":
                 with torch.no_grad():
                     weight.mul_(-2)
@@ -155,6 +164,39 @@ def test_values_are_never_stale(model, tmp_path, write, grad):
         assert_near(after, one_by_one(model, x, NAMES))
     assert not torch.allclose(after[2], before[2])
     assert write == "hotswap" or torch.equal(after[1], before[1])  # which empties other adapters
+
+
+@torch.no_grad()
+def test_frozen_adapters_are_copied_once(model, monkeypatch):
+    copied = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda a, b: (copied.append(len(b)), copy(a, b)))
+    x = torch.randn(X)
+    for name, trained in (("default", True), ("b", False), ("c", False)):
+        for layer in layers(model):
+            if name in layer.lora_A:
+                layer.lora_A[name].weight.requires_grad_(trained)
+                layer.lora_B[name].weight.requires_grad_(trained)
+    for _ in range(2):
+        model(x, adapter_names=NAMES)
+    assert copied == [6, 4, 2, 2]
+
+
+def test_dropout_of_a_layer_in_training_mode():
+    """Each adapter's own, from the first call on; a row without adapter has none."""
+    model = wrapped(lora_dropout=0.5)
+    add([model], "b", r=4)
+    layer, x = layers(model)[0], torch.randn(3, 4000, 64)
+    names = ["default", "b", "__base__"]
+    expected = layer.eval()(x, adapter_names=names)
+    layer.train().forget_pages()
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        seen.append(layer(x, adapter_names=names))
+    assert torch.equal(*seen) and torch.equal(seen[0][1:], expected[1:])
+    difference = (seen[0][0] - expected[0]).abs()
+    assert difference.mean() > 0.05 and (seen[0][0] - expected[0]).mean(0).abs().max() < 0.05
 
 
 @torch.no_grad()

@@ -67,6 +67,13 @@ class PeftLinear4bit(peft_lora.Linear):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.forget_pages()
+
+    def forget_pages(self) -> None:
+        """Has the next batch with mixed adapters read all of them again.
+
+        Needed after writing to a frozen adapter through ``.data``, which no other writing is.
+        """
         self._mixed_pages = None
 
     # -- forward -----------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ class _Pages(ModulePages):
         self.parts: dict[str, Parts] = {}
         self._settings: dict[int, tuple[float, float]] = {}
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._copied: dict[int, tuple[tuple, tuple]] = {}  # A and B as they were then
         N, K = self.shape
         for name, rank in ranks:
             slot = layout.slot(name)
@@ -91,23 +92,49 @@ class _Pages(ModulePages):
     def _own_adapter(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.parts[self.own[slot]][:2]
 
+    def take(self, parts: dict[str, Parts], plan: Plan) -> None:
+        """The adapters of the next call: their scaling and dropout at once, the rest at :meth:`refresh`."""
+        self.parts = parts
+        for slot in plan.slots:
+            part = parts[self.own[slot]]
+            settings = float(part.scaling), part.dropout_p
+            if self._settings.get(slot) != settings:
+                self._tables[1][slot], self._tables[2][slot] = settings
+                self._settings[slot], self._dropout[slot] = settings, part.dropout_p
+
     @torch.no_grad()
     def refresh(self, plan: Plan) -> None:
-        """Copies the adapters of the plan into their pages, every time.
+        """Copies the adapters of the plan into their pages, but for those that are as they were copied.
 
-        ``_version`` would tell most changes but not those through ``.data``, as PEFT's hotswapping and some
-        optimizers make them.
+        Those that require gradients are copied every time: not every optimizer's step can be seen. Of the
+        others, writes through ``.data`` cannot, see :meth:`PeftLinear4bit.forget_pages`.
         """
         pages, values = [], []
         for slot in plan.slots:
-            A, B, scaling, dropout_p, _ = self.parts[self.own[slot]]
-            settings = float(scaling), dropout_p
-            if self._settings.get(slot) != settings:
-                self._tables[1][slot], self._tables[2][slot] = settings
-                self._settings[slot], self._dropout[slot] = settings, dropout_p
-            pages += self._views[slot]
-            values += A, B
-        torch._foreach_copy_(pages, values)
+            A, B = self._own_adapter(slot)
+            if not (slot in self._copied and all(map(_is_same, self._copied[slot], (A, B)))):
+                pages += self._views[slot]
+                values += A, B
+                self._copied[slot] = _seen(A), _seen(B)
+        if pages:
+            torch._foreach_copy_(pages, values)
+
+
+def _seen(parameter: torch.Tensor) -> tuple:
+    # The alias keeps the memory from being freed, so that no other can have its address.
+    version = None if parameter.is_inference() else parameter._version
+    return parameter, parameter.detach(), version
+
+
+def _is_same(seen: tuple, parameter: torch.Tensor) -> bool:
+    before, alias, version = seen
+    return (
+        before is parameter
+        and not parameter.requires_grad
+        and version is not None
+        and parameter._version == version
+        and parameter.data_ptr() == alias.data_ptr()
+    )
 
 
 @torch.compiler.disable
@@ -124,9 +151,9 @@ def mixed_batch(
         return linear_4bit(x, w, base.bias)
     if pages is None or not pages.hold(parts, w.device):
         pages = layer._mixed_pages = _Pages(layer)
-    pages.parts = parts
     names = tuple(name if name in parts else None for name in adapter_names)
     plan = _plan(pages.bank, names, x.shape[1:-1].numel())
+    pages.take(parts, plan)
     if not torch.is_grad_enabled():
         pages.refresh(plan)  # with gradients the function does it
     return multi_lora_linear_4bit(x, w, plan, pages, base.bias, dropout=True)
