@@ -141,6 +141,26 @@ def check_fsdp(rank, size):
         same_state({k: whole(v) for k, v in parallel.state_dict().items()}, one.state_dict())
 
 
+def check_fsdp_of_peft(rank, size):
+    """PEFT's adapters on Linear4bit, sharded by block."""
+    peft = pytest.importorskip("peft", reason="PEFT's own adapters need peft")
+
+    def adapted():
+        config = peft.LoraConfig(
+            r=4, lora_alpha=2, target_modules=["up", "down", "2"], init_lora_weights=False
+        )
+        base = model(r=0)
+        base.requires_grad_(False)
+        torch.manual_seed(6)
+        return peft.get_peft_model(base, config)
+
+    parallel, one = adapted(), adapted()
+    shard(parallel.base_model.model)
+    train(parallel, one, rank, size)
+    full = get_model_state_dict(parallel, options=StateDictOptions(full_state_dict=True))
+    same_state(full, one.state_dict())
+
+
 def check_fsdp_of_single_layers(rank, size):
     parallel, one = model(), model()
     mesh = init_device_mesh("cpu", (size,))

@@ -74,7 +74,6 @@ def parallelize(
         if type(layer) is Linear4bit:
             layer.__class__ = LoRALinear4bit
             layer._init_adapters()
-            layer._unmerged = None
         column = isinstance(style, Column)
         layer.__class__ = ColumnParallelLoRALinear4bit if column else RowParallelLoRALinear4bit
         option = style.gather_output if column else style.input_is_parallel
@@ -115,7 +114,7 @@ def _check_layer(path: str, layer: nn.Module, style: Column | Row, place: Place)
         )
     if is_dtensor(layer.weight):
         raise RuntimeError(f"{path}: expected a whole weight, got FSDP2's; parallelize before fully_shard")
-    if getattr(layer, "merged", False):
+    if layer.merged:
         raise RuntimeError(f"{path}: an adapter is merged; call unmerge() before parallelize")
     dim = 0 if isinstance(style, Column) else 1
     meta = layer.weight4bit.to("meta")  # a rehearsal
