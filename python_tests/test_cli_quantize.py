@@ -221,6 +221,13 @@ def test_small_files_go_along_and_code_does_not(llama, tmp_path, capsys):
         assert words in out
 
 
+def test_code_that_a_configuration_names_is_not_fetched(copied, tmp_path):
+    evil = dict.fromkeys(("attn_implementation", "_attn_implementation"), "evil/kernel")
+    edit(copied / "config.json", **evil, auto_map={"AutoModelForCausalLM": "modeling_evil.Model"})
+    quantize(copied, tmp_path / "out")
+    assert "model.layers.0.mlp.up_proj.weight.absmax" in tensors_of(tmp_path / "out")
+
+
 def test_quiet(llama, tmp_path, capsys):
     quantize(llama, tmp_path / "out", "--quiet")
     assert capsys.readouterr() == ("", "")
@@ -323,12 +330,16 @@ def check_model(folder: pathlib.Path, out: pathlib.Path, *arguments: str) -> dic
     return {layer["name"]: layer["reason"] for layer in document["skipped"]}
 
 
-def test_experts_stay_dense(tmp_path):
+def test_experts_stay_dense(tmp_path, capsys):
     """A Mixtral's experts are merged into one tensor when it is loaded."""
     folder = save(tmp_path, "MixtralForCausalLM", "MixtralConfig", num_local_experts=4)
-    assert any(".experts.3." in key for key in tensors_of(folder))
+    experts = [key.removesuffix(".weight") for key in tensors_of(folder) if ".experts." in key]
+    assert len(experts) == 2 * 4 * 3
     skipped = check_model(folder, tmp_path / "out")
-    assert skipped["lm_head"] == "in --exclude"
+    assert skipped.pop("lm_head") == "in --exclude"
+    assert skipped == dict.fromkeys(experts, "converted when it is loaded")
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".experts." in line]
+    assert len(lines) == 3 and all(" (8)  converted when" in line for line in lines)
 
 
 def test_tied_weights_stay_dense(tmp_path):
@@ -400,7 +411,7 @@ def test_weights_that_are_split_when_loaded_stay_dense(tmp_path, copied, monkeyp
     save_file(tensors, copied / checkpoint.SINGLE, {"format": "pt"})
     skipped = check_model(copied, tmp_path / "out")
     assert skipped["model.layers.1.mlp.gate_proj"] == "converted when it is loaded"
-    assert skipped.keys() == {"lm_head"} | {
+    assert {name for name in skipped if "self_attn.gate_up" not in name} == {"lm_head"} | {
         f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up")
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from ..replace import SkippedLayer, matches
 from ..schema import FLOAT_DTYPES
 from . import UserError, models
 from .checkpoint import Entry, Source
+
+_CONVERTED = "converted when it is loaded"
 
 
 @dataclasses.dataclass
@@ -37,6 +39,7 @@ def meta_model(source: Source) -> nn.Module:
     path = source.folder / "config.json"
     try:
         config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config._attn_implementation = "eager"  # it can name code on the hub
         names = source.config.get("architectures") or [None]
         cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
         with torch.device("meta"):
@@ -57,8 +60,8 @@ def meta_model(source: Source) -> nn.Module:
     return model
 
 
-def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], set[str]]:
-    """(parameter -> the key that is loaded into it as it is, parameters that are converted).
+def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(parameter -> the key that is loaded into it as it is, other keys -> what they are renamed to).
 
     As transformers loads a checkpoint: renamed keys, with the model's prefix or without. A key is in
     the first only if its statistics (key + ".absmax") will find the same parameter.
@@ -78,7 +81,7 @@ def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], 
     stats = there | {f"{name}.absmax": tensor for name, tensor in there.items()}
     prefix = model.base_model_prefix
 
-    plain, converted = {}, set()
+    plain, converted = {}, {}
     for key in keys:
         name, converter = rename_source_key(key, renamings, converters, prefix, there)
         if (
@@ -89,7 +92,7 @@ def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], 
         if converter is None and name in there and of_stats == f"{name}.absmax":
             plain[name] = key
         else:
-            converted.add(name)
+            converted[key] = name
     return plain, converted
 
 
@@ -150,8 +153,8 @@ def plan(
         if any(part in fp32 for part in name.split(".")):
             return "kept in float32 by the model"
         if weight not in plain:
-            made = weight in converted
-            return "converted when it is loaded" if made else "not in the checkpoint"
+            made = weight in converted.values()
+            return _CONVERTED if made else "not in the checkpoint"
         if entries[plain[weight]].dtype not in FLOAT_DTYPES:
             return f"stored as {str(entries[plain[weight]].dtype).removeprefix('torch.')}"
         return None
@@ -160,11 +163,28 @@ def plan(
     _heed_loader(reasons, fp32)
     quantized = {plain[f"{name}.weight"]: name for name, why in reasons.items() if why is None}
     skipped = [SkippedLayer(name, why) for name, why in reasons.items() if why is not None]
+    skipped += _other_tensors(entries, plain, converted, layers)
     if not quantized:
         few = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
         raise UserError(f"nothing to quantize: {few or 'the model has no linear layer'}")
     uncast = {key for name, key in plain.items() if any(part in fp32 for part in name.split("."))}
     return Plan(quantized, skipped, _patterns(reasons), uncast)
+
+
+def _other_tensors(
+    entries: Mapping[str, Entry],
+    plain: Mapping[str, str],
+    converted: Mapping[str, str],
+    layers: Mapping[str, nn.Module],
+) -> Iterator[SkippedLayer]:
+    """Matrices and stacks of matrices that are large for other reasons than a linear layer: experts, above all."""
+    for key, name in converted.items():
+        module = name.removesuffix(".weight")
+        if len(entries[key].shape) >= 2 and module not in layers:
+            yield SkippedLayer(key.removesuffix(".weight"), _CONVERTED)
+    for key in plain.values():
+        if len(entries[key].shape) > 2:
+            yield SkippedLayer(key.removesuffix(".weight"), "not a matrix")
 
 
 def _patterns(reasons: dict[str, str | None]) -> list[str]:

@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     with _readable(out):
         if args.resume and (out / STATE).exists():  # ended between the last two steps
             (out / STATE).unlink()
+            if not args.quiet:
+                print(f"{out}: complete")
             return 0
         source = Source(args.model)
         _check_places(source, out, partial, args)

@@ -87,4 +87,4 @@ def _grouped(skipped: list[SkippedLayer]) -> Iterator[str]:
         yield f"\nleft dense: {len(skipped)}"
     for (name, why), members in groups.items():
         one = len(members) == 1
-        yield f"{members[0]}  {why}" if one else f"{name}  {len(members)} layers, {why}"
+        yield f"{members[0]}  {why}" if one else f"{name} ({len(members)})  {why}"
