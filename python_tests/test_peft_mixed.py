@@ -199,6 +199,20 @@ def test_dropout_of_a_layer_in_training_mode():
     assert difference.mean() > 0.05 and (seen[0][0] - expected[0]).mean(0).abs().max() < 0.05
 
 
+def test_a_later_forward_does_not_disturb_a_backward(model):
+    x, grads = torch.randn(X), []
+    for disturb in (False, True):
+        inputs = x.clone().requires_grad_()
+        y = model(inputs, adapter_names=NAMES)
+        if disturb:
+            for layer in layers(model):
+                layer.set_scale("b", 5)
+            model(x, adapter_names=NAMES)
+        y.sum().backward()
+        grads.append(inputs.grad)
+    assert torch.equal(*grads)
+
+
 @torch.no_grad()
 def test_adapters_come_and_go(model):
     x = torch.randn(X)
