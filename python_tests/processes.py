@@ -35,7 +35,7 @@ def results(module: str, size: int) -> dict[str, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(here), *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [str(here), *sys.path])),
         }
         command = [sys.executable, __file__, module, str(size), folder]
         workers = []
@@ -43,7 +43,11 @@ def results(module: str, size: int) -> dict[str, str | None]:
             with open(f"{folder}/{rank}.log", "w") as log:
                 workers.append(
                     subprocess.Popen(
-                        [*command, str(rank)], env=environment, stdout=log, stderr=subprocess.STDOUT
+                        [*command, str(rank)],
+                        env=environment,
+                        cwd=folder,  # where checks may write
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
                     )
                 )
         try:

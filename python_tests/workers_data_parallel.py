@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -236,13 +234,11 @@ def check_fsdp_mixed_precision(rank, size):
 
 
 def check_fsdp_saves_adapters(rank, size):
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
     parallel, fresh = shard(model()), model(init_lora_weights=True)
     with pytest.raises(RuntimeError, match="this process has only a part of the adapter"):
-        lk.save_adapter(parallel, folder[0])
-    lk.distributed.save_adapter(parallel, folder[0])
-    lk.load_adapter(fresh, folder[0])
+        lk.save_adapter(parallel, "adapter")
+    lk.distributed.save_adapter(parallel, "adapter")
+    lk.load_adapter(fresh, "adapter")
     same_state(fresh.state_dict(), model().state_dict())
     with pytest.raises(RuntimeError, match=r"0.up: expected a whole weight, got FSDP2's"):
         lk.distributed.parallelize(parallel, {"up": "column"})

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import pathlib
-import tempfile
 
 import pytest
 import torch
@@ -207,9 +205,6 @@ def check_docs(rank, size):
     """The blocks of distributed.md, on a model whose heads can be divided."""
     import markdown_blocks
 
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    os.chdir(folder[0])
     load = functools.partial(random_llama, 2 * size)
     names = markdown_blocks.run(
         "docs/distributed.md", {"load": load, "ids": torch.randint(0, 50, (2, 6))}
@@ -252,9 +247,7 @@ def check_named_adapters(rank, size):
 
 
 def check_adapter_files(rank, size):
-    folder = [tempfile.mkdtemp() if rank == 0 else None]
-    dist.broadcast_object_list(folder)
-    path = pathlib.Path(folder[0])
+    path = pathlib.Path("adapters")
     one = nn.ModuleDict({"up": layer(), "down": layer(160, 96, 1), "head": layer(96, 8)})
     mine = copy.deepcopy(one)
     lkd.parallelize(mine, {"up": "column", "down": "row"})
