@@ -8,6 +8,7 @@ from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
 from .interop import peft_hook
+from .interop import transformers_hook as _transformers
 from .interop.on_import import on_import as _on_import
 from .interop.peft_files import load_adapter, save_adapter
 from .model_adapters import (
@@ -55,21 +56,14 @@ __all__ = [
     "unmerge_adapter",
 ]
 
-
-def _register_quantizer(module):
-    from .interop import transformers_quantizer  # registers itself
-
-
-_on_import("transformers.quantizers.auto", _register_quantizer)
+_on_import("transformers.quantizers.auto", _transformers.register)
 
 if typing.TYPE_CHECKING:
     from .interop.transformers_quantizer import LowRankConfig, pretrained_config
 
 
 def __getattr__(name: str):
-    """What needs transformers, which is imported no sooner than somebody asks."""
-    if name in ("LowRankConfig", "pretrained_config"):
-        from .interop import transformers_quantizer
-
-        return getattr(transformers_quantizer, name)
+    """What needs another library, which is imported no sooner than somebody asks."""
+    if name in _transformers.NAMES:
+        return _transformers.public(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

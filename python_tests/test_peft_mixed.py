@@ -182,6 +182,37 @@ def test_frozen_adapters_are_copied_once(model, monkeypatch):
     assert copied == [6, 4, 2, 2]
 
 
+def test_dropout_of_a_layer_in_training_mode():
+    """Each adapter's own, from the first call on; a row without adapter has none."""
+    model = wrapped(lora_dropout=0.5)
+    add([model], "b", r=4)
+    layer, x = layers(model)[0], torch.randn(3, 4000, 64)
+    names = ["default", "b", "__base__"]
+    expected = layer.eval()(x, adapter_names=names)
+    layer.train().forget_pages()
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        seen.append(layer(x, adapter_names=names))
+    assert torch.equal(*seen) and torch.equal(seen[0][1:], expected[1:])
+    difference = (seen[0][0] - expected[0]).abs()
+    assert difference.mean() > 0.05 and (seen[0][0] - expected[0]).mean(0).abs().max() < 0.05
+
+
+def test_a_later_forward_does_not_disturb_a_backward(model):
+    x, grads = torch.randn(X), []
+    for disturb in (False, True):
+        inputs = x.clone().requires_grad_()
+        y = model(inputs, adapter_names=NAMES)
+        if disturb:
+            for layer in layers(model):
+                layer.set_scale("b", 5)
+            model(x, adapter_names=NAMES)
+        y.sum().backward()
+        grads.append(inputs.grad)
+    assert torch.equal(*grads)
+
+
 @torch.no_grad()
 def test_adapters_come_and_go(model):
     x = torch.randn(X)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 import pathlib
@@ -18,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowrank_kernels as lk
+import markdown_blocks
+from lowrank_kernels.interop import transformers_hook
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency")
 pytest.importorskip("accelerate", reason="transformers needs it for device maps")
@@ -354,6 +355,20 @@ def test_peft_prepares_counts_and_saves_only_the_adapter(dense, tmp_path):
     assert torch.equal(logits(other.eval()), logits(model.eval()))
 
 
+def test_an_adapter_whose_base_is_quantized(dense, tmp_path):
+    """from_pretrained on an adapter's folder loads the base that it names, with its config, then the adapter."""
+    peft = pytest.importorskip("peft", reason="an optional dependency")
+    base = load(dense("llama"))
+    base.save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    model.add_adapter(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("model*"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype="auto")
+    assert torch.equal(logits(again), logits(model))
+    assert not torch.equal(logits(again), logits(base))
+
+
 # -- errors ----------------------------------------------------------------------------------------
 
 
@@ -385,13 +400,25 @@ def test_a_field_of_another_version():
         lk.LowRankConfig.from_dict({"quant_method": "lowrank_kernels", "fancy": 1})
 
 
+# -- docs ------------------------------------------------------------------------------------------
+
+
+def test_the_page(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    load(dense("llama"), config=lk.LowRankConfig(save_as="bitsandbytes")).save_pretrained("theirs")
+    names = markdown_blocks.run(
+        "docs/transformers.md", {"path": dense("llama"), "bnb_path": "theirs"}
+    )
+    assert len(layers(names["model"])) == 14
+    assert files(tmp_path / "out") == files(tmp_path / "theirs")
+
+
 # -- import and versions ---------------------------------------------------------------------------
 
 ORDERS = {
-    "ours first": "import lowrank_kernels, sys; assert not {{'transformers', 'peft', 'triton'}} & set(sys.modules)\n"
-    "import transformers",
+    "ours first": "import lowrank_kernels, sys; assert not {'transformers', 'peft', 'triton'} & set(sys.modules)\n"
+    "import transformers.quantizers.auto, transformers",
     "ours last": "import transformers, transformers.modeling_utils, lowrank_kernels",
-    "the registry alone": "import lowrank_kernels, transformers.quantizers.auto, transformers",
     "asked for": "import lowrank_kernels\nlowrank_kernels.LowRankConfig\nimport transformers",
 }
 
@@ -400,7 +427,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS)
 def test_registered_in_either_order(dense, order, tmp_path):
     load(dense("llama")).save_pretrained(tmp_path)
-    program = ORDERS[order].replace("{{", "{").replace("}}", "}") + (
+    program = ORDERS[order] + (
         "\nimport sys; model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
         "\nprint(type(model.model.layers[0].mlp.up_proj).__module__)"
     )
@@ -411,14 +438,22 @@ def test_registered_in_either_order(dense, order, tmp_path):
 
 
 def test_versions(dense, monkeypatch):
-    """The range of pyproject.toml is the one that the quantizer knows; outside it says so."""
-    quantizer = importlib.import_module("lowrank_kernels.interop.transformers_quantizer")
-    low, high = quantizer.TESTED
+    """The range of pyproject.toml is the one that the code knows; outside it, it says so."""
+    low, high = transformers_hook.TESTED
     text = (HERE.parent / "pyproject.toml").read_text()
     assert text.count(f'"transformers>={low},<{high}"') == text.count('"transformers') == 2
-    monkeypatch.setattr(transformers, "__version__", high + ".0")
+    monkeypatch.setattr(transformers_hook, "version", lambda: high + ".0")
+    quantizer = sys.modules["lowrank_kernels.interop.transformers_quantizer"]
+    monkeypatch.setattr(quantizer, "version", transformers_hook.version)
     with pytest.warns(UserWarning, match=f"tested with transformers >= {low}, < {high}, not with"):
         load(dense("llama"))
+    monkeypatch.setattr(transformers_hook, "version", lambda: "4.57.1")
+    with pytest.raises(
+        ImportError, match=r"LowRankConfig: expected transformers >= .*got 4\.57\.1"
+    ):
+        lk.LowRankConfig  # noqa: B018
+    monkeypatch.setitem(sys.modules, "lowrank_kernels.interop.transformers_quantizer", None)
+    transformers_hook.register(transformers.quantizers.auto)  # does not touch it
 
 
 @pytest.mark.skipif(
@@ -431,10 +466,16 @@ def test_the_oldest_version():
         "LOWRANK_TRANSFORMERS_OLDEST": "",
     }
     names = ("test_transformers.py", "test_transformers_bitsandbytes.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(str(HERE / name) for name in names)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qxm",
+        "not slow",
+        *(str(HERE / name) for name in names),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     found = subprocess.run(version, capture_output=True, text=True, env=environment).stdout
-    quantizer = importlib.import_module("lowrank_kernels.interop.transformers_quantizer")
-    assert found.startswith(quantizer.TESTED[0] + ".")
+    assert found.startswith(transformers_hook.TESTED[0] + ".")

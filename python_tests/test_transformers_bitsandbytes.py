@@ -157,8 +157,8 @@ def test_dtype(tmp_path, name, dtype):
     torch.testing.assert_close(logits(model), logits(same).to(dtype), rtol=0.1, atol=0.1)
 
 
-def test_a_config_inside_a_config(tmp_path):
-    """Old files name no method; other files have the section one level down. A plain config stays as it is."""
+def test_a_config_that_names_no_method(tmp_path):
+    """As in the files of bitsandbytes' first years."""
     folder = write(tmp_path)
     want = logits(load(folder))
     config = json.loads((folder / "config.json").read_text())
@@ -184,13 +184,13 @@ def test_pretrained_config_takes_the_arguments_of_auto_config(tmp_path, monkeypa
     config = lk.pretrained_config(parent / "deep", subfolder="er")
     assert config.quantization_config["quant_method"] == "lowrank_kernels"
     # Ours comes back as it is.
-    model = load(folder)
-    model.hf_quantizer.quantization_config.bitsandbytes = None
+    source = folder.parent / "source"
+    model = auto("llama").from_pretrained(
+        source, quantization_config=lk.LowRankConfig(blocksize=32)
+    )
     model.save_pretrained(tmp_path / "ours")
-    ours = lk.pretrained_config(tmp_path / "ours")
-    assert ours.quantization_config == transformers.AutoConfig.from_pretrained(
-        tmp_path / "ours"
-    ).quantization_config  # fmt: skip
+    section = lk.pretrained_config(tmp_path / "ours").quantization_config
+    assert section == lk.LowRankConfig(blocksize=32).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -244,18 +244,3 @@ def test_broken_files_are_refused(tmp_path, change, message, caplog):
     finally:
         transformers.utils.logging.disable_propagation()
     assert message.replace("layers.0", "layers.{0}") in caplog.text or message in caplog.text
-
-
-def test_an_adapter_whose_base_is_quantized(tmp_path):
-    """from_pretrained on an adapter's folder loads the base that it names, with its config, then the adapter."""
-    peft = pytest.importorskip("peft", reason="an optional dependency")
-    base = load(write(tmp_path))
-    base.hf_quantizer.quantization_config.bitsandbytes = None  # names us from here on
-    base.save_pretrained(tmp_path / "base")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
-    model.add_adapter(peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
-    assert not list((tmp_path / "adapter").glob("model*"))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype="auto")
-    assert torch.equal(logits(again), logits(model))
-    assert not torch.equal(logits(again), logits(base))

@@ -351,6 +351,8 @@ def test_resuming_changes_nothing(folder, tokenizer, tmp_path):
 def test_the_page(tmp_path, monkeypatch):
     page = markdown_blocks.read("docs/trl.md")
     monkeypatch.chdir(tmp_path)
-    names = markdown_blocks.run("docs/trl.md", {"path": tiny_llama.save(tmp_path / "llama", [page])})
+    names = markdown_blocks.run(
+        "docs/trl.md", {"path": tiny_llama.save(tmp_path / "llama", [page])}
+    )
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert len(logged(names["trainer"])) == STEPS and names["kl"].isfinite()

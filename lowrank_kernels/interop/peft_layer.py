@@ -103,21 +103,28 @@ class PeftLinear4bit(peft_lora.Linear):
         for name in names:
             if name not in modules["lora_A"]._modules:
                 continue
-            A, B, dropout = (
-                modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
-            )
-            if name in self.lora_variant or not (type(A) is type(B) is nn.Linear):
+            if (part := self.plain_part(name)) is None:
                 return None
-            if type(dropout) not in (nn.Identity, nn.Dropout):
-                return None
-            if not (_is_bare(A) and _is_bare(B) and _is_bare(dropout)):
-                return None
-            p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-            if p >= 1.0:
-                return None
-            B, bias = B._parameters["weight"], B._parameters["bias"]
-            found[name] = Parts(A._parameters["weight"], B, self.scaling[name], p, bias)
+            found[name] = part
         return found
+
+    def plain_part(self, name: str) -> Parts | None:
+        """Adapter ``name``; None if only PEFT's own way is right for it."""
+        modules = self._modules
+        A, B, dropout = (
+            modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
+        )
+        if name in self.lora_variant or not (type(A) is type(B) is nn.Linear):
+            return None
+        if type(dropout) not in (nn.Identity, nn.Dropout):
+            return None
+        if not (_is_bare(A) and _is_bare(B) and _is_bare(dropout)):
+            return None
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        if p >= 1.0:
+            return None
+        B, bias = B._parameters["weight"], B._parameters["bias"]
+        return Parts(A._parameters["weight"], B, self.scaling[name], p, bias)
 
     def _fused(self, x: torch.Tensor, parts: list[Parts]) -> torch.Tensor:
         base = self._modules["base_layer"]

@@ -51,39 +51,44 @@ class _Pages(ModulePages):
     """The adapters of one layer. Their parameters stay the owners of the values, see :meth:`refresh`."""
 
     def __init__(self, layer: PeftLinear4bit) -> None:
-        weights = {
-            name: (layer.lora_A[name].weight, layer.lora_B[name].weight)
-            for name in layer.lora_A
-            if name not in layer.lora_variant
-        }
-        dtypes = {weight.dtype for pair in weights.values() for weight in pair}
-        ranks = tuple((name, A.shape[0]) for name, (A, _) in weights.items())
+        parts = {name: layer.plain_part(name) for name in layer.lora_A}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        ranks = tuple((name, part.A.shape[0]) for name, part in parts.items())
+        dtypes = {weight.dtype for part in parts.values() for weight in (part.A, part.B)}
         device = layer.get_base_layer().weight.device
         layout = _layout(ranks, dtypes.pop() if len(dtypes) == 1 else torch.float32, device)
         with torch.inference_mode(False):
             super().__init__(layout, "", weakref.proxy(layer))
-        self.parts: dict[str, Parts] = {}
-        self._settings: dict[int, tuple[float, float]] = {}
+        self.parts = parts
+        self._scalings: dict[int, float] = {}
         self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._copied: dict[int, tuple[tuple, tuple]] = {}  # A and B as they were then
         N, K = self.shape
-        for name, rank in ranks:
-            slot = layout.slot(name)
+        for name, part in parts.items():
+            slot, rank = layout.slot(name), part.A.shape[0]
             first = layout.first_page[slot] * RANK_STEP
             rows = slice(first, first + rank)
             self._views[slot] = self.A.view(-1, K)[rows], self.B.view(-1, N)[rows].T
-            self._ranks[slot] = self._tables[0][slot] = rank
+            self._ranks[slot], self._dropout[slot] = rank, part.dropout_p
+            self._scalings[slot] = float(part.scaling)
+            for table, value in zip(self._tables, (rank, part.scaling, part.dropout_p)):
+                table[slot] = value
             self.follow(slot, name)
 
     def __reduce__(self):
         return type(None), ()  # a copy of the layer makes its own
 
     def hold(self, parts: dict[str, Parts], device: torch.device) -> bool:
-        """Whether there is room for these adapters, without loss."""
+        """Whether these are the adapters as they were, but for their values, and fit without loss.
+
+        Others get other pages, so that a backward that is still to come finds what its forward had.
+        """
         dtype = self.bank.dtype
-        for name, (A, B, *_) in parts.items():
+        for name, (A, B, scaling, dropout_p, _) in parts.items():
             slot = self.bank._slots.get(name)
             if slot is None or self._ranks[slot] != A.shape[0]:
+                return False
+            if self._scalings[slot] != scaling or self._dropout[slot] != dropout_p:
                 return False
             if dtype != torch.float32 and not A.dtype == B.dtype == dtype:
                 return False
@@ -101,11 +106,7 @@ class _Pages(ModulePages):
         """
         pages, values = [], []
         for slot in plan.slots:
-            A, B, scaling, dropout_p, _ = self.parts[self.own[slot]]
-            settings = float(scaling), dropout_p
-            if self._settings.get(slot) != settings:
-                self._tables[1][slot], self._tables[2][slot] = settings
-                self._settings[slot], self._dropout[slot] = settings, dropout_p
+            A, B = self._own_adapter(slot)
             if not (slot in self._copied and all(map(_is_same, self._copied[slot], (A, B)))):
                 pages += self._views[slot]
                 values += A, B
@@ -145,9 +146,9 @@ def mixed_batch(
         return linear_4bit(x, w, base.bias)
     if pages is None or not pages.hold(parts, w.device):
         pages = layer._mixed_pages = _Pages(layer)
-    pages.parts = parts
     names = tuple(name if name in parts else None for name in adapter_names)
     plan = _plan(pages.bank, names, x.shape[1:-1].numel())
+    pages.parts = parts
     if not torch.is_grad_enabled():
         pages.refresh(plan)  # with gradients the function does it
     return multi_lora_linear_4bit(x, w, plan, pages, base.bias, dropout=True)

@@ -7,8 +7,6 @@ import functools
 import warnings
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
@@ -17,10 +15,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..nn import Linear4bit, LoRALinear4bit
 from .transformers_config import METHOD, LowRankConfig, pretrained_config
+from .transformers_hook import TESTED, below, version
 
 __all__ = ["LowRankConfig", "LowRankQuantizer", "pretrained_config"]
-
-TESTED = ("5.20", "5.25")  # from the first on, below the second; pyproject.toml says the same
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -44,10 +41,10 @@ class LowRankQuantizer(HfQuantizer):
     # -- before loading ----------------------------------------------------------------------------
 
     def validate_environment(self, device_map=None, **kwargs) -> None:
-        if Version(transformers.__version__) >= Version(TESTED[1]):
+        if not below(TESTED[1]):
             warnings.warn(
                 f"lowrank_kernels is tested with transformers >= {TESTED[0]}, < {TESTED[1]}, "
-                f"not with {transformers.__version__}",
+                f"not with {version()}",
                 stacklevel=2,
             )
         places = {str(p) for p in device_map.values()} if isinstance(device_map, dict) else set()
