@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pathlib
 
+import pytest
 import torch
 import transformers
+
+import lowrank_kernels as lk
 
 # Rows are whole blocks: bitsandbytes 0.50.2 decodes a block that crosses rows wrongly on the CPU.
 COMMON = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -50,3 +53,27 @@ def logits(model) -> torch.Tensor:
 
 def files(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """The folder of one of tiny_models' models."""
+    folders: dict[str, pathlib.Path] = {}
+
+    def folder(name: str) -> pathlib.Path:
+        if name not in folders:
+            folders[name] = save(name, tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return folder
+
+
+def load(folder, name: str = "llama", config: lk.LowRankConfig | None = None, **kwargs):
+    kwargs.setdefault("dtype", "auto")
+    return auto(name).from_pretrained(
+        folder, quantization_config=config or lk.LowRankConfig(), **kwargs
+    )
+
+
+def layers(model, kind=lk.Linear4bit) -> dict[str, torch.nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, kind)}
