@@ -115,7 +115,9 @@ class RowParallel(torch.autograd.Function):
 
     @staticmethod
     @_without_autocast
-    def forward(ctx, x, A, B, bias, seed, place: Place, cuts: tuple[Cut, Cut], scaling, dropout_p, *weight):
+    def forward(
+        ctx, x, A, B, bias, seed, place: Place, cuts: tuple[Cut, Cut], scaling, dropout_p, *weight
+    ):
         inputs, outputs = cuts
         y, s = ops.linear_4bit(x, *weight, bias if place.rank == 0 else None), None
         if A is not None:

@@ -98,7 +98,9 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
     def extra_repr(self) -> str:
         cut = self.weight_cut
         part = f"{cut.first}:{cut.first + cut.size}"
-        return f"{super().extra_repr()}, {self._kind}={part} ({self.place.rank} of {self.place.size})"
+        return (
+            f"{super().extra_repr()}, {self._kind}={part} ({self.place.rank} of {self.place.size})"
+        )
 
 
 class ColumnParallelLoRALinear4bit(ParallelLoRALinear4bit):
@@ -124,7 +126,9 @@ class ColumnParallelLoRALinear4bit(ParallelLoRALinear4bit):
         """The part of adapter ``name``'s ranks whose rows of A are here; empty if it has fewer than processes."""
         return self.place.cut_evenly(self.r[name])
 
-    def shard_of_adapter(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shard_of_adapter(
+        self, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.place.cut_evenly(A.shape[0]).own(A, 0), self.weight_cut.own(B, 0)
 
     def gather_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +165,9 @@ class RowParallelLoRALinear4bit(ParallelLoRALinear4bit):
         """The rows of B that are here."""
         return self.place.cut_evenly(self.out_features)
 
-    def shard_of_adapter(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def shard_of_adapter(
+        self, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weight_cut.own(A, 1), self.outputs.own(B, 0)
 
     def gather_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:

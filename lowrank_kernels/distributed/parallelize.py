@@ -91,7 +91,9 @@ def _layers(model: nn.Module, plan: Mapping) -> dict[str, tuple[nn.Module, Colum
     for key, value in plan.items():
         style = _STYLES.get(value) if isinstance(value, str) else value
         if not isinstance(style, Column | Row):
-            raise ValueError(f"plan[{key!r}]: expected 'column', 'row', Column or Row, got {value!r}")
+            raise ValueError(
+                f"plan[{key!r}]: expected 'column', 'row', Column or Row, got {value!r}"
+            )
         if type(style.unit) is not int or style.unit < 1:
             raise ValueError(f"plan[{key!r}]: unit: expected an integer >= 1, got {style.unit!r}")
         paths = [path for path in modules if matches(path, [key])]
@@ -113,7 +115,9 @@ def _check_layer(path: str, layer: nn.Module, style: Column | Row, place: Place)
             f"{path}: expected a Linear4bit or LoRALinear4bit (see replace_linear), got {type(layer).__name__}"
         )
     if is_dtensor(layer.weight):
-        raise RuntimeError(f"{path}: expected a whole weight, got FSDP2's; parallelize before fully_shard")
+        raise RuntimeError(
+            f"{path}: expected a whole weight, got FSDP2's; parallelize before fully_shard"
+        )
     if layer.merged:
         raise RuntimeError(f"{path}: an adapter is merged; call unmerge() before parallelize")
     dim = 0 if isinstance(style, Column) else 1
@@ -160,7 +164,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
         raise ValueError("model: expected a model with parallel layers (see parallelize)")
     parts = {parameter for layer in layers for parameter in layer.parts()}
     with_gradient = [p for p in model.parameters() if p.grad is not None]
-    square = torch.zeros(2, device=layers[0].weight.device)  # of parts, and of what all processes have
+    square = torch.zeros(
+        2, device=layers[0].weight.device
+    )  # of parts, and of what all processes have
     for parameter in with_gradient:
         square[int(parameter not in parts)] += parameter.grad.float().square().sum()
     norm = (layers[0].place.all_reduce(square[:1]) + square[1:]).sqrt()[0]

@@ -132,7 +132,9 @@ class Plan:
 
         Raises ValueError for any other number.
         """
-        tile_of_row = self._args[2]  # whose size torch.compile takes as it comes, unlike an attribute
+        tile_of_row = self._args[
+            2
+        ]  # whose size torch.compile takes as it comes, unlike an attribute
         if rows == tile_of_row.shape[0]:
             return self
         if rows != len(self.names):
