@@ -41,9 +41,8 @@ class ModulePages:
             torch.zeros(num_pages, dtype=torch.float64, device=bank.device),
         )
         self.own: dict[int, str] = {}  # slot -> adapter of the layer that it follows
-        self._pages: dict[
-            int, list[int]
-        ] = {}  # slot -> its pages, for torch.compile, which cannot ask the pool
+        # slot -> its pages: torch.compile cannot ask the pool.
+        self._pages: dict[int, list[int]] = {}
         self._grad_rows: dict[tuple[int, ...], torch.Tensor] = {}
 
     def op_args(self) -> tuple[torch.Tensor, ...]:

@@ -132,9 +132,8 @@ class Plan:
 
         Raises ValueError for any other number.
         """
-        tile_of_row = self._args[
-            2
-        ]  # whose size torch.compile takes as it comes, unlike an attribute
+        # self.tokens, but torch.compile takes the size of a tensor as it comes.
+        tile_of_row = self._args[2]
         if rows == tile_of_row.shape[0]:
             return self
         if rows != len(self.names):
