@@ -166,6 +166,31 @@ def test_values_are_never_stale(model, tmp_path, write, grad):
     assert write == "hotswap" or torch.equal(after[1], before[1])  # which empties other adapters
 
 
+@pytest.mark.parametrize("by", ["set_adapter", "train", "requires_grad"])
+def test_training_in_between_that_leaves_no_trace(model, by):
+    """As by an optimizer that writes by pointer; the adapter is frozen at both mixed batches."""
+    x = torch.randn(X)
+    model.set_adapter("default")
+    weights = [layer.lora_B["b"].weight for layer in layers(model)]
+    if by == "requires_grad":
+        for weight in weights:
+            weight.requires_grad_(True)
+    with torch.no_grad():
+        model(x, adapter_names=NAMES)
+        if by == "set_adapter":
+            model.set_adapter("b")
+        for weight in weights:
+            weight.data.mul_(-2)
+        if by == "set_adapter":
+            model.set_adapter("default")
+        elif by == "train":
+            model.train().eval()
+        for weight in weights:
+            weight.requires_grad_(False)
+        y = model(x, adapter_names=NAMES)
+        assert_near(y, one_by_one(model, x, NAMES))
+
+
 @torch.no_grad()
 def test_frozen_adapters_are_copied_once(model, monkeypatch):
     copied = []

@@ -65,16 +65,25 @@ class PeftLinear4bit(peft_lora.Linear):
         finally:
             self.base_layer = base
 
+    def forget_pages(self) -> None:
+        """Has the next batch with mixed adapters read all of them again.
+
+        Needed after writing to a frozen adapter through ``.data``, which no other writing is, unless
+        ``train``, ``eval``, ``set_adapter`` or ``delete_adapter`` is called before that batch.
+        """
+        self._mixed_pages = None
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.forget_pages()
 
-    def forget_pages(self) -> None:
-        """Has the next batch with mixed adapters read all of them again.
+    def set_adapter(self, *args, **kwargs) -> None:
+        super().set_adapter(*args, **kwargs)
+        self.forget_pages()  # training may begin or be over
 
-        Needed after writing to a frozen adapter through ``.data``, which no other writing is.
-        """
-        self._mixed_pages = None
+    def train(self, mode: bool = True) -> PeftLinear4bit:
+        self.forget_pages()
+        return super().train(mode)
 
     # -- forward -----------------------------------------------------------------------------------
 

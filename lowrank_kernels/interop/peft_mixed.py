@@ -117,7 +117,8 @@ class _Pages(ModulePages):
 
 def _seen(parameter: torch.Tensor) -> tuple:
     # The alias keeps the memory from being freed, so that no other can have its address.
-    version = None if parameter.is_inference() else parameter._version
+    unknown = parameter.requires_grad or parameter.is_inference()
+    version = None if unknown else parameter._version
     return parameter, parameter.detach(), version
 
 
