@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowrank_kernels as lk
-from lowrank_kernels.interop import transformers_hook, transformers_load
+from lowrank_kernels.interop import transformers_hook
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency")
 pytest.importorskip("accelerate", reason="transformers needs it for device maps")
@@ -24,6 +24,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 import markdown_blocks  # noqa: E402
 import tiny_models  # noqa: E402
+from lowrank_kernels.interop import transformers_load  # noqa: E402
 from tiny_models import MODELS, auto, files, layers, load, logits, save  # noqa: E402
 
 dense = tiny_models.dense

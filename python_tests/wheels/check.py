@@ -71,7 +71,7 @@ def environment(python: str) -> Iterator[Callable[..., str]]:
     with tempfile.TemporaryDirectory(prefix="wheel-check-") as folder:
         # Nothing of this environment, the user's or ours, must reach that one.
         variables = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "LOWRANK"))}
-        variables["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/inductor"
+        variables["TMPDIR"] = folder  # torch.compile keeps what it compiled there
 
         def run(*command: str) -> str:
             done = subprocess.run(
