@@ -47,9 +47,8 @@ class Status:
     driver: str  # the newest CUDA version that the driver supports, or that there is none
     devices: tuple[Device, ...]
     problems: tuple[str, ...]  # why a GPU that should work does not: one line each, with the remedy
-    lacking: tuple[
-        str, ...
-    ]  # likewise, GPUs that the library has no code for: a problem unless Triton serves them
+    # Likewise, of GPUs that the library has no code for: a problem unless Triton serves them.
+    lacking: tuple[str, ...]
     note: str | None  # why no GPU is used, where that is nobody's mistake
 
 

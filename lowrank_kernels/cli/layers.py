@@ -84,9 +84,8 @@ def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], 
     plain, converted = {}, {}
     for key in keys:
         name, converter = rename_source_key(key, renamings, converters, prefix, there)
-        if (
-            name not in there and key in there
-        ):  # renamed for nothing; statistics have no such way out
+        # Renamed for nothing; statistics have no such way out.
+        if name not in there and key in there:
             name, converter = rename_source_key(key, [], [], prefix, there)
         of_stats, _ = rename_source_key(f"{key}.absmax", renamings, converters, prefix, stats)
         if converter is None and name in there and of_stats == f"{name}.absmax":

@@ -26,7 +26,7 @@ from .. import __version__
 from ..formats import Weight4bit, quantize_4bit
 from ..schema import FLOAT_DTYPES
 from . import UserError, files, layers
-from .checkpoint import INDEX, SINGLE, Entry, Source, Writer
+from .checkpoint import INDEX, SINGLE, Entry, Source, Writer, read_json
 from .quantize_report import MIB, QuantizedLayer, Report
 
 STATE = ".quantize.json"  # in the partial folder: options, source, finished shards
@@ -211,7 +211,7 @@ class _Run:
             os.close(descriptor)
 
     def _load(self) -> None:
-        before = json.loads((self.folder / STATE).read_text())
+        before = read_json(self.folder / STATE)
         for what in ("version", "options", "source"):
             if before.get(what) != json.loads(json.dumps(self.state[what])):
                 raise UserError(

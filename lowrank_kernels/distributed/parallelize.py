@@ -164,9 +164,8 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> torch.Tensor:
         raise ValueError("model: expected a model with parallel layers (see parallelize)")
     parts = {parameter for layer in layers for parameter in layer.parts()}
     with_gradient = [p for p in model.parameters() if p.grad is not None]
-    square = torch.zeros(
-        2, device=layers[0].weight.device
-    )  # of parts, and of what all processes have
+    # Squares of parts, and of what all processes have.
+    square = torch.zeros(2, device=layers[0].weight.device)
     for parameter in with_gradient:
         square[int(parameter not in parts)] += parameter.grad.float().square().sum()
     norm = (layers[0].place.all_reduce(square[:1]) + square[1:]).sqrt()[0]

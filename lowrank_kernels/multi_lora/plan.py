@@ -12,9 +12,8 @@ from .. import backends
 if TYPE_CHECKING:
     from .slots import Slots
 
-_FIXED_TILE_ROWS = (
-    16  # of plans that must fit any later batch: decode steps have few rows per adapter
-)
+# Of plans that must fit any later batch: decode steps have few rows per adapter.
+_FIXED_TILE_ROWS = 16
 _active: Plan | None = None  # set by AdapterBank.using, for the whole process
 
 
