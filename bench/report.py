@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 
-from lowrank_kernels.cli.tables import digits, times_faster
+from lowrank_kernels.tables import digits, times_faster
 
 from . import report_cpu, report_multi, report_targets
 from .tables import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank_kernels.cli.tables import digits, times_faster
+from lowrank_kernels.tables import digits, times_faster
 
 from .tables import OURS, cell, markdown, median, of_limit, plain, ratio
 

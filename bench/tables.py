@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_kernels.cli.tables import digits
+from lowrank_kernels.tables import digits
 
 OURS = "lowrank_kernels"
 INT8 = f"{OURS}, int8 activations"

@@ -27,8 +27,9 @@ CODES = {
         0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0,
     )),
 }  # fmt: skip
-_DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-STORAGE_DTYPES = (torch.uint8, *FLOAT_DTYPES)
+DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
+STORAGES = {"uint8": torch.uint8, **DTYPES}
+_STORAGE_DTYPES = tuple(STORAGES.values())
 _ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
 
 
@@ -217,7 +218,7 @@ class Weight4bit:
             absmax=entry(".absmax"),
             code=entry(".quant_map"),
             shape=torch.Size(state["shape"]),
-            dtype=_DTYPES[state["dtype"]],
+            dtype=DTYPES[state["dtype"]],
             quant_type=state["quant_type"],
             blocksize=state["blocksize"],
             **nested,
@@ -231,9 +232,9 @@ class Weight4bit:
         blocks = ceil_div(numel, self.blocksize)
         size = ceil_div(numel, 2)
         packed = self.packed
-        if packed.dtype not in STORAGE_DTYPES:
+        if packed.dtype not in _STORAGE_DTYPES:
             raise ValueError(
-                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {packed.dtype}"
+                f"{name}: expected packed data in one of {_STORAGE_DTYPES}, got {packed.dtype}"
             )
         held = packed.numel() * packed.element_size()
         padded = ceil_div(size, packed.element_size()) * packed.element_size()
@@ -292,7 +293,7 @@ def _read_quant_state(key: str, blob: torch.Tensor) -> dict:
     fields = {
         "quant_type": (lambda v: v in ("nf4", "fp4"), "'nf4' or 'fp4'"),
         "blocksize": (lambda v: type(v) is int and v in BLOCKSIZES, f"one of {BLOCKSIZES}"),
-        "dtype": (lambda v: isinstance(v, str) and v in _DTYPES, f"one of {tuple(_DTYPES)}"),
+        "dtype": (lambda v: isinstance(v, str) and v in DTYPES, f"one of {tuple(DTYPES)}"),
         "shape": (is_shape, "two sizes [N, K]"),
     }
     if nested:
@@ -336,8 +337,8 @@ def quantize_4bit(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected a matrix [N, K], got shape {tuple(weight.shape)}")
     check_blocksize(blocksize)
-    if quant_storage not in STORAGE_DTYPES:
-        raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
+    if quant_storage not in _STORAGE_DTYPES:
+        raise ValueError(f"quant_storage: expected one of {_STORAGE_DTYPES}, got {quant_storage}")
     code = code_of(quant_type, weight.device)
     weight = weight.detach()
     packed, absmax = ops.quantize_4bit(weight, code, blocksize)

@@ -96,7 +96,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises ValueError for an unknown name, RuntimeError if it is merged.
     """
-    having = _having(model, name)
+    having = _having(_layers(model), name)
     _require_unmerged(
         "delete_adapter", {p: l for p, l in having.items() if l.active_adapter == name}
     )
@@ -114,11 +114,11 @@ def set_adapter(model: nn.Module, name: str) -> contextlib.AbstractContextManage
 
     Raises ValueError for a name that no layer has, RuntimeError while an adapter is merged.
     """
-    _having(model, name)
     layers = _layers(model)
+    _having(layers, name)
     _require_unmerged("set_adapter", layers)
     before = {layer: layer.active_adapter for layer in layers.values()}
-    parts = [p for adapter in adapters(model).values() for p in adapter.parameters]
+    parts = [p for l in layers.values() for own in l.r for p in l.adapter_parameters(own)]
     required = [p.requires_grad for p in parts]
 
     def undo():
@@ -196,8 +196,7 @@ def _layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
     return layers
 
 
-def _having(model: nn.Module, name: str) -> dict[str, LoRALinear4bit]:
-    layers = _layers(model)
+def _having(layers: dict[str, LoRALinear4bit], name: str) -> dict[str, LoRALinear4bit]:
     having = {path: layer for path, layer in layers.items() if name in layer.r}
     if not having:
         names = list(dict.fromkeys(n for layer in layers.values() for n in layer.r))

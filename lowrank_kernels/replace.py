@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from . import tables
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
 
@@ -70,13 +71,7 @@ class ReplaceReport:
         for layer in self.replaced:
             rows.append(_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", layer))
         rows.append(_row("total", f"{len(self.replaced)} layers", self))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
-        rule = "-" * len(lines[0])
-        lines = [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+        lines = [tables.text(rows, rules=(1, -1))]
         if self.skipped:
             width = max(len(layer.name) for layer in self.skipped)
             lines += ["", f"skipped: {len(self.skipped)}"]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from .. import __version__
+from ..formats import BLOCKSIZES, DTYPES, STORAGES
 
 
 def _positive(text: str) -> int:
@@ -112,7 +113,7 @@ def _add_quantize(commands) -> None:
     quantize.add_argument(
         "--blocksize",
         type=int,
-        choices=[32 << i for i in range(8)],
+        choices=BLOCKSIZES,
         default=64,
         metavar="N",
         help="weights that share a scale: 32, 64, ... 4096 (default: 64)",
@@ -120,16 +121,15 @@ def _add_quantize(commands) -> None:
     quantize.add_argument(
         "--no-double-quant", action="store_true", help="keep scales in float32, not in 8 bits"
     )
-    floats = ("float32", "bfloat16", "float16")
     quantize.add_argument(
         "--quant-storage",
-        choices=("uint8", *floats),
+        choices=tuple(STORAGES),
         default="uint8",
         help="dtype that packed bytes are presented in (default: uint8; FSDP wants that of the model)",
     )
     quantize.add_argument(
         "--dtype",
-        choices=floats,
+        choices=tuple(DTYPES),
         help="cast everything to it first, as from_pretrained(dtype=...) does (default: as it is stored)",
     )
     quantize.add_argument(
@@ -223,7 +223,7 @@ def _add_bench(commands) -> None:
     )
     add(
         "--dtype",
-        _one_of(("float32", "bfloat16", "float16")),
+        _one_of(tuple(DTYPES)),
         "of the activations (default: float32; on a GPU bfloat16)",
     )
     add(

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import lowrank_kernels as lk
 
+from .. import tables
 from ..benchmark import check, cuda, multi_providers, providers, timing
 from ..benchmark.case import Case
-from . import UserError, files, machine, models, tables
+from . import UserError, files, machine, models
 
 OURS = "lowrank_kernels"
 PASSES = 3

@@ -23,15 +23,13 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..formats import Weight4bit, quantize_4bit
+from ..formats import DTYPES, STORAGES, Weight4bit, quantize_4bit
 from ..schema import FLOAT_DTYPES
 from . import UserError, files, layers
 from .checkpoint import INDEX, SINGLE, Entry, Source, Writer, read_json
 from .quantize_report import MIB, QuantizedLayer, Report
 
 STATE = ".quantize.json"  # in the partial folder: options, source, finished shards
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
-STORAGES = {"uint8": torch.uint8, **DTYPES}
 _BLOB_BYTES = 512  # room for a quant state's JSON, in sizes that are told beforehand
 
 

@@ -6,8 +6,8 @@ import dataclasses
 import resource
 from collections.abc import Iterator
 
+from .. import tables
 from ..replace import SkippedLayer
-from . import tables
 
 MIB = 2**20
 

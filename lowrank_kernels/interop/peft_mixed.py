@@ -69,10 +69,8 @@ class _Pages(ModulePages):
             first = layout.first_page[slot] * RANK_STEP
             rows = slice(first, first + rank)
             self._views[slot] = self.A.view(-1, K)[rows], self.B.view(-1, N)[rows].T
-            self._ranks[slot], self._dropout[slot] = rank, part.dropout_p
             self._scalings[slot] = float(part.scaling)
-            for table, value in zip(self._tables, (rank, part.scaling, part.dropout_p)):
-                table[slot] = value
+            self._describe(slot, rank, self._scalings[slot], part.dropout_p)
             self.follow(slot, name)
 
     def __reduce__(self):

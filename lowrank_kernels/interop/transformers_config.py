@@ -9,10 +9,9 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import STORAGE_DTYPES, check_blocksize, code_of
+from ..formats import STORAGES, check_blocksize, code_of
 
 METHOD = "lowrank_kernels"
-_STORAGE = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGE_DTYPES}
 _SAVE_AS = (METHOD, "bitsandbytes")
 
 
@@ -56,9 +55,9 @@ class LowRankConfig(QuantizationConfigMixin):
         if type(double_quant) is not bool:
             raise ValueError(f"double_quant: expected True or False, got {double_quant!r}")
         storage = str(quant_storage).removeprefix("torch.")
-        if storage not in _STORAGE:
+        if storage not in STORAGES:
             raise ValueError(
-                f"quant_storage: expected one of {list(_STORAGE)}, got {quant_storage!r}"
+                f"quant_storage: expected one of {list(STORAGES)}, got {quant_storage!r}"
             )
         if skip_modules is not None and not (
             isinstance(skip_modules, list) and all(isinstance(name, str) for name in skip_modules)
@@ -74,7 +73,7 @@ class LowRankConfig(QuantizationConfigMixin):
     @property
     def quantize_args(self) -> tuple:
         """The arguments of :func:`quantize_4bit` after the weight."""
-        return self.quant_type, self.blocksize, self.double_quant, _STORAGE[self.quant_storage]
+        return self.quant_type, self.blocksize, self.double_quant, STORAGES[self.quant_storage]
 
     def write_as_bitsandbytes(self, dtype: torch.dtype, skip_modules: list[str]) -> None:
         """From now on :meth:`to_dict` is a ``BitsAndBytesConfig``'s; ``dtype`` is that of the dense modules."""
@@ -84,7 +83,7 @@ class LowRankConfig(QuantizationConfigMixin):
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_type=self.quant_type,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_quant_storage=_STORAGE[self.quant_storage],
+            bnb_4bit_quant_storage=STORAGES[self.quant_storage],
         ).to_dict()
 
     def to_dict(self) -> dict[str, Any]:

@@ -60,17 +60,19 @@ class ModulePages:
 
     def assign(self, slot: int, pages: list[int], adapter: AdapterLayer | None) -> None:
         """Fills the pages of ``slot``; None: the adapter does not cover this module."""
-        rank = 0 if adapter is None else adapter.r
-        self._ranks[slot] = rank
-        self._dropout[slot] = 0.0 if adapter is None else adapter.lora_dropout
-        ranks, scalings, dropout_p = self._tables
-        ranks[slot] = rank
-        scalings[slot] = 0.0 if adapter is None else adapter.scaling
-        dropout_p[slot] = self._dropout[slot]
+        if adapter is None:
+            self._describe(slot, 0, 0.0, 0.0)
+        else:
+            self._describe(slot, adapter.r, adapter.scaling, adapter.lora_dropout)
         self._grad_rows.clear()
         self._pages[slot] = pages
         if adapter is not None:
             self._write(pages, adapter.A, adapter.B)
+
+    def _describe(self, slot: int, rank: int, scaling: float, dropout_p: float) -> None:
+        self._ranks[slot], self._dropout[slot] = rank, dropout_p
+        for table, value in zip(self._tables, (rank, scaling, dropout_p)):
+            table[slot] = value
 
     @torch.no_grad()
     def _write(self, pages: list[int], A: torch.Tensor, B: torch.Tensor) -> None:

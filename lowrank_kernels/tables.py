@@ -1,4 +1,4 @@
-"""Tables on the screen."""
+"""Tables on the screen, and numbers in them."""
 
 from __future__ import annotations
 
