@@ -127,8 +127,11 @@ def test_limit_of_avx2(monkeypatch):
     assert "sgemm_avx2_gflops" not in limits.limits_of({"read": 0.5, "sgemm": 1e-6})
 
 
+# Without huge pages, of which a few would hold everything.
 KEEP = """
-import resource, torch
+import ctypes, resource, torch
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
 from lowrank_kernels.benchmark import timing
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
