@@ -13,7 +13,7 @@ import cases
 import conftest
 import tolerance
 from cases import BF16, F16, F32
-from emulator import library, thread_order
+from emulator import launcher, thread_order
 from lowrank_kernels.schema import ops
 
 pytestmark = pytest.mark.skipif(
@@ -271,16 +271,19 @@ class LinearArgs(ctypes.Structure):
     ]
 
 
-class Plan(ctypes.Structure):
-    _fields_ = [("family", ctypes.c_int), ("workspace", ctypes.c_int64)]
+class LaunchPlan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("family", "rest")),
+        *((name, ctypes.c_bool) for name in ("has_rest", "lora_on_tensor_cores")),
+        ("workspace", ctypes.c_int64),
+    ]
 
 
 TILE = 2
 
 
 def plan(M, N, K, shift=6, dtype=1, data=4096, stride=None, packed=4096):
-    plan_linear = library().lk_cuda_plan_linear
-    plan_linear.restype = Plan
+    plan_linear = launcher("plan_linear", LaunchPlan, ctypes.c_void_p, ctypes.c_int)
     w = Weight4(pointer0=packed, N=N, K=K, block_shift=shift)
     x, y = Matrix(data, dtype, M, K, stride or K), Matrix(4096, dtype, M, N, N)
     args = LinearArgs(x=x, quantized=ctypes.pointer(w), y=y)

@@ -7,12 +7,29 @@
 
 namespace lk::cuda {
 
+// -- the entries of CudaTable ---------------------------------------------------------------------
+
+int quantize(const QuantizeArgs& a, const Launch& on);
+int64_t double_quantize_workspace(int64_t blocks);
+int double_quantize(const DoubleQuantizeArgs& a, const Launch& on);
+int dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
+               const Launch& on);
+LaunchPlan plan_linear(const LinearArgs& a, int device);
+int linear(const LinearArgs& a, const LaunchPlan& plan, const Launch& on);
+LaunchPlan plan_linear_backward(const BackwardArgs& a, int device);
+int linear_backward(const BackwardArgs& a, const LaunchPlan& plan, const Launch& on);
+LaunchPlan plan_multi(const MultiArgs& a, int device);
+int multi(const MultiArgs& a, const LaunchPlan& plan, const Launch& on);
+LaunchPlan plan_multi_backward(const MultiBackwardArgs& a, int device);
+int multi_backward(const MultiBackwardArgs& a, const LaunchPlan& plan, const Launch& on);
+
 // -- a whole linear operator (launch/linear.cu) ---------------------------------------------------
 // All but the product of Family::matmul, which is the caller's. The addend comes from a kernel that
 // this one may overlap.
 
-cudaError_t linear(const LinearArgs& a, const Addend& addend, const Launch& on);
-cudaError_t linear_backward(const BackwardArgs& a, const Addend& addend, const Launch& on);
+cudaError_t linear(LinearArgs a, const LaunchPlan& plan, const Addend& addend, const Launch& on);
+cudaError_t linear_backward(BackwardArgs a, const LaunchPlan& plan, const Addend& addend,
+                            const Launch& on);
 
 // -- general, float32 arithmetic (launch/simt.cu): takes everything -------------------------------
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..schema import RANK_STEP, ceil_div
 from .arguments import Unpack, require, sizes
 from .elements import dot, kept
 
@@ -82,8 +83,8 @@ def unpack_batch(unpack: Unpack, args: tuple, M: int, N: int, K: int) -> Batch:
     )
     count, page_rank = A.shape[:2]
     require(
-        page_rank > 0 and page_rank % 8 == 0,
-        f"page_rank: expected a multiple of 8, got {page_rank}",
+        page_rank > 0 and page_rank % RANK_STEP == 0,
+        f"page_rank: expected a multiple of {RANK_STEP}, got {page_rank}",
     )
     require(A.dtype == B.dtype, "B_pages: expected the dtype of A_pages")
     for name, t, width in (("A_pages", A, K), ("B_pages", B, N)):
@@ -101,7 +102,7 @@ def unpack_batch(unpack: Unpack, args: tuple, M: int, N: int, K: int) -> Batch:
     for name, t, width, *rest in (("A_pages", A, K, None, seed), ("B_pages", B, N, scalings, None)):
         factor = unpack.matrix(name, t.view(-1, width), count * page_rank, width)
         sides.append(Pages(factor, page_rank, ranks, rest[0], dropout_p, rest[1]))
-    return Batch(plan, *sides, tile_rows, max_rank, -(-max_rank // 8) * 8)
+    return Batch(plan, *sides, tile_rows, max_rank, ceil_div(max_rank, RANK_STEP) * RANK_STEP)
 
 
 @triton.jit

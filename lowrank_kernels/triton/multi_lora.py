@@ -95,7 +95,7 @@ def _gradients(
             acc *= keep_scale_of(p_drop)
         if pages.scalings is not None:
             acc *= tl.load(pages.scalings + slot)
-        at = (first + r).to(tl.int64)[:, None] * C + c[None, :]
+        at = (first.to(tl.int64) + r)[:, None] * C + c[None, :]
         tl.store(out + at, acc, (r < rank)[:, None] & (c < C)[None, :])
 
 
@@ -181,7 +181,7 @@ def unpack_backward(unpack: Unpack, dy, x, s, args: tuple, N: int, K: int):
     *_, grad_rows, grad_rank = args
     M = dy.shape[0]
     batch = unpack_batch(unpack, args, M, N, K)
-    require(grad_rank >= 0, f"grad_rank: expected at least 0, got {grad_rank}")
+    require(0 <= grad_rank < 2**31, f"grad_rank: expected 0..2^31-1, got {grad_rank}")
     s = unpack.data("s", s.contiguous(), torch.float32, M * batch.s_stride)
     grad_rows = unpack.data("grad_rows", grad_rows, torch.int32, batch.A.ranks.numel())
     dy, x = unpack.matrix("dy", dy, M, N), unpack.matrix("x", x, M, K)

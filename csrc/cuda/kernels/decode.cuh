@@ -36,8 +36,8 @@ constexpr int kNestedCodeAt = kPairsBytes + kDecodeWarps * kRingBytes;
 constexpr int kDecodeShared = kNestedCodeAt + 256 * 4;
 
 // Ranks of the adapter that pass through shared memory at a time.
-constexpr int kRankStep = 32;
-constexpr int kRankPitch = kRankStep + 4;  // 16-byte loads of 8 rows fall into different banks
+constexpr int kRanksAtOnce = 32;
+constexpr int kRankPitch = kRanksAtOnce + 4;  // 16-byte loads of 8 rows fall into different banks
 
 struct DecodeArgs {
   Matrix x;
@@ -64,7 +64,7 @@ struct DecodeTile {
   // [slice][token][row]; four lanes of a quad then write to different banks.
   static constexpr int sum_pitch = rows + 4;
   static constexpr int sums = kDecodeSlices * tokens * sum_pitch;
-  static_assert((sums + rows * kRankPitch + tokens * kRankStep) * 4 <= kDecodeShared);
+  static_assert((sums + rows * kRankPitch + tokens * kRanksAtOnce) * 4 <= kDecodeShared);
   // Outputs of a thread in the end: one row, every `step`-th token.
   static constexpr int step = kDecodeThreads / rows, outputs = tokens / step;
   // Few tokens leave registers for two blocks on a multiprocessor.
@@ -234,25 +234,25 @@ __device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
   float adapter[outputs] = {};
   float* const b_rows = scratch;                      // [row][rank]
   float* const s_rows = scratch + rows * kRankPitch;  // [token][rank]
-  for (int64_t r0 = 0; args.B.data && r0 < R; r0 += kRankStep) {
-    for (unsigned e = thread; e < rows * kRankStep; e += kDecodeThreads) {
-      const int64_t r = r0 + e % kRankStep, b_row = row0 + e / kRankStep;
-      b_rows[e / kRankStep * kRankPitch + e % kRankStep] =
+  for (int64_t r0 = 0; args.B.data && r0 < R; r0 += kRanksAtOnce) {
+    for (unsigned e = thread; e < rows * kRanksAtOnce; e += kDecodeThreads) {
+      const int64_t r = r0 + e % kRanksAtOnce, b_row = row0 + e / kRanksAtOnce;
+      b_rows[e / kRanksAtOnce * kRankPitch + e % kRanksAtOnce] =
           r < R && b_row < args.w.N ? load_one(args.B.data, args.B.dtype, b_row * args.B.stride + r)
                                     : 0.0f;
     }
-    for (unsigned e = thread; e < M * kRankStep; e += kDecodeThreads) {
-      const int64_t r = r0 + e % kRankStep;
-      s_rows[e] = r < R ? args.s[e / kRankStep * R + r] : 0.0f;
+    for (unsigned e = thread; e < M * kRanksAtOnce; e += kDecodeThreads) {
+      const int64_t r = r0 + e % kRanksAtOnce;
+      s_rows[e] = r < R ? args.s[e / kRanksAtOnce * R + r] : 0.0f;
     }
     __syncthreads();
-    const int ranks = static_cast<int>(min64(kRankStep, R - r0));
+    const int ranks = static_cast<int>(min64(kRanksAtOnce, R - r0));
     for (int r = 0; r < ranks; r += 4) {
       const float4 b = ptx::load<float4>(b_rows + row * kRankPitch + r);
 #pragma unroll
       for (int j = 0; j < outputs; ++j) {
         if (first + j * step >= M) break;
-        const float4 s = ptx::load<float4>(s_rows + (first + j * step) * kRankStep + r);
+        const float4 s = ptx::load<float4>(s_rows + (first + j * step) * kRanksAtOnce + r);
         adapter[j] = __fmaf_rn(s.x, b.x, adapter[j]);
         adapter[j] = __fmaf_rn(s.y, b.y, adapter[j]);
         adapter[j] = __fmaf_rn(s.z, b.z, adapter[j]);
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kDecodeThreads,
 }
 
 constexpr int kFinishRows = 32, kFinishOutputs = kMaxDecodeRows * kFinishRows / kDecodeThreads;
-constexpr int kFinishShared = (kFinishRows * kRankPitch + kMaxDecodeRows * kRankStep) * 4;
+constexpr int kFinishShared = (kFinishRows * kRankPitch + kMaxDecodeRows * kRanksAtOnce) * 4;
 
 // The parts in their order, then as without parts.
 __global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args, int parts) {

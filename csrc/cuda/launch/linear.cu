@@ -1,5 +1,6 @@
-// The linear operators for the C interface: which family runs, and in which order the parts run.
+// The linear operators: which family runs a call, decided once, and in which order its parts run.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launchers.h"
 
@@ -33,56 +34,65 @@ Family family(const BackwardArgs& a) {
   return a.dx.data ? family_of(a, a.dy) : Family::simt;
 }
 
-}  // namespace
-
-cudaError_t linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
-  if (a.x.rows == 0) return cudaSuccess;
-  if (a.base.quantized && decode_takes(a)) return decode_linear(a, addend, on);
-  if (a.lora.A.data) LK_TRY(lora_takes(a) ? lora_shrink(a, on) : simt_shrink(a, on));
-  return tile_takes(a) ? tile_linear(a, addend, on) : simt_linear(a, addend, on);
+template <class Args>
+LaunchPlan plan(Args a, bool has_rest, int device) {
+  LaunchPlan p;
+  p.family = p.rest = family(a);
+  p.has_rest = has_rest;
+  if constexpr (std::is_same_v<Args, LinearArgs>)
+    if (p.family == Family::decode) {
+      p.workspace = decode_workspace(a, device);
+      return p;
+    }
+  if (p.family == Family::matmul) {
+    a.base = {};
+    p.rest = tile_takes(a) ? Family::tile : Family::simt;
+  }
+  p.lora_on_tensor_cores = lora_takes(a);
+  p.workspace = std::max(p.lora_on_tensor_cores ? lora_workspace(a, device) : 0,
+                         p.rest == Family::tile ? tile_workspace(a, device) : 0);
+  return p;
 }
 
-cudaError_t linear_backward(const BackwardArgs& a, const Addend& addend, const Launch& on) {
-  const bool adapter = a.lora.A.data != nullptr, some = adapter || a.dbias.data;
-  if (some && lora_takes(a)) {
-    LK_TRY(lora_gradients(a, on));
+}  // namespace
+
+cudaError_t linear(LinearArgs a, const LaunchPlan& plan, const Addend& addend, const Launch& on) {
+  if (a.x.rows == 0) return cudaSuccess;
+  if (plan.family == Family::decode) return decode_linear(a, addend, on);
+  if (plan.family == Family::matmul) a.base = {};
+  if (a.lora.A.data) LK_TRY(plan.lora_on_tensor_cores ? lora_shrink(a, on) : simt_shrink(a, on));
+  return plan.rest == Family::tile ? tile_linear(a, addend, on) : simt_linear(a, addend, on);
+}
+
+cudaError_t linear_backward(BackwardArgs a, const LaunchPlan& plan, const Addend& addend,
+                            const Launch& on) {
+  if (plan.family == Family::matmul) a.base = {};
+  const bool adapter = a.lora.A.data != nullptr;
+  if (plan.lora_on_tensor_cores) {
+    if (adapter || a.dbias.data) LK_TRY(lora_gradients(a, on));
   } else {
     if (adapter && (a.dx.data || a.dA.data)) LK_TRY(simt_ds(a, on));
     LK_TRY(simt_adapter_gradients(a, on));
     if (a.dbias.data) LK_TRY(bias_gradient(a, on));
   }
   if (!a.dx.data || a.dx.rows == 0) return cudaSuccess;
-  return tile_takes(a) ? tile_dx(a, addend, on) : simt_dx(a, addend, on);
+  return plan.rest == Family::tile ? tile_dx(a, addend, on) : simt_dx(a, addend, on);
+}
+
+LaunchPlan plan_linear(const LinearArgs& a, int device) {
+  return plan(a, a.lora.A.data || a.bias.data, device);
+}
+
+int linear(const LinearArgs& a, const LaunchPlan& plan, const Launch& on) {
+  return linear(a, plan, {}, on);
+}
+
+LaunchPlan plan_linear_backward(const BackwardArgs& a, int device) {
+  return plan(a, a.lora.A.data != nullptr, device);
+}
+
+int linear_backward(const BackwardArgs& a, const LaunchPlan& plan, const Launch& on) {
+  return linear_backward(a, plan, {}, on);
 }
 
 }  // namespace lk::cuda
-
-using namespace lk;
-
-Plan lk_cuda_plan_linear(const LinearArgs* args, int device) {
-  LinearArgs a = *args;
-  const Family family = cuda::family(a);
-  const bool has_rest = a.lora.A.data || a.bias.data;
-  if (family == Family::decode) return {family, has_rest, cuda::decode_workspace(a, device)};
-  if (family == Family::matmul) a.base = {};
-  return {family, has_rest,
-          std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
-}
-
-int lk_cuda_linear(const LinearArgs* args, const Launch* on) {
-  return cuda::linear(*args, {}, *on);
-}
-
-Plan lk_cuda_plan_linear_backward(const BackwardArgs* args, int device) {
-  BackwardArgs a = *args;
-  const Family family = cuda::family(a);
-  if (family == Family::matmul) a.base = {};
-  return {family, a.lora.A.data != nullptr,
-          std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
-}
-
-int lk_cuda_linear_backward(const BackwardArgs* args, const Launch* on) {
-  return cuda::linear_backward(*args, {}, *on);
-}
