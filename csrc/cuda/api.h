@@ -22,8 +22,8 @@ struct Launch {
 // row, the weight and the adapter.
 enum class Family : int {
   simt,    // float32 arithmetic, any dtype and shape
-  decode,  // few rows: weights from memory to registers, once
-  tile,    // tensor cores on tiles of decoded weights
+  gemv,    // few rows: weights from memory to registers, once
+  mma,     // tensor cores on tiles of decoded weights
   matmul,  // dequantized in pieces for the caller's dense product; only bias and adapter run here
 };
 // What was decided about one call: made by a plan_* function from the arguments, and handed to the

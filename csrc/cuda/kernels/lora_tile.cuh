@@ -2,7 +2,7 @@
 // products of one adapter (lora.cuh) and of many (multi.cuh).
 #pragma once
 
-#include "cuda/kernels/lora_parts.cuh"
+#include "cuda/kernels/lora_split.cuh"
 
 namespace lk::cuda {
 
@@ -21,7 +21,7 @@ struct SkinnyRows {
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t c_stride = 0, r_stride = 0, R = 0;
-  bool exact = false;  // its elements are exact in one part
+  bool exact = false;  // its elements are exact in one split
 
   __device__ int64_t at(int r) const { return r * r_stride; }
 };
@@ -253,11 +253,11 @@ struct Tile {
   using Rows = Sum[kM][kR];
   using Columns = Sum[kLoraSlices][kR];
 
-  static __device__ void load_parts(Parts<T> (&parts)[kR], const float* fragments, int k16) {
+  static __device__ void load_splits(Splits<T> (&splits)[kR], const float* fragments, int k16) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int r = 0; r < kR; ++r)
-      parts[r].set(ptx::load<float4>(fragments + 4 * ((k16 * kR + r) * 32 + lane)));
+      splits[r].set(ptx::load<float4>(fragments + 4 * ((k16 * kR + r) * 32 + lane)));
   }
 
   // This warp's columns of the row product.
@@ -266,15 +266,15 @@ struct Tile {
     const int slice0 = static_cast<int>(threadIdx.x) / 32 * kLoraSlices;
 #pragma unroll 2
     for (int s = 0; s < kLoraSlices; ++s) {
-      Parts<T> parts[kR];
-      load_parts(parts, p, slice0 + s);
+      Splits<T> splits[kR];
+      load_splits(splits, p, slice0 + s);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         uint32_t d[4];
         ptx::load_matrices(d, tile + offset.at(m, s));
         const Activations<T> a(d);
 #pragma unroll
-        for (int r = 0; r < kR; ++r) multiply(rows[m][r], a, parts[r], exact);
+        for (int r = 0; r < kR; ++r) multiply(rows[m][r], a, splits[r], exact);
       }
     }
   }
@@ -284,15 +284,15 @@ struct Tile {
     const MatrixOffset offset(true);
 #pragma unroll 1
     for (int m = 0; m < kM; ++m) {
-      Parts<T> parts[kR];
-      load_parts(parts, q, m);
+      Splits<T> splits[kR];
+      load_splits(splits, q, m);
 #pragma unroll
       for (int s = 0; s < kLoraSlices; ++s) {
         uint32_t d[4];
         ptx::load_matrices_transposed(d, tile + offset.at(m, s));
         const Activations<T> a(d);
 #pragma unroll
-        for (int r = 0; r < kR; ++r) multiply(columns[s][r], a, parts[r], false);
+        for (int r = 0; r < kR; ++r) multiply(columns[s][r], a, splits[r], false);
       }
     }
   }

@@ -1,5 +1,5 @@
 // Expand for many adapters in one batch (see multi_tile.cuh): Δ and its like in dx, for every dtype
-// and shape, on tensor cores as accurate as in float32 (see tile_adapter.cuh). Bound by the bytes
+// and shape, on tensor cores as accurate as in float32 (see mma_adapter.cuh). Bound by the bytes
 // of the result.
 //
 //   accumulate        out += Δ              multi_lora_
@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/kernels/multi_tile.cuh"
-#include "cuda/kernels/tile_adapter.cuh"
+#include "cuda/kernels/mma_adapter.cuh"
 
 namespace lk::cuda {
 
@@ -29,7 +29,7 @@ struct ExpandArgs {
   int64_t tile_blocks = 0;  // those after them are for rows without adapter
 };
 
-// In place of a TileAdapter: the rows are those of a tile.
+// In place of a MmaAdapter: the rows are those of a tile.
 struct ExpandAdapter {
   const ExpandArgs& args;
   const MultiTile& tile;
@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kExpandThreads, 2) multi_expand(ExpandArgs arg
   constexpr int warps_m = rows / 16 < 2 ? 1 : 2, warps_n = 8 / warps_m;
   constexpr int m = rows / warps_m / 16, n = kExpandColumns / warps_n / 8;
   const unsigned strips = static_cast<unsigned>(ceil_div(args.out.cols, kExpandColumns));
-  const unsigned parts = static_cast<unsigned>(args.plan.tile_rows + rows - 1) / rows;
+  const unsigned pieces = static_cast<unsigned>(args.plan.tile_rows + rows - 1) / rows;
   const int64_t column0 = int64_t{blockIdx.x % strips} * kExpandColumns;
-  const int row0 = static_cast<int>(blockIdx.x / strips % parts) * rows;
-  const MultiTile tile(args.plan, args.pages, blockIdx.x / strips / parts);
+  const int row0 = static_cast<int>(blockIdx.x / strips % pieces) * rows;
+  const MultiTile tile(args.plan, args.pages, blockIdx.x / strips / pieces);
   if (row0 >= tile.rows || (args.accumulate && tile.rank == 0))
     return ptx::wait_for_previous_kernel();
   const int32_t* numbers = args.plan.rows + tile.first;

@@ -72,7 +72,7 @@ struct ShrinkArgs {
   Pages pages;
   Matrix act, factor;    // factor: pages.A or pages.B
   bool dropped = false;  // act under dropout; its scale is applied to the sums
-  bool exact = false;    // the factor's elements are exact in one part (see Parts)
+  bool exact = false;    // the factor's elements are exact in one split (see Splits)
   Planes planes;
 };
 

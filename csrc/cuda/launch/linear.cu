@@ -20,13 +20,13 @@ Family family_of(const Args& a, const Matrix& rows) {
   const bool empty = a.base.quantized && a.base.quantized->N * a.base.quantized->K == 0;
   if (rows.rows == 0 || empty) return Family::simt;
   if (a.base.dense) return a.base.dense->dtype == rows.dtype ? Family::matmul : Family::simt;
-  const bool tile = tile_takes(a);
+  const bool tile = mma_takes(a);
   if (rows.rows > (tile ? kMatmulRows : kMatmulRowsGeneral)) return Family::matmul;
-  return tile ? Family::tile : Family::simt;
+  return tile ? Family::mma : Family::simt;
 }
 
 Family family(const LinearArgs& a) {
-  if (a.base.quantized && a.x.rows > 0 && decode_takes(a)) return Family::decode;
+  if (a.base.quantized && a.x.rows > 0 && gemv_takes(a)) return Family::gemv;
   return family_of(a, a.x);
 }
 Family family(const BackwardArgs& a) {
@@ -40,31 +40,32 @@ LaunchPlan plan(Args a, bool has_rest, int device) {
   p.family = p.rest = family(a);
   p.has_rest = has_rest;
   if constexpr (std::is_same_v<Args, LinearArgs>)
-    if (p.family == Family::decode) {
-      p.workspace = decode_workspace(a, device);
+    if (p.family == Family::gemv) {
+      p.workspace = gemv_workspace(a, device);
       return p;
     }
   if (p.family == Family::matmul) {
     a.base = {};
-    p.rest = tile_takes(a) ? Family::tile : Family::simt;
+    p.rest = mma_takes(a) ? Family::mma : Family::simt;
   }
   p.lora_on_tensor_cores = lora_takes(a);
   p.workspace = std::max(p.lora_on_tensor_cores ? lora_workspace(a, device) : 0,
-                         p.rest == Family::tile ? tile_workspace(a, device) : 0);
+                         p.rest == Family::mma ? mma_workspace(a, device) : 0);
   return p;
 }
 
 }  // namespace
 
-cudaError_t linear(LinearArgs a, const LaunchPlan& plan, const Addend& addend, const Launch& on) {
+cudaError_t linear(LinearArgs a, const LaunchPlan& plan, const EpilogueOperand& addend,
+                   const Launch& on) {
   if (a.x.rows == 0) return cudaSuccess;
-  if (plan.family == Family::decode) return decode_linear(a, addend, on);
+  if (plan.family == Family::gemv) return gemv_linear(a, addend, on);
   if (plan.family == Family::matmul) a.base = {};
   if (a.lora.A.data) LK_TRY(plan.lora_on_tensor_cores ? lora_shrink(a, on) : simt_shrink(a, on));
-  return plan.rest == Family::tile ? tile_linear(a, addend, on) : simt_linear(a, addend, on);
+  return plan.rest == Family::mma ? mma_linear(a, addend, on) : simt_linear(a, addend, on);
 }
 
-cudaError_t linear_backward(BackwardArgs a, const LaunchPlan& plan, const Addend& addend,
+cudaError_t linear_backward(BackwardArgs a, const LaunchPlan& plan, const EpilogueOperand& addend,
                             const Launch& on) {
   if (plan.family == Family::matmul) a.base = {};
   const bool adapter = a.lora.A.data != nullptr;
@@ -76,7 +77,7 @@ cudaError_t linear_backward(BackwardArgs a, const LaunchPlan& plan, const Addend
     if (a.dbias.data) LK_TRY(bias_gradient(a, on));
   }
   if (!a.dx.data || a.dx.rows == 0) return cudaSuccess;
-  return plan.rest == Family::tile ? tile_dx(a, addend, on) : simt_dx(a, addend, on);
+  return plan.rest == Family::mma ? mma_dx(a, addend, on) : simt_dx(a, addend, on);
 }
 
 LaunchPlan plan_linear(const LinearArgs& a, int device) {

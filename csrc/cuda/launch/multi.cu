@@ -107,7 +107,7 @@ cudaError_t gradients(const MultiBackwardArgs& a, Sequence& sequence) {
 // memory takes when they have been added.
 struct Memory {
   int64_t addend_bytes = 0;
-  Addend addend;
+  EpilogueOperand addend;
   Launch base;
   Planes planes;
 

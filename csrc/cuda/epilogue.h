@@ -1,4 +1,4 @@
-// What the linear kernels add to their result before it is rounded.
+// The operand of an epilogue: what a linear kernel adds to its sums before it rounds them.
 #pragma once
 
 #include "common/params.h"
@@ -6,12 +6,12 @@
 namespace lk::cuda {
 
 // float32 [M, stride], rows 16-byte aligned; only rows with tile_of_row[m] >= 0 are there.
-struct Addend {
-  float* data = nullptr;  // null: none
+struct EpilogueOperand {
+  float* data = nullptr;  // null: nothing is added
   int64_t stride = 0;
   const int32_t* tile_of_row = nullptr;
 
-  // Of the row, or null if nothing is added to it.
+  // What is added to the row, or null if nothing is.
   LK_ANYWHERE const float* row(int64_t m) const {
     return data && tile_of_row[m] >= 0 ? data + m * stride : nullptr;
   }

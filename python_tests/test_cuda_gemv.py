@@ -1,4 +1,4 @@
-"""The decode kernels of the CUDA backend (few rows, 16-bit activations), beyond what the suites of the
+"""The gemv kernels of the CUDA backend (few rows, 16-bit activations), beyond what the suites of the
 operators reach: every tile and its edges, splits of the columns, and bits that do not depend on the rest.
 
 On the emulator, where the order of a block's threads can be chosen.

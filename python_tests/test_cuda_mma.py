@@ -279,7 +279,7 @@ class LaunchPlan(ctypes.Structure):
     ]
 
 
-TILE = 2
+MMA = 2
 
 
 def plan(M, N, K, shift=6, dtype=1, data=4096, stride=None, packed=4096):
@@ -291,12 +291,12 @@ def plan(M, N, K, shift=6, dtype=1, data=4096, stride=None, packed=4096):
 
 
 def test_what_is_taken():
-    assert plan(100, 256, 128).family == TILE
+    assert plan(100, 256, 128).family == MMA
     refused = (
         {"dtype": 0}, {"K": 96}, {"data": 4104}, {"stride": 132}, {"packed": 4100}, {"shift": 8},
     )  # fmt: skip
     for change in refused:
-        assert plan(**{"M": 100, "N": 256, "K": 128} | change).family != TILE, change
+        assert plan(**{"M": 100, "N": 256, "K": 128} | change).family != MMA, change
 
 
 def test_splits_fill_the_device():

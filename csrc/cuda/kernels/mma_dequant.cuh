@@ -14,14 +14,14 @@
 
 namespace lk::cuda {
 
-constexpr int kTileThreads = 256;
-constexpr int kTileOutputs = 128;
-constexpr int kTileDepth = 64;
+constexpr int kMmaThreads = 256;
+constexpr int kMmaOutputs = 128;
+constexpr int kMmaDepth = 64;
 constexpr int kRun = 32;  // weights with one scale, whatever the block size
-static_assert(kTileOutputs * kTileDepth == kTileThreads * kRun, "one run per thread");
+static_assert(kMmaOutputs * kMmaDepth == kMmaThreads * kRun, "one run per thread");
 
-constexpr int kRawBytes = kTileThreads * kRun / 2;  // packed bytes of a step
-constexpr int kDecodedBytes = kTileOutputs * kTileDepth * 2;
+constexpr int kRawBytes = kMmaThreads * kRun / 2;  // packed bytes of a step
+constexpr int kDecodedBytes = kMmaOutputs * kMmaDepth * 2;
 
 // The 16 codes, one copy per lane and so per bank: nibble c of lane l is float c * 32 + l. Then the
 // 256 codes of double quantization and its offset.
@@ -33,7 +33,7 @@ __device__ inline void fill_tables(const Weight4& w, unsigned char* tables) {
   float* nested = reinterpret_cast<float*>(tables + kCodeBytes);
   const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-  for (int i = 0; i < 16 * 32; i += kTileThreads) code[i + thread] = w.code[(i + thread) / 32];
+  for (int i = 0; i < 16 * 32; i += kMmaThreads) code[i + thread] = w.code[(i + thread) / 32];
   if (w.absmax) return;
   nested[thread] = w.nested_code[thread];
   if (thread == 0) nested[256] = *w.nested_offset;
@@ -57,7 +57,7 @@ class Runs {
     // and two neighbouring runs: together they fill all banks.
     const int row = backward ? (thread >> 1 & 3) + (thread >> 4) * 4 : thread >> 1;
     const int run = backward ? (thread & 1) + (thread >> 3 & 1) * 2 : thread & 1;
-    chunk_at_ = row * (backward ? 2 * kTileOutputs : 2 * kTileDepth) + ((4 * run) ^ (row & 7)) * 16;
+    chunk_at_ = row * (backward ? 2 * kMmaOutputs : 2 * kMmaDepth) + ((4 * run) ^ (row & 7)) * 16;
     // Beyond the last output any weight will do, as long as it is one.
     const int64_t n = backward ? row : min64(output + row, w.N - 1);
     const int64_t k = backward ? min64(output + run * kRun, w.K - kRun) : run * kRun;
@@ -100,10 +100,10 @@ class Runs {
 
  private:
   __device__ bool is_inside(int step) const {
-    return static_cast<int64_t>(step) * kTileDepth + depth_ < (backward ? w_.N : w_.K);
+    return static_cast<int64_t>(step) * kMmaDepth + depth_ < (backward ? w_.N : w_.K);
   }
   __device__ int64_t element(int step) const {
-    return first_ + static_cast<int64_t>(step) * kTileDepth * (backward ? w_.K : 1);
+    return first_ + static_cast<int64_t>(step) * kMmaDepth * (backward ? w_.K : 1);
   }
 
   const Weight4& w_;

@@ -6,10 +6,10 @@
 
 namespace lk::cuda {
 
-constexpr int kDecodeBlock = 64;   // columns summed before they are scaled
-constexpr int kDecodeChunk = 256;  // columns of one step of the ring
-constexpr int kChunkBlocks = 4;    // one per lane of a quad, for the scales
-constexpr int kChunkBytes = 128;   // of one row
+constexpr int kGemvBlock = 64;    // columns summed before they are scaled
+constexpr int kGemvChunk = 256;   // columns of one step of the ring
+constexpr int kChunkBlocks = 4;   // one per lane of a quad, for the scales
+constexpr int kChunkBytes = 128;  // of one row
 
 // -- weights --------------------------------------------------------------------------------------
 
@@ -143,7 +143,7 @@ struct TokenRows {
   uint4 operand[ahead][2];
 
   __device__ TokenRows(const Matrix& x, int first_chunk, unsigned lane) {
-    chunk = static_cast<const unsigned char*>(x.data) + int64_t{first_chunk} * (2 * kDecodeChunk) +
+    chunk = static_cast<const unsigned char*>(x.data) + int64_t{first_chunk} * (2 * kGemvChunk) +
             32 * (lane % 4);
     g = lane / 4;
     last = static_cast<unsigned>(x.rows) - 1;
@@ -159,7 +159,7 @@ struct TokenRows {
   __device__ void fetch(int block, int tile, int left) {
     if (block >= left) return;
     const unsigned wanted = 8 * tile + g, token = wanted < last ? wanted : last;
-    const unsigned char* p = chunk + uint64_t{token} * pitch + block * (2 * kDecodeBlock);
+    const unsigned char* p = chunk + uint64_t{token} * pitch + block * (2 * kGemvBlock);
     operand[slot(block, tile)][0] = ptx::load_const<uint4>(p);
     operand[slot(block, tile)][1] = ptx::load_const<uint4>(p + 16);
   }

@@ -5,8 +5,8 @@
 //               (or, of many adapters, an addend in place of the first term)
 //   w(d, o) = W[o, d] forward, W[d, o] backward
 //
-// A block of 8 warps makes a tile of `rows` x 128 outputs, or of one of several splits of the
-// depth: then float32 sums go to `partial`, and add_splits() adds them in their order. In one step
+// A block of 8 warps makes a tile of `rows` x 128 outputs, or of one of split_k ranges of the
+// depth: then float32 sums go to `partial`, and add_split_k() adds them in their order. In one step
 // of the depth (64), between two barriers, all of this goes on at once:
 //
 //   step i           multiply activations i by decoded weights i
@@ -15,39 +15,39 @@
 //   i + stages       copy raw weights (cp.async)
 //
 // An element's sum is the first term, then the depth in order, 16 at a time: its bits depend
-// on the number of splits, not on the tile's shape nor on other rows.
+// on split_k, not on the tile's shape nor on other rows.
 #pragma once
 
-#include "cuda/addend.h"
-#include "cuda/kernels/tile_adapter.cuh"
-#include "cuda/kernels/tile_decode.cuh"
+#include "cuda/epilogue.h"
+#include "cuda/kernels/mma_adapter.cuh"
+#include "cuda/kernels/mma_dequant.cuh"
 
 namespace lk::cuda {
 
-struct TileArgs {
+struct MmaArgs {
   Matrix in;  // [M, depth]
   Weight4 w;  // packed null: no base
-  TileAdapter adapter;
-  Addend addend;
+  MmaAdapter adapter;
+  EpilogueOperand addend;
   Vector bias;
   MutMatrix out;             // [M, outputs], dtype of `in`
-  float* partial = nullptr;  // [splits][M][partial_pitch]; null: one split
+  float* partial = nullptr;  // [split_k][M][partial_pitch]; null: split_k is 1
   int64_t partial_pitch = 0;
-  int splits = 1, split_steps = 0, steps = 0;  // split_steps: of each split but the last
+  int split_k = 1, split_steps = 0, steps = 0;  // split_steps: of each range but the last
 };
 
 // The order of tiles: 8 row tiles share a strip of the weight while it is in the second-level
 // cache, and a group of 8 row tiles goes through all strips before the next group.
-constexpr unsigned kTileGroup = 8;
+constexpr unsigned kMmaGroup = 8;
 
 // Dynamic shared memory during the steps, in this order; the epilogue's tile takes its place.
 //
-//   tables                       tile_decode.cuh
+//   tables                       mma_dequant.cuh
 //   raw     [stages][16 bytes per thread]
-//   decoded [2][16384 bytes]     tile_decode.cuh
+//   decoded [2][16384 bytes]     mma_dequant.cuh
 //   in      [stages][rows][64]   16-byte chunk c of row i at c ^ (i % 8)
 template <class T_, bool backward_, int rows_>
-struct TileKind {
+struct MmaKind {
   using T = T_;
   static constexpr bool backward = backward_;
   static constexpr int rows = rows_;
@@ -57,43 +57,43 @@ struct TileKind {
   static constexpr int blocks_per_multiprocessor = rows <= 16 ? 3 : rows <= 64 ? 2 : 1;
   // Warps lie side by side along the rows and the outputs; each has fragments of 16 x 8 sums.
   static constexpr int warps_m = rows <= 16 ? 1 : 2, warps_n = 8 / warps_m;
-  static constexpr int m = rows / warps_m / 16, n = kTileOutputs / warps_n / 8;
+  static constexpr int m = rows / warps_m / 16, n = kMmaOutputs / warps_n / 8;
 
   static constexpr int raw_at = kTableBytes;
   static constexpr int decoded_at = raw_at + stages * kRawBytes;
   static constexpr int in_at = decoded_at + 2 * kDecodedBytes;
-  static constexpr int in_bytes = rows * kTileDepth * 2;
+  static constexpr int in_bytes = rows * kMmaDepth * 2;
   static constexpr int shared_bytes = in_at + stages * in_bytes;
 
   // 16 bytes more than a row, so that rows of a fragment lie in different banks.
-  static constexpr int out_pitch = kTileOutputs * 2 + 16;
+  static constexpr int out_pitch = kMmaOutputs * 2 + 16;
   static constexpr int epilogue_bytes = rows * out_pitch;
-  static_assert(kTableBytes % 128 == 0, "see TileBase");
+  static_assert(kTableBytes % 128 == 0, "see MmaBase");
   static_assert(epilogue_bytes <= shared_bytes && shared_bytes <= 99 << 10, "fits every GPU");
 };
 
-struct TilePlace {
+struct MmaPlace {
   int64_t row, output;
 };
 
 template <class Kind>
-__device__ __forceinline__ TilePlace locate(const TileArgs& a) {
+__device__ __forceinline__ MmaPlace locate(const MmaArgs& a) {
   const unsigned row_tiles = static_cast<unsigned>(ceil_div(a.out.rows, Kind::rows));
-  const unsigned strips = static_cast<unsigned>(ceil_div(a.out.cols, kTileOutputs));
-  const unsigned per_group = (row_tiles < kTileGroup ? row_tiles : kTileGroup) * strips;
+  const unsigned strips = static_cast<unsigned>(ceil_div(a.out.cols, kMmaOutputs));
+  const unsigned per_group = (row_tiles < kMmaGroup ? row_tiles : kMmaGroup) * strips;
   const unsigned group = blockIdx.x / per_group, i = blockIdx.x - group * per_group;
-  const unsigned left = row_tiles - group * kTileGroup;
-  const unsigned height = left < kTileGroup ? left : kTileGroup;
-  return {static_cast<int64_t>(group * kTileGroup + i % height) * Kind::rows,
-          static_cast<int64_t>(i / height) * kTileOutputs};
+  const unsigned left = row_tiles - group * kMmaGroup;
+  const unsigned height = left < kMmaGroup ? left : kMmaGroup;
+  return {static_cast<int64_t>(group * kMmaGroup + i % height) * Kind::rows,
+          static_cast<int64_t>(i / height) * kMmaOutputs};
 }
 
 // Where this thread's warp lies in the tile, and the thread in the warp.
 template <class Kind>
-struct TileThread {
+struct MmaThread {
   int row, output, g, t, lane;
 
-  __device__ TileThread() {
+  __device__ MmaThread() {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     lane = static_cast<int>(threadIdx.x) % 32;
     row = warp / Kind::warps_n * Kind::m * 16;
@@ -106,12 +106,12 @@ struct TileThread {
 // -- the product with the base --------------------------------------------------------------------
 
 template <class Kind>
-class TileBase {
+class MmaBase {
  public:
   using T = typename Kind::T;
   using Sums = float[Kind::m][Kind::n][4];
 
-  __device__ TileBase(const TileArgs& args, const TilePlace& place)
+  __device__ MmaBase(const MmaArgs& args, const MmaPlace& place)
       : a_(args), runs_(args.w, place.output) {
     const int thread = static_cast<int>(threadIdx.x), row = thread / 8, column = thread % 8 * 8;
     in_ = static_cast<const uint16_t*>(args.in.data) + (place.row + row) * args.in.stride + column;
@@ -168,23 +168,23 @@ class TileBase {
 
   // Zeros beyond the last row and the depth. Both sides have zeros there: none meets an infinity.
   __device__ void copy_in(int step, unsigned char* dst) const {
-    constexpr int at_once = kTileThreads / 8;
+    constexpr int at_once = kMmaThreads / 8;
     // Warps without a row here; what lies in rows that are no output does not matter.
     if (Kind::rows < at_once && rows_left_ <= 0) return;
     // 16 bytes per thread: 8 chunks in a row. Chunk c of row r lies at c ^ (r % 8).
     const int linear = 16 * static_cast<int>(threadIdx.x);
     unsigned char* to = dst + (linear ^ (linear >> 3 & 0x70));
-    const int64_t left = 2 * a_.in.cols - static_cast<int64_t>(step) * (2 * kTileDepth);
-    const int end = left < 2 * kTileDepth ? static_cast<int>(left) : 2 * kTileDepth;
+    const int64_t left = 2 * a_.in.cols - static_cast<int64_t>(step) * (2 * kMmaDepth);
+    const int end = left < 2 * kMmaDepth ? static_cast<int>(left) : 2 * kMmaDepth;
     const int inside = end - (linear & 0x70), bytes = inside < 0 ? 0 : inside < 16 ? inside : 16;
-    const uint16_t* from = in_ + static_cast<int64_t>(step) * kTileDepth;
+    const uint16_t* from = in_ + static_cast<int64_t>(step) * kMmaDepth;
 #pragma unroll
     for (int i = 0; i < Kind::rows; i += at_once) {
       if constexpr (Kind::backward)
         ptx::copy_async_part(to, from, i < rows_left_ ? bytes : 0);
       else  // whole runs of 32
         ptx::copy_async(to, from, i < rows_left_ && bytes);
-      to += at_once * kTileDepth * 2;
+      to += at_once * kMmaDepth * 2;
       from += at_once * a_.in.stride;
     }
   }
@@ -225,12 +225,12 @@ class TileBase {
       scale = next_scale(i + 1);
     }
 #pragma unroll
-    for (int q = 0; q < kTileDepth / 16; ++q) {
+    for (int q = 0; q < kMmaDepth / 16; ++q) {
       uint32_t x[Kind::m][4], w[Kind::n / 2][4];
       load_weights(tile, q, w);
 #pragma unroll
       for (int k = 0; k < Kind::m; ++k)
-        ptx::load_matrices(x[k], at((in_tile ^ (q * 32)) + k * 16 * kTileDepth * 2));
+        ptx::load_matrices(x[k], at((in_tile ^ (q * 32)) + k * 16 * kMmaDepth * 2));
       float code[8];
       if constexpr (decodes) look_up(word[q], tables(), code);
 #pragma unroll
@@ -244,20 +244,20 @@ class TileBase {
 
   // Where this lane's row of the first A fragments begins: row l % 16 of the warp's, chunk 0 or 1.
   __device__ static int in_fragment() {
-    const TileThread<Kind> me;
-    return (me.row + me.lane % 16) * (kTileDepth * 2) + ((me.lane / 16) ^ (me.lane & 7)) * 16;
+    const MmaThread<Kind> me;
+    return (me.row + me.lane % 16) * (kMmaDepth * 2) + ((me.lane / 16) ^ (me.lane & 7)) * 16;
   }
 
   // The same for B fragments, two of them (16 outputs) at once: matrices in the order
   // (depth 0.., outputs 0..), (depth 8.., outputs 0..), and the same for outputs 8...
   __device__ static int weight_fragment() {
-    const TileThread<Kind> me;
+    const MmaThread<Kind> me;
     const int in_matrix = me.lane & 7, deeper = me.lane >> 3 & 1, further = me.lane >> 4;
     if constexpr (Kind::backward)
-      return (8 * deeper + in_matrix) * (kTileOutputs * 2) +
+      return (8 * deeper + in_matrix) * (kMmaOutputs * 2) +
              ((me.output / 8 + further) ^ in_matrix) * 16;
     else
-      return (me.output + 8 * further + in_matrix) * (kTileDepth * 2) + (deeper ^ in_matrix) * 16;
+      return (me.output + 8 * further + in_matrix) * (kMmaDepth * 2) + (deeper ^ in_matrix) * 16;
   }
 
   // Rows of the tile are outputs for forward, and the depth for backward: then transposed.
@@ -265,26 +265,26 @@ class TileBase {
 #pragma unroll
     for (int j = 0; j < Kind::n / 2; ++j)
       if constexpr (Kind::backward)
-        ptx::load_matrices_transposed(w[j], at((tile ^ (j * 32)) + q * 16 * kTileOutputs * 2));
+        ptx::load_matrices_transposed(w[j], at((tile ^ (j * 32)) + q * 16 * kMmaOutputs * 2));
       else
-        ptx::load_matrices(w[j], at((tile ^ (q * 32)) + j * 16 * kTileDepth * 2));
+        ptx::load_matrices(w[j], at((tile ^ (q * 32)) + j * 16 * kMmaDepth * 2));
   }
 
-  const TileArgs& a_;
+  const MmaArgs& a_;
   Runs<Kind::backward> runs_;
   const uint16_t* in_;  // where this thread copies from: 16 bytes of every 32nd row
   int rows_left_;       // from its first row
-  int first_, end_;     // steps of this split
+  int first_, end_;     // steps of this block's range of the depth
   PendingScale scale_;
 };
 
 // -- the end --------------------------------------------------------------------------------------
 
-// Pairs of sums of this split, for add_splits().
+// Stores pairs of this block's sums for add_split_k().
 template <class Kind>
-__device__ __forceinline__ void store_partial(const TileArgs& a, const TilePlace& place,
+__device__ __forceinline__ void store_partial(const MmaArgs& a, const MmaPlace& place,
                                               const float (&sum)[Kind::m][Kind::n][4]) {
-  const TileThread<Kind> me;
+  const MmaThread<Kind> me;
 #pragma unroll
   for (int k = 0; k < Kind::m; ++k)
 #pragma unroll
@@ -303,10 +303,10 @@ __device__ __forceinline__ void store_partial(const TileArgs& a, const TilePlace
 
 // Sums plus bias, rounded, to `tile` [rows][out_pitch bytes].
 template <class Kind>
-__device__ __forceinline__ void round_sums(const TileArgs& a, const TilePlace& place,
+__device__ __forceinline__ void round_sums(const MmaArgs& a, const MmaPlace& place,
                                            const float (&sum)[Kind::m][Kind::n][4],
                                            unsigned char* tile) {
-  const TileThread<Kind> me;
+  const MmaThread<Kind> me;
   float bias[2 * Kind::n] = {};
   if (a.bias.data) {
     const int64_t first = place.output + me.output + 2 * me.t, left = a.out.cols - first;
@@ -329,14 +329,14 @@ __device__ __forceinline__ void round_sums(const TileArgs& a, const TilePlace& p
 
 // Whole rows of the tile, 16 bytes per thread where the output allows it.
 template <class Kind>
-__device__ __forceinline__ void store_tile(const TileArgs& a, const TilePlace& place,
+__device__ __forceinline__ void store_tile(const MmaArgs& a, const MmaPlace& place,
                                            const unsigned char* tile) {
   const int chunk = static_cast<int>(threadIdx.x) % 16;
   uint16_t* out = static_cast<uint16_t*>(a.out.data);
   const int64_t output = place.output + chunk * 8, left = a.out.cols - output;
   const bool whole =
       left >= 8 && a.out.stride % 8 == 0 && reinterpret_cast<uintptr_t>(a.out.data) % 16 == 0;
-  for (int r = static_cast<int>(threadIdx.x) / 16; r < Kind::rows; r += kTileThreads / 16) {
+  for (int r = static_cast<int>(threadIdx.x) / 16; r < Kind::rows; r += kMmaThreads / 16) {
     if (place.row + r >= a.out.rows) return;
     const unsigned char* src = tile + r * Kind::out_pitch + chunk * 16;
     uint16_t* dst = out + (place.row + r) * a.out.stride + output;
@@ -348,7 +348,7 @@ __device__ __forceinline__ void store_tile(const TileArgs& a, const TilePlace& p
 }
 
 template <class Kind>
-__device__ __forceinline__ void finish(const TileArgs& a, const TilePlace& place,
+__device__ __forceinline__ void finish(const MmaArgs& a, const MmaPlace& place,
                                        const float (&sum)[Kind::m][Kind::n][4]) {
   if (a.partial) return store_partial<Kind>(a, place, sum);
   unsigned char* tile = ptx::shared_memory();
@@ -359,17 +359,17 @@ __device__ __forceinline__ void finish(const TileArgs& a, const TilePlace& place
 }
 
 template <class Kind>
-__device__ __forceinline__ void begin_with_adapter(const TileArgs& a, const TilePlace& place,
+__device__ __forceinline__ void begin_with_adapter(const MmaArgs& a, const MmaPlace& place,
                                                    float (&sum)[Kind::m][Kind::n][4]) {
-  const TileThread<Kind> me;
+  const MmaThread<Kind> me;
   add_adapter<Kind::backward>(a.adapter, place.row + me.row, a.out.rows, place.output + me.output,
                               a.out.cols, sum);
 }
 
 template <class Kind>
-__device__ __forceinline__ void begin_with_addend(const TileArgs& a, const TilePlace& place,
+__device__ __forceinline__ void begin_with_addend(const MmaArgs& a, const MmaPlace& place,
                                                   float (&sum)[Kind::m][Kind::n][4]) {
-  const TileThread<Kind> me;
+  const MmaThread<Kind> me;
 #pragma unroll
   for (int k = 0; k < Kind::m; ++k)
 #pragma unroll
@@ -388,10 +388,10 @@ __device__ __forceinline__ void begin_with_addend(const TileArgs& a, const TileP
 }
 
 template <class Kind>
-__global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
-    tile_product(const TileArgs args) {
-  const TilePlace place = locate<Kind>(args);
-  TileBase<Kind> base(args, place);
+__global__ void __launch_bounds__(kMmaThreads, Kind::blocks_per_multiprocessor)
+    mma_product(const MmaArgs args) {
+  const MmaPlace place = locate<Kind>(args);
+  MmaBase<Kind> base(args, place);
   float sum[Kind::m][Kind::n][4] = {};
   if (args.w.packed) base.start();
   if (args.adapter.s && blockIdx.y == 0) begin_with_adapter<Kind>(args, place, sum);
@@ -401,19 +401,19 @@ __global__ void __launch_bounds__(kTileThreads, Kind::blocks_per_multiprocessor)
   finish<Kind>(args, place, sum);
 }
 
-// out = Σ partial + bias, in the order of the splits; four columns per thread.
-__global__ void __launch_bounds__(kTileThreads) add_splits(const TileArgs a) {
+// out = Σ partial + bias, in the order of the depth; four columns per thread.
+__global__ void __launch_bounds__(kMmaThreads) add_split_k(const MmaArgs a) {
   ptx::wait_for_previous_kernel();
   const int64_t per_row = a.partial_pitch / 4;
-  const int64_t i = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  const int64_t i = int64_t{blockIdx.x} * kMmaThreads + threadIdx.x;
   if (i >= a.out.rows * per_row) return;
   const int64_t row = i / per_row, output = i % per_row * 4;
   float v[4] = {};
 #pragma unroll 4
-  for (int s = 0; s < a.splits; ++s) {
-    const float4 part =
+  for (int s = 0; s < a.split_k; ++s) {
+    const float4 sums =
         ptx::load<float4>(a.partial + (s * a.out.rows + row) * a.partial_pitch + output);
-    v[0] += part.x, v[1] += part.y, v[2] += part.z, v[3] += part.w;
+    v[0] += sums.x, v[1] += sums.y, v[2] += sums.z, v[3] += sums.w;
   }
   if (a.bias.data) {
     float bias[4];

@@ -12,19 +12,19 @@
 //   group 0   warp 0   warp 1   warp 2   warp 3       16 MT rows
 //   group 1   warp 4   warp 5   warp 6   warp 7       16 MT rows
 //
-// A warp streams its part through a ring of its own, without meeting the others. Slices are added
+// A warp streams its share through a ring of its own, without meeting the others. Slices are added
 // in order at the end. If there are fewer blocks than multiprocessors the columns are cut further
-// (gridDim.y parts of 4 slices), and decode_finish adds the parts. All sizes of tile add in this
-// same order, so the bits of a row do not depend on how many rows come with it.
+// (split_k = gridDim.y times 4 slices), and gemv_finish adds their sums. All sizes of tile add in
+// this same order, so the bits of a row do not depend on how many rows come with it.
 #pragma once
 
-#include "cuda/addend.h"
-#include "cuda/kernels/decode_operands.cuh"
+#include "cuda/epilogue.h"
+#include "cuda/kernels/gemv_operands.cuh"
 
 namespace lk::cuda {
 
-constexpr int kDecodeThreads = 256, kDecodeWarps = 8, kDecodeSlices = 4, kDecodeGroups = 2;
-constexpr int kMaxDecodeRows = 64;
+constexpr int kGemvThreads = 256, kGemvWarps = 8, kGemvSlices = 4, kGemvGroups = 2;
+constexpr int kMaxGemvRows = 64;
 
 // Shared memory while streaming; afterwards the sums of the slices and then the adapter take it.
 //
@@ -32,24 +32,25 @@ constexpr int kMaxDecodeRows = 64;
 //   32 KB   rings         [8 warps] x 8 KB
 //   96 KB   nested_code   [256] float
 constexpr int kPairsBytes = 256 * 128, kRingBytes = 8192;
-constexpr int kNestedCodeAt = kPairsBytes + kDecodeWarps * kRingBytes;
-constexpr int kDecodeShared = kNestedCodeAt + 256 * 4;
+constexpr int kNestedCodeAt = kPairsBytes + kGemvWarps * kRingBytes;
+constexpr int kGemvShared = kNestedCodeAt + 256 * 4;
 
 // Ranks of the adapter that pass through shared memory at a time.
 constexpr int kRanksAtOnce = 32;
 constexpr int kRankPitch = kRanksAtOnce + 4;  // 16-byte loads of 8 rows fall into different banks
 
-struct DecodeArgs {
+struct GemvArgs {
   Matrix x;
   Weight4 w;
   Matrix B;  // data null: no adapter
   const float* s = nullptr;
   float scaling = 1.0f;
-  Addend addend;
+  EpilogueOperand addend;
   Vector bias;
   MutMatrix y;
-  float* parts = nullptr;  // [gridDim.y][M][N] if the columns are cut, else null
-  // Slice i, counted over the parts, has slice_chunks chunks, and one more if i < longer_slices.
+  float* partial = nullptr;  // [gridDim.y][M][N] if the columns are cut, else null
+  // Slice i, counted over all gridDim.y, has slice_chunks chunks, and one more if i <
+  // longer_slices.
   int slice_chunks = 0, longer_slices = 0;
 
   __device__ int first_chunk(int slice) const {
@@ -58,15 +59,15 @@ struct DecodeArgs {
 };
 
 template <int token_tiles, int row_tiles>
-struct DecodeTile {
-  static constexpr int rows = 16 * row_tiles * kDecodeGroups, tokens = 8 * token_tiles;
+struct GemvTile {
+  static constexpr int rows = 16 * row_tiles * kGemvGroups, tokens = 8 * token_tiles;
   static constexpr int stage = row_tiles * 16 * kChunkBytes, stages = kRingBytes / stage;
   // [slice][token][row]; four lanes of a quad then write to different banks.
   static constexpr int sum_pitch = rows + 4;
-  static constexpr int sums = kDecodeSlices * tokens * sum_pitch;
-  static_assert((sums + rows * kRankPitch + tokens * kRanksAtOnce) * 4 <= kDecodeShared);
+  static constexpr int sums = kGemvSlices * tokens * sum_pitch;
+  static_assert((sums + rows * kRankPitch + tokens * kRanksAtOnce) * 4 <= kGemvShared);
   // Outputs of a thread in the end: one row, every `step`-th token.
-  static constexpr int step = kDecodeThreads / rows, outputs = tokens / step;
+  static constexpr int step = kGemvThreads / rows, outputs = tokens / step;
   // Few tokens leave registers for two blocks on a multiprocessor.
   static constexpr int blocks_per_multiprocessor = token_tiles <= 2 ? 2 : 1;
 };
@@ -75,8 +76,8 @@ struct DecodeTile {
 
 // sums[row tile][token tile] of this warp's rows over chunks [begin, end).
 template <class T, int token_tiles, int row_tiles>
-struct DecodeWarp {
-  using Tile = DecodeTile<token_tiles, row_tiles>;
+struct GemvWarp {
+  using Tile = GemvTile<token_tiles, row_tiles>;
   const Weight4& w;
   const unsigned lane;
   const int begin, end;
@@ -87,8 +88,8 @@ struct DecodeWarp {
   TokenRows<token_tiles> x;
   float sums[row_tiles][token_tiles][4] = {};
 
-  __device__ DecodeWarp(const DecodeArgs& args, int64_t row, int begin_, int end_,
-                        unsigned char* ring_, unsigned lane_)
+  __device__ GemvWarp(const GemvArgs& args, int64_t row, int begin_, int end_, unsigned char* ring_,
+                      unsigned lane_)
       : w(args.w),
         lane(lane_),
         begin(begin_),
@@ -101,7 +102,7 @@ struct DecodeWarp {
 
   // Blocks of the slice from the chunk on.
   __device__ int blocks_left(int chunk) const {
-    const int all = static_cast<int>(w.K / kDecodeBlock), mine = end * kChunkBlocks;
+    const int all = static_cast<int>(w.K / kGemvBlock), mine = end * kChunkBlocks;
     return (mine < all ? mine : all) - chunk * kChunkBlocks;
   }
 
@@ -132,7 +133,7 @@ struct DecodeWarp {
       ptx::copy_async_commit();
       slot = slot + 1 < Tile::stages ? slot + 1 : 0;
       left -= kChunkBlocks;
-      x.chunk += 2 * kDecodeChunk;
+      x.chunk += 2 * kGemvChunk;
     }
   }
 
@@ -166,7 +167,7 @@ struct DecodeWarp {
     }
   }
 
-  // The block's part of one token tile.
+  // Adds the block's product with one token tile.
   __device__ __forceinline__ void add_tile(const uint32_t (&a)[row_tiles][4][4],
                                            const float (&block_scale)[2 * row_tiles], int block,
                                            int n) {
@@ -202,7 +203,7 @@ struct DecodeWarp {
 
 // Brings what the end needs of B and bias to the second-level cache while the weights stream.
 template <int rows>
-__device__ __forceinline__ void prefetch_rest(const DecodeArgs& args, int64_t row0) {
+__device__ __forceinline__ void prefetch_rest(const GemvArgs& args, int64_t row0) {
   constexpr unsigned line = 128;
   const unsigned thread = threadIdx.x;
   if (args.bias.data && thread < rows && row0 + thread < args.w.N)
@@ -212,7 +213,7 @@ __device__ __forceinline__ void prefetch_rest(const DecodeArgs& args, int64_t ro
   const int64_t size = element_size(args.B.dtype);
   const unsigned row_bytes = static_cast<unsigned>(args.B.cols * size);
   const unsigned lines = row_bytes / line + 2;  // rows may start anywhere
-  for (unsigned e = thread; e < rows * lines; e += kDecodeThreads) {
+  for (unsigned e = thread; e < rows * lines; e += kGemvThreads) {
     const unsigned wanted = e % lines * line, byte = wanted < row_bytes ? wanted : row_bytes - 1;
     if (row0 + e / lines < args.w.N)
       ptx::prefetch(static_cast<const unsigned char*>(args.B.data) +
@@ -223,9 +224,9 @@ __device__ __forceinline__ void prefetch_rest(const DecodeArgs& args, int64_t ro
 // y of the rows from row0: this thread's row of them and its tokens, whose sums of the base it
 // gives. `scratch` is free shared memory.
 template <int rows, int outputs>
-__device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
+__device__ __forceinline__ void finish(const GemvArgs& args, int64_t row0,
                                        const float (&base)[outputs], float* scratch) {
-  constexpr unsigned step = kDecodeThreads / rows;
+  constexpr unsigned step = kGemvThreads / rows;
   const unsigned thread = threadIdx.x, row = thread % rows, first = thread / rows;
   const unsigned M = static_cast<unsigned>(args.x.rows);
   const int64_t n = row0 + row, R = args.B.cols;
@@ -235,13 +236,13 @@ __device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
   float* const b_rows = scratch;                      // [row][rank]
   float* const s_rows = scratch + rows * kRankPitch;  // [token][rank]
   for (int64_t r0 = 0; args.B.data && r0 < R; r0 += kRanksAtOnce) {
-    for (unsigned e = thread; e < rows * kRanksAtOnce; e += kDecodeThreads) {
+    for (unsigned e = thread; e < rows * kRanksAtOnce; e += kGemvThreads) {
       const int64_t r = r0 + e % kRanksAtOnce, b_row = row0 + e / kRanksAtOnce;
       b_rows[e / kRanksAtOnce * kRankPitch + e % kRanksAtOnce] =
           r < R && b_row < args.w.N ? load_one(args.B.data, args.B.dtype, b_row * args.B.stride + r)
                                     : 0.0f;
     }
-    for (unsigned e = thread; e < M * kRanksAtOnce; e += kDecodeThreads) {
+    for (unsigned e = thread; e < M * kRanksAtOnce; e += kGemvThreads) {
       const int64_t r = r0 + e % kRanksAtOnce;
       s_rows[e] = r < R ? args.s[e / kRanksAtOnce * R + r] : 0.0f;
     }
@@ -275,24 +276,24 @@ __device__ __forceinline__ void finish(const DecodeArgs& args, int64_t row0,
 }
 
 template <class T, int token_tiles, int row_tiles>
-__global__ void __launch_bounds__(kDecodeThreads,
-                                  (DecodeTile<token_tiles, row_tiles>::blocks_per_multiprocessor))
-    decode_product(DecodeArgs args) {
-  using Tile = DecodeTile<token_tiles, row_tiles>;
+__global__ void __launch_bounds__(kGemvThreads,
+                                  (GemvTile<token_tiles, row_tiles>::blocks_per_multiprocessor))
+    gemv_product(GemvArgs args) {
+  using Tile = GemvTile<token_tiles, row_tiles>;
   unsigned char* const shared = ptx::shared_memory();
   float* const nested_code = reinterpret_cast<float*>(shared + kNestedCodeAt);
   // Unsigned, so that division and remainder are a shift and a mask.
   const unsigned thread = threadIdx.x, lane = ptx::lane(), warp = thread / 32;
-  const unsigned group = warp / kDecodeSlices, slice = warp % kDecodeSlices;
+  const unsigned group = warp / kGemvSlices, slice = warp % kGemvSlices;
   const int64_t row0 = int64_t{blockIdx.x} * Tile::rows;
   const unsigned group_row = group * 16 * row_tiles;
 
   // Everything that comes from far is asked for before the tables are made.
-  const int part = static_cast<int>(blockIdx.y);
-  const int nth = part * kDecodeSlices + static_cast<int>(slice);
-  DecodeWarp<T, token_tiles, row_tiles> work(args, row0 + group_row, args.first_chunk(nth),
-                                             args.first_chunk(nth + 1),
-                                             shared + kPairsBytes + warp * kRingBytes, lane);
+  const int split = static_cast<int>(blockIdx.y);
+  const int nth = split * kGemvSlices + static_cast<int>(slice);
+  GemvWarp<T, token_tiles, row_tiles> work(args, row0 + group_row, args.first_chunk(nth),
+                                           args.first_chunk(nth + 1),
+                                           shared + kPairsBytes + warp * kRingBytes, lane);
   work.start();
   prefetch_rest<Tile::rows>(args, row0);
   if (!args.w.absmax) nested_code[thread] = args.w.nested_code[thread];
@@ -314,27 +315,27 @@ __global__ void __launch_bounds__(kDecodeThreads,
     const float* from = sums + (first + j * Tile::step) * Tile::sum_pitch + row;
     base[j] = from[0];
 #pragma unroll
-    for (int i = 1; i < kDecodeSlices; ++i)
+    for (int i = 1; i < kGemvSlices; ++i)
       base[j] = __fadd_rn(base[j], from[i * Tile::tokens * Tile::sum_pitch]);
   }
 
-  // Even if only parts are written: who waits for this kernel counts on S as well.
+  // Even if only partial sums are written: who waits for this kernel counts on S as well.
   ptx::wait_for_previous_kernel();
-  if (!args.parts) return finish<Tile::rows>(args, row0, base, sums + Tile::sums);
+  if (!args.partial) return finish<Tile::rows>(args, row0, base, sums + Tile::sums);
   if (row0 + row >= args.w.N) return;
 #pragma unroll
   for (int j = 0; j < Tile::outputs; ++j) {
     const int64_t m = first + j * Tile::step;
-    if (m < args.x.rows) args.parts[(part * args.x.rows + m) * args.w.N + row0 + row] = base[j];
+    if (m < args.x.rows) args.partial[(split * args.x.rows + m) * args.w.N + row0 + row] = base[j];
   }
 }
 
-constexpr int kFinishRows = 32, kFinishOutputs = kMaxDecodeRows * kFinishRows / kDecodeThreads;
-constexpr int kFinishShared = (kFinishRows * kRankPitch + kMaxDecodeRows * kRanksAtOnce) * 4;
+constexpr int kFinishRows = 32, kFinishOutputs = kMaxGemvRows * kFinishRows / kGemvThreads;
+constexpr int kFinishShared = (kFinishRows * kRankPitch + kMaxGemvRows * kRanksAtOnce) * 4;
 
-// The parts in their order, then as without parts.
-__global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args, int parts) {
-  constexpr int step = kDecodeThreads / kFinishRows;
+// Adds the partial sums in their order, then goes on as without them.
+__global__ void __launch_bounds__(kGemvThreads) gemv_finish(GemvArgs args, int split_k) {
+  constexpr int step = kGemvThreads / kFinishRows;
   const int thread = static_cast<int>(threadIdx.x);
   const int row = thread % kFinishRows, first = thread / kFinishRows;
   const int64_t row0 = int64_t{blockIdx.x} * kFinishRows, n = row0 + row;
@@ -345,9 +346,9 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_finish(DecodeArgs args,
   for (int j = 0; j < kFinishOutputs; ++j) {
     const int64_t m = first + j * step;
     if (m >= args.x.rows || n >= args.w.N) break;
-    base[j] = args.parts[m * args.w.N + n];
-    for (int part = 1; part < parts; ++part)
-      base[j] = __fadd_rn(base[j], args.parts[(part * args.x.rows + m) * args.w.N + n]);
+    base[j] = args.partial[m * args.w.N + n];
+    for (int split = 1; split < split_k; ++split)
+      base[j] = __fadd_rn(base[j], args.partial[(split * args.x.rows + m) * args.w.N + n]);
   }
   finish<kFinishRows>(args, row0, base, reinterpret_cast<float*>(ptx::shared_memory()));
 }

@@ -6,16 +6,16 @@
 namespace lk::cuda {
 
 // 16 x 16 activations as the first operand of matrix instructions, and a fragment of P or Q as the
-// second, in parts that are exact there and add up to the float32 value:
+// second, in splits that are exact there and add up to the float32 value:
 //
-//   bfloat16   three bfloat16 parts of 8 bits each: all 24 bits
-//   float16    two tf32 parts of 11 bits and a sign: at most 2^-23 of the value is lost (three
-//              bfloat16 parts would need five instructions, as a float16 is two bfloat16)
+//   bfloat16   three bfloat16 splits of 8 bits each: all 24 bits
+//   float16    two tf32 splits of 11 bits and a sign: at most 2^-23 of the value is lost (three
+//              bfloat16 splits would need five instructions, as a float16 is two bfloat16)
 //
-// The first part has sums of its own: where it meets an infinity the others make NaN, and are
+// The first split has sums of its own: where it meets an infinity the others make NaN, and are
 // dropped (see Sum).
 //
-// An adapter's element of few enough bits is its first part.
+// Whether an adapter's element has so few bits that its first split is all of it.
 constexpr bool is_exact(DType adapter, DType act) {
   return adapter == act || (adapter == DType::bf16 && act == DType::f16);
 }
@@ -23,7 +23,7 @@ constexpr bool is_exact(DType adapter, DType act) {
 template <class T>
 struct Activations;
 template <class T>
-struct Parts;
+struct Splits;
 
 struct Sum {
   float first[4] = {}, others[4] = {};
@@ -43,16 +43,16 @@ struct Activations<Bf16> {
 };
 
 template <>
-struct Parts<Bf16> {
-  uint32_t part[3][2];
+struct Splits<Bf16> {
+  uint32_t split[3][2];
 
   __device__ void set(const float4& v) {
     float rest[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int p = 0; p < 3; ++p) {
-      // The upper halves: rounded towards zero, so that no part overflows.
-      part[p][0] = ptx::permute(__float_as_uint(rest[0]), __float_as_uint(rest[1]), 0x7632);
-      part[p][1] = ptx::permute(__float_as_uint(rest[2]), __float_as_uint(rest[3]), 0x7632);
+      // The upper halves: rounded towards zero, so that no split overflows.
+      split[p][0] = ptx::permute(__float_as_uint(rest[0]), __float_as_uint(rest[1]), 0x7632);
+      split[p][1] = ptx::permute(__float_as_uint(rest[2]), __float_as_uint(rest[3]), 0x7632);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         rest[i] -= __uint_as_float(__float_as_uint(rest[i]) & 0xffff0000u);
@@ -60,12 +60,12 @@ struct Parts<Bf16> {
   }
 };
 
-__device__ __forceinline__ void multiply(Sum& sum, const Activations<Bf16>& a, const Parts<Bf16>& b,
-                                         bool exact) {
-  ptx::mma<Bf16>(sum.first, a.a, b.part[0]);
+__device__ __forceinline__ void multiply(Sum& sum, const Activations<Bf16>& a,
+                                         const Splits<Bf16>& b, bool exact) {
+  ptx::mma<Bf16>(sum.first, a.a, b.split[0]);
   if (exact) return;
-  ptx::mma<Bf16>(sum.others, a.a, b.part[1]);
-  ptx::mma<Bf16>(sum.others, a.a, b.part[2]);
+  ptx::mma<Bf16>(sum.others, a.a, b.split[1]);
+  ptx::mma<Bf16>(sum.others, a.a, b.split[2]);
 }
 
 template <>
@@ -85,27 +85,27 @@ struct Activations<F16> {
 };
 
 template <>
-struct Parts<F16> {
-  float part[2][2][2];
+struct Splits<F16> {
+  float split[2][2][2];
 
   __device__ void set(const float4& v) {
     const float value[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float first = ptx::round_tf32(value[i]);
-      part[0][i / 2][i % 2] = first;
-      part[1][i / 2][i % 2] = ptx::round_tf32(value[i] - first);
+      split[0][i / 2][i % 2] = first;
+      split[1][i / 2][i % 2] = ptx::round_tf32(value[i] - first);
     }
   }
 };
 
-__device__ __forceinline__ void multiply(Sum& sum, const Activations<F16>& a, const Parts<F16>& b,
+__device__ __forceinline__ void multiply(Sum& sum, const Activations<F16>& a, const Splits<F16>& b,
                                          bool exact) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) ptx::mma_tf32(sum.first, a.a[h], b.part[0][h]);
+  for (int h = 0; h < 2; ++h) ptx::mma_tf32(sum.first, a.a[h], b.split[0][h]);
   if (exact) return;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) ptx::mma_tf32(sum.others, a.a[h], b.part[1][h]);
+  for (int h = 0; h < 2; ++h) ptx::mma_tf32(sum.others, a.a[h], b.split[1][h]);
 }
 
 }  // namespace lk::cuda

@@ -34,7 +34,7 @@ __device__ __forceinline__ void load_four(const Matrix& m, int64_t i, bool align
 // S = dropout(x) Aᵀ for 4 ranks x 4 tokens per block, in float32. Threads share the columns by
 // fours, two fours at a time, so that up to 4096 columns are one trip to memory.
 __global__ void __launch_bounds__(kShrinkThreads)
-    decode_shrink(Matrix x, Matrix A, Dropout dropout, bool aligned, float* s) {
+    gemv_shrink(Matrix x, Matrix A, Dropout dropout, bool aligned, float* s) {
   ptx::start_next_kernel();
   constexpr int fours = 2, span = 4 * kShrinkThreads;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;

@@ -7,7 +7,7 @@
 
 namespace lk::cuda {
 
-struct TileAdapter {
+struct MmaAdapter {
   const float* s = nullptr;  // [M, rank]; null: no adapter
   const void* factor = nullptr;
   DType dtype = DType::f32;
