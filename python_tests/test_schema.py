@@ -262,7 +262,7 @@ def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
 @pytest.mark.parametrize("op", ["lora_linear_4bit", "lora_linear"])
 @pytest.mark.parametrize("case", BATCH)
 def test_the_adapters_own_product_is_of_one_family(op, case, backend):
-    """S has the same bits in every batch, gemv or panel; on a GPU in every batch of more than 64 rows."""
+    """S has the same bits in every batch, gemv or gemm; on a GPU in every batch of more than 64 rows."""
     args = cases.make(op, case)
     s = run(op, args)[1]
     heights = (65, 66, 100) if backend in ("emulator", "cuda", "triton") else (1, 3, 4, 5)
@@ -277,8 +277,8 @@ def test_the_cases_reach_every_family():
         return {cases.family("linear_4bit", c, backend).partition(" ")[0] for c in problems}
 
     for problems in (batches, cases.ALL):
-        assert families("cpu", problems) == {"gemv", "panel"}
-        assert families("emulator", problems) == {"decode", "tile", "matmul", "simt"}
+        assert families("cpu", problems) == {"gemv", "gemm"}
+        assert families("emulator", problems) == {"gemv", "mma", "matmul", "simt"}
 
 
 def test_errors_name_the_schema(any_backend):
