@@ -75,7 +75,7 @@ struct Dropout {
   const uint64_t* seed = nullptr;
 };
 
-// With probability p, 0 <= p < 1; none where it is 0 or there is no seed.
+// Dropout with probability p, 0 <= p < 1; none where p is 0 or there is no seed.
 LK_ANYWHERE static inline Dropout dropout_of(double p, const uint64_t* seed) {
   Dropout d;
   if (!seed || !(p > 0.0)) return d;
@@ -153,7 +153,7 @@ struct Tile {
   int32_t slot, row0, rows, page0;
 };
 
-// Which row of x[M, K] has which adapter; the same for every module of a model.
+// A plan: which row of x[M, K] has which adapter. It is the same for every module of a model.
 struct BatchPlan {
   const int32_t* rows = nullptr;         // row numbers by slot, ascending within a slot
   const Tile* tiles = nullptr;           // [tile_count]

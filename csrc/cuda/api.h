@@ -10,8 +10,8 @@
 
 namespace lk {
 
-// Where a launcher runs, and device scratch memory of at least the size its plan asked for
-// (256-byte aligned).
+// A launcher's device and stream, and device scratch memory of at least the size that its plan asks
+// for (256-byte aligned).
 struct Launch {
   int device = 0;
   void* stream = nullptr;  // cudaStream_t
@@ -66,7 +66,7 @@ struct CudaTable {
 }  // namespace lk
 
 LK_CUDA_API const lk::CudaTable* lk_cuda_kernels(void);
-// For Python, which opens the library without torch. Architectures compiled in, as in
-// TORCH_CUDA_ARCH_LIST: "8.0 9.0a 12.0+PTX".
+// Python asks for these without torch: the architectures that were compiled in, written as in
+// TORCH_CUDA_ARCH_LIST ("8.0 9.0a 12.0+PTX"), and how.
 LK_CUDA_API const char* lk_cuda_architectures(void);
 LK_CUDA_API const char* lk_cuda_build_info(void);

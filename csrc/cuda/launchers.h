@@ -24,8 +24,8 @@ LaunchPlan plan_multi_backward(const MultiBackwardArgs& a, int device);
 int multi_backward(const MultiBackwardArgs& a, const LaunchPlan& plan, const Launch& on);
 
 // -- a whole linear operator (launch/linear.cu) ---------------------------------------------------
-// All but the product of Family::matmul, which is the caller's. The addend comes from a kernel that
-// this one may overlap.
+// These compute all but the product of Family::matmul, which is the caller's. The addend comes from
+// a kernel that this one may overlap.
 
 cudaError_t linear(LinearArgs a, const LaunchPlan& plan, const EpilogueOperand& addend,
                    const Launch& on);

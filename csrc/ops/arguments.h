@@ -189,9 +189,9 @@ class Unpack {
     return p;
   }
 
-  // On a CPU: that every index of the plan is inside of what it points into. Indices have 32 bits
-  // and are added in 64. Every call checks them again: that takes some ten instructions a row, of
-  // which the product takes N K / 16 and more, while a mark that says "checked" would outlive a
+  // Checks on a CPU that every index of the plan is inside of what it points into. Indices have 32
+  // bits and are added in 64. Every call checks them again: that takes some ten instructions a row,
+  // of which the product takes N K / 16 and more, while a mark that says "checked" would outlive a
   // change of the tensors it was made for.
   void check_indices(const BatchPlan& plan, const Pages& pages, int64_t M) const {
     if (!is_cpu_) return;

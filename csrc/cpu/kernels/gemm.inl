@@ -247,7 +247,7 @@ inline void store_strip(const MutMatrix& out, int64_t i0, int64_t rows, int64_t 
   }
 }
 
-// The same for all strips of a piece.
+// Stores all strips of a piece likewise.
 inline void store_strips(const MutMatrix& out, int64_t i0, int64_t rows, int64_t j0,
                          int64_t columns, float* c, float scale = 1.0f) {
   for_strips(rows, columns, c, [&](int64_t j, int64_t width, float* strip) {

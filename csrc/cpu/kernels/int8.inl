@@ -189,7 +189,7 @@ __attribute__((noinline)) void int8_micro_kernel(const Int8Rows& x, int64_t i0,
   const float* scale = x.scale + i0 * x.groups() + first * Rows;
   const int32_t* bias = x.bias + i0 * x.groups() + first * Rows;
   for (int64_t g = 0; g < groups; ++g, scale += Rows, bias += Rows) {
-    // Or g++ carries c from group to group, which takes the registers of the sums.
+    // Without this g++ carries c from group to group, which takes the registers of the sums.
     __asm__ volatile("" : : : "memory");
     vi sum[Rows][Vectors];
     for (int i = 0; i < Rows; ++i)

@@ -25,7 +25,7 @@ struct Segment {
         page_ids(plan.page_ids + plan.tiles[t].page0),
         scaling(pages.scalings[slot]),
         dropout(dropout_of(pages, slot)) {}
-  // Where rank r is in the pages.
+  // The row of the pages that holds rank r.
   int64_t page_row(int64_t r) const { return page_ids[r / page_rank] * page_rank + r % page_rank; }
 };
 

@@ -72,7 +72,7 @@ inline int count_greater(vf x, vf t) {
       static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_GT_OQ))));
 }
 inline void even_odd(vf a, vf b, vf& even, vf& odd) {
-  // Quadwords 0, 2, 1, 3 of the sorted ones.
+  // Puts the quadwords of the sorted ones in the order 0, 2, 1, 3.
   even = _mm256_shuffle_ps(a, b, 0x88);
   odd = _mm256_shuffle_ps(a, b, 0xdd);
   even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
@@ -145,7 +145,7 @@ struct NibbleWeights {
 
   NibbleWeights() = default;
   __attribute__((always_inline)) NibbleWeights(const Lut& lut, vi packed) {
-    // Byte b of the four dwords of each half, next to each other.
+    // Brings byte b of the four dwords of each half next to each other.
     const __m256i by_byte = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m256i bytes = _mm256_shuffle_epi8(packed, by_byte), mask = _mm256_set1_epi8(15);

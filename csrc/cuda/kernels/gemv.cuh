@@ -100,7 +100,7 @@ struct GemvWarp {
         scales(args.w, row, lane_),
         x(args.x, begin_, lane_) {}
 
-  // Blocks of the slice from the chunk on.
+  // How many blocks the slice has from the chunk on.
   __device__ int blocks_left(int chunk) const {
     const int all = static_cast<int>(w.K / kGemvBlock), mine = end * kChunkBlocks;
     return (mine < all ? mine : all) - chunk * kChunkBlocks;
@@ -153,8 +153,9 @@ struct GemvWarp {
       }
       block_scale[i] = ptx::shuffle(scale[i], (lane & ~3) | block);
     }
-    // In pairs: enough independent sums for the latency of the matrix instruction, and a branch
-    // between pairs that keeps the compiler from loading all operands at once.
+    // Tiles go in pairs: these are enough independent sums for the latency of the matrix
+    // instruction, and a branch between pairs that keeps the compiler from loading all operands at
+    // once.
     constexpr int pair = token_tiles < 2 ? 1 : 2;
 #pragma unroll
     for (int n = 0; n < token_tiles; n += pair) {
@@ -186,7 +187,7 @@ struct GemvWarp {
         sums[i][n][j] = __fmaf_rn(block_scale[2 * i + j / 2], sum[i][j], sums[i][n][j]);
   }
 
-  // To [token][row] of the slice's sums, at the warp's first row.
+  // Stores to [token][row] of the slice's sums, at the warp's first row.
   __device__ void store(float* to) const {
 #pragma unroll
     for (int i = 0; i < row_tiles; ++i)
@@ -221,7 +222,7 @@ __device__ __forceinline__ void prefetch_rest(const GemvArgs& args, int64_t row0
   }
 }
 
-// y of the rows from row0: this thread's row of them and its tokens, whose sums of the base it
+// Stores y for this thread's row, of those from row0 on, and its tokens, whose sums of the base it
 // gives. `scratch` is free shared memory.
 template <int rows, int outputs>
 __device__ __forceinline__ void finish(const GemvArgs& args, int64_t row0,
@@ -319,7 +320,8 @@ __global__ void __launch_bounds__(kGemvThreads,
       base[j] = __fadd_rn(base[j], from[i * Tile::tokens * Tile::sum_pitch]);
   }
 
-  // Even if only partial sums are written: who waits for this kernel counts on S as well.
+  // This block waits even if it writes partial sums alone: who waits for this kernel counts on S
+  // too.
   ptx::wait_for_previous_kernel();
   if (!args.partial) return finish<Tile::rows>(args, row0, base, sums + Tile::sums);
   if (row0 + row >= args.w.N) return;

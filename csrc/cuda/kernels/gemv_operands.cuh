@@ -1,4 +1,4 @@
-// What the decode kernel multiplies: packed weights on their way through shared memory, their
+// What the gemv kernel multiplies: packed weights on their way through shared memory, their
 // scales, and the activations, each as the lanes of a warp hold them.
 #pragma once
 
@@ -46,7 +46,7 @@ struct PackedRing {
     swizzle = 32 * (g & 3) + 8 * (lane % 4);
   }
 
-  // The next chunk. Rows and columns that do not exist become zeros.
+  // Starts copying the next chunk. Rows and columns that do not exist become zeros.
   __device__ void fetch(int slot) {
     const uint8_t* row = source;
 #pragma unroll
@@ -150,12 +150,12 @@ struct TokenRows {
     pitch = static_cast<unsigned>(x.stride) * 2;
   }
 
-  // Where the operand of this block of the chunk and token tile is held.
+  // The place of the operand of this block of the chunk and token tile.
   __device__ static int slot(int block, int tile) {
     return token_tiles % ahead == 0 ? tile % ahead : (block * token_tiles + tile) % ahead;
   }
 
-  // Of the chunk's blocks `left` exist, or more.
+  // Loads the operand, if its block is among the `left` ones of the chunk that exist.
   __device__ void fetch(int block, int tile, int left) {
     if (block >= left) return;
     const unsigned wanted = 8 * tile + g, token = wanted < last ? wanted : last;

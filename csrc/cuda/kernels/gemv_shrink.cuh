@@ -1,4 +1,4 @@
-// S = dropout(x) Aᵀ for few rows, in float32 arithmetic; it runs while the weights of the decode
+// S = dropout(x) Aᵀ for few rows, in float32 arithmetic; it runs while the weights of the gemv
 // kernel are on their way.
 #pragma once
 

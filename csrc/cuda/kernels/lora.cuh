@@ -5,7 +5,7 @@
 //   column product   columns[c, r] = Σ_m act[m, c] Q[m, r]    dB (Q = S), dAᵀ (Q = dS)
 //
 // act is x, under dropout or not, or dy; a column of ones beside Q gives dbias. A block owns 256
-// columns of a range of rows and walks down the rows; its part of P stays in shared memory, its
+// columns of a range of rows and walks down the rows; its share of P stays in shared memory, its
 // column sums stay in registers:
 //
 //              256 columns (strip)

@@ -61,7 +61,7 @@ struct Staged {
     r = thread / 16;
     place = (r * 4 + k % 8 / 2) * 4 + k / 8 * 2 + k % 2;
   }
-  // Of the tile's element in the fragments.
+  // The place of the tile's element in the fragments.
   __device__ int at(int k16, int r8) const { return place + (k16 * kFragmentTiles + r8) * 128; }
 };
 
@@ -96,7 +96,7 @@ __device__ __forceinline__ void stage_p_as(const P& p, int c0, int columns, int 
   }
 }
 
-// The strip's part of P, from column c0 of the activations on.
+// Stages the strip's share of P, from column c0 of the activations on.
 template <class P>
 __device__ __forceinline__ void stage_p(const P& p, int c0, int columns, int r0, float* to) {
   switch (p.dtype) {
@@ -115,7 +115,7 @@ struct QueuedRows {
   static constexpr int kM = kLoraRows / 16;
   float v[kM][kFragmentTiles];
 
-  // Rows [m0, end), at most 32.
+  // Loads rows [m0, end), at most 32.
   template <class Q>
   __device__ void load(const Q& q, int m0, int end, int r0) {
     const Staged s;
@@ -186,7 +186,7 @@ struct Copier {
     }
   }
 
-  // The same where the tile's rows are rows numbers[row0].. of the activations.
+  // Copies a tile whose rows are rows numbers[row0].. of the activations.
   __device__ void issue(unsigned char* tile, const int32_t* numbers, int row0) const {
     const uint16_t* data = static_cast<const uint16_t*>(act.data);
     const int left = column < act.cols ? end - row0 : 0;
@@ -202,8 +202,8 @@ struct Copier {
       ptx::copy_async(tile + offset(i), data + from[i], first_row + i * kLoraWarps < left);
   }
 
-  // Dropout on what this thread has copied, so no other thread need have arrived. number(i) is the
-  // row of the activations that row i of the tile is.
+  // Applies dropout to what this thread has copied, so no other thread need have arrived. number(i)
+  // is the row of the activations that row i of the tile is.
   template <class Number>
   __device__ void drop(unsigned char* tile, Number number, uint64_t seed,
                        uint32_t threshold) const {
@@ -260,7 +260,7 @@ struct Tile {
       splits[r].set(ptx::load<float4>(fragments + 4 * ((k16 * kR + r) * 32 + lane)));
   }
 
-  // This warp's columns of the row product.
+  // Adds the row product of this warp's columns.
   static __device__ void add_rows(Rows& rows, unsigned char* tile, const float* p, bool exact) {
     const MatrixOffset offset(false);
     const int slice0 = static_cast<int>(threadIdx.x) / 32 * kLoraSlices;
@@ -279,7 +279,7 @@ struct Tile {
     }
   }
 
-  // The column product of this warp's columns.
+  // Adds the column product of this warp's columns.
   static __device__ void add_columns(Columns& columns, unsigned char* tile, const float* q) {
     const MatrixOffset offset(true);
 #pragma unroll 1
@@ -300,8 +300,8 @@ struct Tile {
 
 // -- partial sums out -----------------------------------------------------------------------------
 
-// The warp's row sums into `sums`, [warp][16 rows, 8 r][lane] float4 in the order of the result's
-// fragment.
+// Writes the warp's row sums to `sums`, [warp][16 rows, 8 r][lane] float4 in the order of the
+// result's fragment.
 template <class Rows>
 __device__ __forceinline__ void leave_rows(const Rows& rows, float* sums) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -334,7 +334,7 @@ __device__ __forceinline__ void write_rows(const float* sums, int count, Write w
   if (row + 8 < count) write(row + 8, r, make_float2(sum.z, sum.w));
 }
 
-// to[column][16], columns before `count`.
+// Writes to[column][16] for columns before `count`.
 template <class Columns>
 __device__ __forceinline__ void write_columns(const Columns& columns, float* to, int count) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

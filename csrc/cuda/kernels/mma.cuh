@@ -88,7 +88,7 @@ __device__ __forceinline__ MmaPlace locate(const MmaArgs& a) {
           static_cast<int64_t>(i / height) * kMmaOutputs};
 }
 
-// Where this thread's warp lies in the tile, and the thread in the warp.
+// The place of this thread's warp in the tile, and of the thread in the warp.
 template <class Kind>
 struct MmaThread {
   int row, output, g, t, lane;
@@ -159,17 +159,18 @@ class MmaBase {
   __device__ static unsigned char* at(int offset) { return ptx::shared_memory() + offset; }
   __device__ static unsigned char* tables() { return at(0); }
 
-  // One group: activations of a step, raw weights of the next.
+  // Copies one group: activations of a step, raw weights of the next.
   __device__ void copy(int step, int in_slot, int raw_slot) const {
     if (step < end_) copy_in(step, at(in(in_slot)));
     if (step + 1 < end_) runs_.copy(step + 1, at(raw(raw_slot)));
     ptx::copy_async_commit();
   }
 
-  // Zeros beyond the last row and the depth. Both sides have zeros there: none meets an infinity.
+  // Copies zeros beyond the last row and the depth. Both sides have zeros there: none meets an
+  // infinity.
   __device__ void copy_in(int step, unsigned char* dst) const {
     constexpr int at_once = kMmaThreads / 8;
-    // Warps without a row here; what lies in rows that are no output does not matter.
+    // Warps without a row here have nothing to copy: rows that are no output do not matter.
     if (Kind::rows < at_once && rows_left_ <= 0) return;
     // 16 bytes per thread: 8 chunks in a row. Chunk c of row r lies at c ^ (r % 8).
     const int linear = 16 * static_cast<int>(threadIdx.x);
@@ -189,7 +190,7 @@ class MmaBase {
     }
   }
 
-  // The scale of the step that is decoded now; starts loading the one after it.
+  // Returns the scale of the step that is decoded now; starts loading the one after it.
   __device__ float next_scale(int step) {
     const float scale = runs_.resolve(scale_, step, tables());
     scale_ = runs_.scale(step + 1);
@@ -213,7 +214,8 @@ class MmaBase {
     }
   }
 
-  // Four times 16 of the depth, and between them the four chunks of this thread's next run.
+  // Multiplies four times 16 of the depth, and between them decodes the four chunks of this
+  // thread's next run.
   template <bool decodes>
   __device__ __forceinline__ void step(int i, int slot, int after, Sums& sum) {
     const int in_tile = in(slot) + in_fragment(), tile = decoded(i) + weight_fragment();
@@ -242,13 +244,14 @@ class MmaBase {
     }
   }
 
-  // Where this lane's row of the first A fragments begins: row l % 16 of the warp's, chunk 0 or 1.
+  // The beginning of this lane's row of the first A fragments: row l % 16 of the warp's, chunk 0
+  // or 1.
   __device__ static int in_fragment() {
     const MmaThread<Kind> me;
     return (me.row + me.lane % 16) * (kMmaDepth * 2) + ((me.lane / 16) ^ (me.lane & 7)) * 16;
   }
 
-  // The same for B fragments, two of them (16 outputs) at once: matrices in the order
+  // Likewise for B fragments, two of them (16 outputs) at once, whose matrices are in the order
   // (depth 0.., outputs 0..), (depth 8.., outputs 0..), and the same for outputs 8...
   __device__ static int weight_fragment() {
     const MmaThread<Kind> me;
@@ -301,7 +304,7 @@ __device__ __forceinline__ void store_partial(const MmaArgs& a, const MmaPlace& 
     }
 }
 
-// Sums plus bias, rounded, to `tile` [rows][out_pitch bytes].
+// Rounds sums plus bias to `tile` [rows][out_pitch bytes].
 template <class Kind>
 __device__ __forceinline__ void round_sums(const MmaArgs& a, const MmaPlace& place,
                                            const float (&sum)[Kind::m][Kind::n][4],
@@ -327,7 +330,7 @@ __device__ __forceinline__ void round_sums(const MmaArgs& a, const MmaPlace& pla
       }
 }
 
-// Whole rows of the tile, 16 bytes per thread where the output allows it.
+// Stores whole rows of the tile, 16 bytes per thread where the output allows it.
 template <class Kind>
 __device__ __forceinline__ void store_tile(const MmaArgs& a, const MmaPlace& place,
                                            const unsigned char* tile) {

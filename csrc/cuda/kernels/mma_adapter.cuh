@@ -61,9 +61,9 @@ __device__ __forceinline__ void load_pairs(const void* data, DType dtype, int64_
     v[e] = dtype == DType::bf16 ? ptx::widen<Bf16>(bits[e]) : ptx::widen<F16>(bits[e]);
 }
 
-// Which of a lane's four elements of a fragment of sums that begins at (row, output) are kept, as
-// bits. Four outputs share one philox, hence two lanes do: the even one computes it for the upper
-// row, the odd one for the lower.
+// Tells as bits which of a lane's four elements of a fragment of sums that begins at (row, output)
+// are kept. Four outputs share one philox, hence two lanes do: the even one computes it for the
+// upper row, the odd one for the lower.
 template <class Adapter>
 __device__ __forceinline__ uint32_t kept_of_fragment(const Adapter& a, uint64_t seed, int64_t row,
                                                      int64_t output) {
@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t kept_of_fragment(const Adapter& a, uint64_t 
   return odd ? other >> 2 | (kept & 12) : (kept & 3) | (other & 3) << 2;
 }
 
-// One philox in the code, not one for every fragment: first all bits, then all sums.
+// First all bits, then all sums, so that the code has one philox, not one for every fragment.
 template <class Adapter, int m, int n>
 __device__ __forceinline__ void drop(const Adapter& a, int64_t row, int64_t output,
                                      float (&sum)[m][n][4]) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void drop(const Adapter& a, int64_t row, int64_t outp
         sum[i][j][e] = kept >> (4 * (i * n + j) + e) & 1 ? sum[i][j][e] * a.mask.scale : 0.0f;
 }
 
-// Part of add_adapter: fragments i0.. i0 + m0 of rows, j0 and the next of outputs.
+// The share of add_adapter for fragments i0.. i0 + m0 of rows, j0 and the next of outputs.
 template <int m0, class Adapter, int m, int n>
 __device__ __forceinline__ void add_fragments(const Adapter& a, int64_t row, int64_t rows,
                                               int64_t output, int64_t outputs, int i0, int j0,
@@ -141,7 +141,7 @@ __device__ __forceinline__ void add_fragments(const Adapter& a, int64_t row, int
 
 // sum = the adapter's product for 16 m rows from `row` and 8 n outputs from `output`, one warp.
 // Zeros stand beyond the rank, the rows and the outputs. The rank is gone through once for every 2
-// x 2 fragments: the parts of more operands would not fit into registers.
+// x 2 fragments: the splits of more operands would not fit into registers.
 template <bool has_mask, class Adapter, int m, int n>
 __device__ __forceinline__ void add_adapter(const Adapter& a, int64_t row, int64_t rows,
                                             int64_t output, int64_t outputs,

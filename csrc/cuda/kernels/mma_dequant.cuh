@@ -1,6 +1,7 @@
-// From packed weights to tiles of 16-bit values in shared memory. A step of the contraction is 64
-// deep and 128 outputs wide: 8192 weights, of which each of 256 threads decodes one run of 32. It
-// copies the 16 bytes of its run itself, ahead of time, so no barrier lies between copy and decode.
+// Decodes packed weights to tiles of 16-bit values in shared memory. A step of the contraction is
+// 64 deep and 128 outputs wide: 8192 weights, of which each of 256 threads decodes one run of 32.
+// It copies the 16 bytes of its run itself, ahead of time, so no barrier lies between copy and
+// decode.
 //
 //   forward: tile [128 n][64 k]          backward: tile [64 n][128 k]
 //     row n: 2 runs, 128 bytes             row n: 4 runs, 256 bytes
@@ -53,12 +54,12 @@ class Runs {
   __device__ Runs(const Weight4& w, int64_t output) : w_(w) {
     const int thread = static_cast<int>(threadIdx.x);
     raw_at_ = 16 * thread;
-    // Of eight neighbouring threads, which store together, four have neighbouring rows of the tile
-    // and two neighbouring runs: together they fill all banks.
+    // Four of eight neighbouring threads, which store together, have neighbouring rows of the tile,
+    // and two have neighbouring runs: together they fill all banks.
     const int row = backward ? (thread >> 1 & 3) + (thread >> 4) * 4 : thread >> 1;
     const int run = backward ? (thread & 1) + (thread >> 3 & 1) * 2 : thread & 1;
     chunk_at_ = row * (backward ? 2 * kMmaOutputs : 2 * kMmaDepth) + ((4 * run) ^ (row & 7)) * 16;
-    // Beyond the last output any weight will do, as long as it is one.
+    // Any weight will do beyond the last output, as long as it is one.
     const int64_t n = backward ? row : min64(output + row, w.N - 1);
     const int64_t k = backward ? min64(output + run * kRun, w.K - kRun) : run * kRun;
     first_ = n * w.K + k;

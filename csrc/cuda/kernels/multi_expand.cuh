@@ -1,6 +1,6 @@
 // Expand for many adapters in one batch (see multi_tile.cuh): Δ and its like in dx, for every dtype
-// and shape, on tensor cores as accurate as in float32 (see mma_adapter.cuh). Bound by the bytes
-// of the result.
+// and shape, on tensor cores as accurate as in float32 (see mma_adapter.cuh). The bytes of the
+// result bound it.
 //
 //   accumulate        out += Δ              multi_lora_
 //   else              out = Δ + bias        also where a row has no adapter (zero + bias)
@@ -29,7 +29,7 @@ struct ExpandArgs {
   int64_t tile_blocks = 0;  // those after them are for rows without adapter
 };
 
-// In place of a MmaAdapter: the rows are those of a tile.
+// Stands in place of an MmaAdapter: the rows are those of a tile.
 struct ExpandAdapter {
   const ExpandArgs& args;
   const MultiTile& tile;
@@ -52,7 +52,7 @@ struct ExpandAdapter {
   }
 };
 
-// Eight elements of a row from `column` on, those inside: out = v, or += v.
+// out = v, or += v, for those of eight elements of a row from `column` on that are inside.
 __device__ __forceinline__ void store_eight(const MutMatrix& out, int64_t row, int64_t column,
                                             bool accumulate, float (&v)[8]) {
   const int64_t at = row * out.stride + column, left = out.cols - column;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void add_bias(const Vector& bias, int64_t column, int
     if (column + e < columns) v[e] += load_one(bias.data, bias.dtype, column + e);
 }
 
-// 16 rows x 128 columns of the rows without adapter.
+// Writes 16 rows x 128 columns of the rows without adapter.
 __device__ __forceinline__ void fill_others(const ExpandArgs& a) {
   const int64_t strips = ceil_div(a.out.cols, kExpandColumns), block = blockIdx.x - a.tile_blocks;
   const int64_t row = block / strips * 16 + threadIdx.x / 16;

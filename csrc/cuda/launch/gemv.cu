@@ -6,11 +6,12 @@
 namespace lk::cuda {
 namespace {
 
-// Columns are cut into split_k for several blocks only if each still has so many chunks: adding the
-// split_k is one more kernel, about as long as a block needs for these.
+// Columns are cut for several blocks only if each still has so many chunks: adding the partial sums
+// is one more kernel, about as long as a block needs for these.
 constexpr int64_t kChunksPerSplit = 16;
 
-// Of the weight and the device, not of the rows: it decides the order of additions.
+// split_k follows from the weight and the device, not from the rows: it decides the order of
+// additions.
 int64_t split_k_of(const Weight4& w, int device) {
   const int64_t blocks = ceil_div(w.N, 16 * kGemvGroups);
   const int64_t idle = device_info(device).multiprocessors / blocks;

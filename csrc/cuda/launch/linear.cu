@@ -1,4 +1,5 @@
-// The linear operators: which family runs a call, decided once, and in which order its parts run.
+// The linear operators: which family runs a call, decided once, and in which order its
+// kernels run.
 #include <algorithm>
 #include <type_traits>
 

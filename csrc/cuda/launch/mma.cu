@@ -7,7 +7,7 @@
 namespace lk::cuda {
 namespace {
 
-// Which tile, and how the depth is split: decided from the sizes alone.
+// The tile, and how the depth is split: decided from the sizes alone.
 struct SplitChoice {
   int rows = 0;  // of a tile
   int split_k = 1, split_steps = 0, steps = 0;
@@ -22,8 +22,8 @@ int64_t counted_row_tiles(int64_t rows, int tile_rows) {
   return count;
 }
 
-// Blocks to fill the device, against what each costs beside its steps: filling the pipeline, and
-// its sums on the way to memory and back. Costs are in steps.
+// Weighs blocks to fill the device against what each costs beside its steps: filling the pipeline,
+// and its sums on the way to memory and back. Costs are in steps.
 int choose_split_k(int64_t tiles, int steps, int tile_rows, int multiprocessors) {
   constexpr int kMostSplits = 16, kFewestSteps = 4;
   const int64_t fixed = tile_rows < 128 ? 4 : 6;

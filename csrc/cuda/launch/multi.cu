@@ -11,13 +11,14 @@ namespace {
 
 constexpr int64_t kMostPlanes = 16;
 
-// Launches in a row. All but the first may start before the one ahead has completed: the first
-// reads from its beginning what others wrote.
+// Launches one after the other. All but the first may start before the one ahead has completed: the
+// first reads from its beginning what others wrote.
 class Sequence {
  public:
   explicit Sequence(const Launch& on) : on_(on) {}
 
-  // Nothing if there are no blocks. They lie along grid x, which alone has room for many.
+  // Launches the kernel, unless there are no blocks. They lie along grid x, which alone has room
+  // for many.
   template <class... P>
   cudaError_t run(const char* name, int64_t blocks, int threads, size_t shared_bytes,
                   void (*kernel)(P...), typename AsIs<P>::type... args) {
@@ -49,7 +50,7 @@ Planes planes_for(int64_t rows, int64_t columns, const BatchPlan& plan) {
   return p;
 }
 
-// The planes of act times `factor`.
+// Computes the planes of act times `factor`.
 cudaError_t shrink(ShrinkArgs a, Sequence& sequence) {
   a.exact = is_exact(a.factor.dtype, a.act.dtype);
   const int64_t blocks = a.plan.tile_count * a.planes.count;
@@ -70,7 +71,7 @@ cudaError_t add(PlaneSumArgs a, Sequence& sequence) {
                       add_planes, a);
 }
 
-// `others`: of rows without adapter as well.
+// others: rows without adapter are written as well.
 template <bool backward>
 cudaError_t expand(ExpandArgs a, bool others, Sequence& sequence) {
   const int64_t strips = ceil_div(a.out.cols, kExpandColumns);
