@@ -6,9 +6,7 @@ import functools
 
 import torch
 
-from .schema import FLOAT_DTYPES
-
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+from .arguments import BLOCKSIZES, FLOAT_DTYPES
 
 # NF4: quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
 # FP4: sign, 2 exponent bits, 1 mantissa bit; bitsandbytes' values, largest = 1.

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .arguments import FLOAT_DTYPES, NESTED_BLOCKSIZE, WeightArgs, ceil_div
 from .codebooks import (
     BLOCKSIZES,
     DTYPES,
@@ -19,7 +20,7 @@ from .codebooks import (
 )
 from .quant_state import kind_of, read_quant_state
 from .reference import block_scales
-from .schema import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div, check_float, ops
+from .schema import check_float, ops
 
 _ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
 
@@ -45,9 +46,9 @@ class Weight4bit:
     nested_code: torch.Tensor | None = None
     nested_offset: torch.Tensor | None = None
 
-    def op_args(self) -> tuple:
-        """The nine flat arguments of a 4-bit weight in an operator's schema (see ``schema.WEIGHT``)."""
-        return (
+    def op_args(self) -> WeightArgs:
+        """The nine flat arguments of a 4-bit weight in an operator's schema, a tuple in its order."""
+        return WeightArgs(
             self.packed, self.absmax, self.code,
             self.nested_absmax, self.nested_code, self.nested_offset,
             self.shape[0], self.shape[1], self.blocksize,

@@ -169,7 +169,7 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
     if backend in ("emulator", "cuda"):
         return _gpu_family(op, case, fits)
-    if backend == "triton":  # as in lowrank_kernels/triton/product.py
+    if backend == "triton":  # as in lowrank_kernels/triton/matmul.py
         return (
             f"tile of up to {min(limit for limit in (16, 32, 64, 2**31) if limit >= case.M)} rows"
         )
