@@ -18,7 +18,7 @@ from .codebooks import (
     code_of,
     dynamic_code,
 )
-from .quant_state import kind_of, read_quant_state
+from .quant_state import KEY, KEYS_IN_WORDS, kind_of, read_quant_state
 from .reference import block_scales
 from .schema import check_float, ops
 
@@ -127,9 +127,7 @@ class Weight4bit:
             state["nested_dtype"] = "float32"
             state["nested_offset"] = self.nested_offset.item()
         blob = bytearray(json.dumps(state).encode())
-        entries[f".quant_state.bitsandbytes__{self.quant_type}"] = torch.frombuffer(
-            blob, dtype=torch.uint8
-        )
+        entries[f".{KEY}{self.quant_type}"] = torch.frombuffer(blob, dtype=torch.uint8)
         return {prefix + suffix: tensor for suffix, tensor in entries.items()}
 
     @classmethod
@@ -150,10 +148,10 @@ class Weight4bit:
                 )
             return state_dict[key]
 
-        blob_prefix = f"{prefix}.quant_state.bitsandbytes__"
+        blob_prefix = f"{prefix}.{KEY}"
         blobs = [key for key in state_dict if key.startswith(blob_prefix)]
         if len(blobs) != 1:
-            raise ValueError(f"state_dict: expected one key {blob_prefix}<nf4|fp4>, got {blobs}")
+            raise ValueError(f"state_dict: expected one key {prefix}.{KEYS_IN_WORDS}, got {blobs}")
         state = read_quant_state(blobs[0], entry(blobs[0].removeprefix(prefix)))
         if blobs[0] != blob_prefix + state["quant_type"]:
             raise ValueError(f"{blobs[0]}: quant_type inside is {state['quant_type']!r}")

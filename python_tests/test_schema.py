@@ -122,7 +122,7 @@ FREE = {
 ANY_SHAPE = {
     "quantize_4bit": {"weight"},
     "double_quantize": {"absmax"},
-    **dict.fromkeys(MANY_ADAPTERS, {"page_ids", "rows"}),
+    **{op: {"page_ids", "rows"} for op in MANY_ADAPTERS},
 }
 ANY_HEIGHT = {
     "linear_4bit": "x",

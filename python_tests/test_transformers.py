@@ -215,8 +215,12 @@ def test_a_weight_that_is_not_finite(dense, value, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quant_type": "int4"}, "quant_type: expected 'nf4' or 'fp4', got 'int4'"),
-        ({"quant_type": None}, "quant_type: expected 'nf4' or 'fp4', got None"),
+        ({"quant_type": "int3"}, "quant_type: expected one of .*'int4'.*, got 'int3'"),
+        ({"quant_type": None}, "quant_type: expected one of .*, got None"),
+        (
+            {"quant_type": "int4", "save_as": "bitsandbytes"},
+            "quant_type: expected one of .* in a checkpoint for bitsandbytes, got 'int4'",
+        ),
         ({"blocksize": 100}, "blocksize: expected one of"),
         ({"blocksize": "64"}, "blocksize: expected one of"),
         ({"double_quant": 1}, "double_quant: expected True or False, got 1"),
