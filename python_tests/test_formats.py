@@ -1,11 +1,14 @@
 """The bytes of a checkpoint: golden ones, bitsandbytes' own, round trips, and what is refused."""
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
 import math
+import pathlib
 import random
+import re
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cases
 import lowrank_kernels as lk
 import tolerance
-from lowrank_kernels.codebooks import BITSANDBYTES_CODES, QUANT_TYPES, code_of, dynamic_code
+from lowrank_kernels.codebooks import BITSANDBYTES_CODES, CODES, QUANT_TYPES, code_of, dynamic_code
 
 FORMATS = list(itertools.product(QUANT_TYPES, (False, True)))
 THEIR_FORMATS = list(itertools.product(BITSANDBYTES_CODES, (False, True)))
@@ -113,6 +116,33 @@ def test_golden_entries_load(quant_type, backend):
     w = lk.Weight4bit.from_bitsandbytes(entries, "w")
     assert (w.shape, w.dtype, w.blocksize) == (torch.Size((3, 22)), torch.bfloat16, 32)
     assert bytes_of(w.dequantize()).hex() == GOLDEN_DENSE[quant_type]
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_a_model_of_each_code_saves_what_loads(quant_type):
+    """Into a layer of any settings: they come from the file."""
+    dense = torch.nn.Sequential(torch.nn.Linear(96, 40), torch.nn.Linear(40, 8, bias=False))
+    model, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    lk.replace_linear(model, quant_type=quant_type, r=4, progress=False)
+    lk.replace_linear(other, quant_type="nf4", r=4, blocksize=32, progress=False)
+    state = model.state_dict()
+    assert f"0.weight.quant_state.bitsandbytes__{quant_type}" in state
+    other.load_state_dict(state)
+    x = torch.randn(3, 96)
+    assert torch.equal(other(x), model(x)) and other[0].quant_type == quant_type
+    same_entries(other.state_dict(), state)
+    expected = lk.quantize_4bit(dense[0].weight, quant_type).dequantize()
+    assert torch.equal(other[0].dequantize(), expected)
+
+
+def test_codes_are_spelt_in_one_file():
+    """A new code is an entry of CODES: nothing else in the library names one, but for defaults."""
+    package = pathlib.Path(lk.__file__).parent
+    for file in package.rglob("*.py"):
+        text = re.sub(r'quant_type: str = "nf4"|default="nf4"', "", file.read_text())
+        if file.name != "codebooks.py" and "benchmark" not in file.parts:
+            assert not re.search("|".join(rf'["\'_<|]{c}["\'>|]' for c in QUANT_TYPES), text), file
+    assert all(max(map(abs, code)) == 1.0 and len(code) == 16 for code in CODES.values())
 
 
 # -- bitsandbytes' own -----------------------------------------------------------------------------

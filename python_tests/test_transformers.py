@@ -74,14 +74,14 @@ def test_layers_and_weights(dense, name, tmp_path):
     assert files(tmp_path / "again") == files(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dtype_and_settings(dense, dtype, tmp_path):
+@pytest.mark.parametrize(("dtype", "quant_type"), [(torch.float32, "fp4"), (torch.float16, "int4")])
+def test_dtype_and_settings(dense, dtype, quant_type, tmp_path):
     config = lk.LowRankConfig(
-        "fp4", 128, False, torch.bfloat16, ["v_proj", "layers.1.mlp", "lm_h.*"]
+        quant_type, 128, False, torch.bfloat16, ["v_proj", "layers.1.mlp", "lm_h.*"]
     )
     model = load(dense("llama"), config=config, dtype=dtype)
     assert config.to_dict() == {
-        "quant_method": "lowrank_kernels", "quant_type": "fp4", "blocksize": 128, "double_quant": False,
+        "quant_method": "lowrank_kernels", "quant_type": quant_type, "blocksize": 128, "double_quant": False,
         "quant_storage": "bfloat16", "skip_modules": ["v_proj", "layers.1.mlp", "lm_h.*"],
         "save_as": "lowrank_kernels",
     }  # fmt: skip
@@ -91,7 +91,8 @@ def test_dtype_and_settings(dense, dtype, tmp_path):
     assert len(quantized) == 12 and "model.layers.1.mlp.up_proj" in quantized
     for layer in quantized.values():
         w = layer.weight4bit
-        assert (w.quant_type, w.blocksize, w.double_quant, w.dtype) == ("fp4", 128, False, dtype)
+        settings = (w.quant_type, w.blocksize, w.double_quant, w.dtype)
+        assert settings == (quant_type, 128, False, dtype)
         assert w.packed.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
