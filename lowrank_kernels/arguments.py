@@ -54,6 +54,24 @@ class WeightArgs(NamedTuple):
     K: int
     blocksize: int
 
+    def expected(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Dtype and number of elements of each tensor, from N, K, blocksize and whether there is a nested_absmax.
+
+        ``packed`` may have any dtype: its own, as many as hold ``ceil(N*K/2)`` bytes.
+        """
+        numel, double_quant = self.N * self.K, self.nested_absmax is not None
+        blocks, packed, float32 = ceil_div(numel, self.blocksize), self.packed.dtype, torch.float32
+        expected = {
+            "packed": (packed, ceil_div(ceil_div(numel, 2), packed.itemsize)),
+            "absmax": (torch.uint8 if double_quant else float32, blocks),
+            "code": (float32, 16),
+        }
+        if double_quant:
+            expected["nested_absmax"] = (float32, ceil_div(blocks, NESTED_BLOCKSIZE))
+            expected["nested_code"] = (float32, 256)
+            expected["nested_offset"] = (float32, 1)
+        return expected
+
 
 class PlanArgs(NamedTuple):
     """Which row of a batch has which adapter, the same for every module.
@@ -186,19 +204,10 @@ def expect_weight(w: WeightArgs) -> None:
     expect_one_of("blocksize", w.blocksize, BLOCKSIZES)
     expect(w.N >= 0, "N", "a size, got {}", w.N)
     expect(w.K >= 0, "K", "a size, got {}", w.K)
-    blocks, item = ceil_div(w.N * w.K, w.blocksize), w.packed.dtype.itemsize
-    size = ceil_div(ceil_div(w.N * w.K, 2), item)
-    expect(w.packed.numel() == size, "packed", "{} bytes, got {}", size * item, w.packed.numel() * item)  # fmt: skip
-    expect_numel("code", w.code, torch.float32, 16)
-    if w.nested_absmax is None:
-        expect_numel("absmax", w.absmax, torch.float32, blocks)
-        return
-    expect_numel("absmax", w.absmax, torch.uint8, blocks)
-    expect_numel("nested_absmax", w.nested_absmax, torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE))  # fmt: skip
-    for name, numel in (("nested_code", 256), ("nested_offset", 1)):
+    for name, (dtype, numel) in w.expected().items():
         value = getattr(w, name)
         expect(value is not None, name, "a tensor like nested_absmax, got None")
-        expect_numel(name, value, torch.float32, numel)
+        expect_numel(name, value, dtype, numel)
 
 
 def expect_bias(bias: torch.Tensor | None, N: int) -> None:

@@ -23,6 +23,7 @@ from .reference import block_scales
 from .schema import check_float, ops
 
 _ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
+_ANY_SHAPE = ("packed", "nested_offset")  # of which only the number of elements matters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,40 +182,54 @@ class Weight4bit:
             **nested,
         )
         weight.validate(prefix)
+        weight._check_values(prefix)
         return weight
 
     def validate(self, name: str = "weight") -> None:
-        """Raises ValueError unless every tensor has the dtype, size and layout that shape and blocksize ask for."""
-        numel = math.prod(self.shape)
-        blocks = ceil_div(numel, self.blocksize)
-        size = ceil_div(numel, 2)
-        packed = self.packed
-        if packed.dtype not in STORAGE_DTYPES:
+        """Raises ValueError unless every tensor has the dtype, size and layout that shape and blocksize ask for.
+
+        ``name`` is what messages call the weight. Values are not looked at; :meth:`from_bitsandbytes` does that.
+
+        >>> lk.quantize_4bit(torch.randn(8, 64)).validate()
+        """
+        check_blocksize(self.blocksize)
+        if self.packed.dtype not in STORAGE_DTYPES:
             raise ValueError(
-                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {packed.dtype}"
+                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {self.packed.dtype}"
             )
-        held = packed.numel() * packed.element_size()
-        padded = ceil_div(size, packed.element_size()) * packed.element_size()
-        if held != padded or not packed.is_contiguous():
-            raise ValueError(
-                f"{name}: expected {padded} contiguous bytes for shape {tuple(self.shape)}, got {held}"
-                f"{'' if packed.is_contiguous() else ' not contiguous'}"
-            )
-        absmax_dtype = torch.uint8 if self.double_quant else torch.float32
-        expected = {"absmax": ((blocks,), absmax_dtype), "code": ((16,), torch.float32)}
-        if self.double_quant:
-            expected["nested_absmax"] = ((ceil_div(blocks, NESTED_BLOCKSIZE),), torch.float32)
-            expected["nested_code"] = ((256,), torch.float32)
-        for field, (shape, dtype) in expected.items():
+        for field, (dtype, numel) in self.op_args().expected().items():
+            key = name if field == "packed" else f"{name}.{_ENTRIES.get(field, field)}"
             tensor = getattr(self, field)
-            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            if tensor is None:
+                raise ValueError(f"{key}: expected a tensor beside {name}.nested_absmax, got None")
+            fits = tensor.numel() == numel and (field in _ANY_SHAPE or tensor.dim() == 1)
+            if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
+                size = f"contiguous {dtype} of shape {(numel,)}"
+                if field == "packed":
+                    size = f"{numel * dtype.itemsize} contiguous bytes"
+                layout = "" if tensor.is_contiguous() else ", not contiguous"
                 raise ValueError(
-                    f"{name}.{_ENTRIES.get(field, field)}: expected contiguous {dtype} of shape {shape}, "
-                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                    f"{key}: expected {size} for W of shape {tuple(self.shape)}, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}{layout}"
                 )
         devices = {field: tensor.device for field, tensor in self.tensors().items()}
         if len(set(devices.values())) > 1:
             raise ValueError(f"{name}: expected all tensors on one device, got {devices}")
+
+    def _check_values(self, name: str) -> None:
+        """Statistics of a file: finite, and the tables those of the quant_type, which every writer rounds alike."""
+        tables = {"code": code_of(self.quant_type), "nested_code": dynamic_code()}
+        for field, tensor in self.tensors().items():
+            if tensor.is_meta or field == "packed" or not tensor.is_floating_point():
+                continue
+            key = f"{name}.{_ENTRIES.get(field, field)}"
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{key}: expected finite values, got a NaN or an infinity")
+            table = tables.get(field)
+            if table is not None and not torch.allclose(tensor.cpu(), table, rtol=0.0, atol=1e-6):
+                raise ValueError(
+                    f"{key}: expected the table of {self.quant_type}, got other values"
+                )
 
 
 # -- quantization --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -317,6 +318,19 @@ MALFORMED = {
     "nested_absmax is missing": (without("w.nested_absmax"), "w.nested_absmax"),
     "nested_quant_map is short": (with_entry(nested_quant_map=lambda t: t[:16]), "w.nested_quant_map"),
     "nested_quant_map is missing": (without("w.nested_quant_map"), "w.nested_quant_map"),
+    **{
+        f"{name} holds {value}": (
+            with_entry(**{name: lambda t, v=value: torch.where(torch.arange(t.numel()) == 0, v, t)}),
+            f"w.{name}: expected finite values",
+        )
+        for name in ("quant_map", "nested_absmax", "nested_quant_map")
+        for value in (math.nan, math.inf, -math.inf)
+    },
+    "quant_map has other values": (with_entry(quant_map=lambda t: t.flip(0)), "w.quant_map: expected the table"),
+    "quant_map is another code's": (with_entry(quant_map=lambda t: code_of("int4")), "w.quant_map: expected the table"),
+    "nested_quant_map has other values": (
+        with_entry(nested_quant_map=lambda t: 2 * t), "w.nested_quant_map: expected the table"
+    ),
     "the state is missing": (without(STATE), "w.quant_state.bitsandbytes__<nf4|fp4|int4>, got []"),
     "the state is not nested": (without_nested_state, "w.nested_absmax"),
     "two states": (lambda e: e | {STATE[:-3] + "fp4": e[STATE]}, "bitsandbytes__fp4"),
@@ -379,6 +393,32 @@ def test_malformed_checkpoint(name):
     with NoKernels(), pytest.raises(ValueError) as error:
         lk.Weight4bit.from_bitsandbytes(entries, "w")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scales_that_are_not_finite_are_refused(value):
+    """Not double-quantized; wherever a file is read."""
+    entries = lk.quantize_4bit(torch.randn(8, 96), "nf4", 32, double_quant=False).to_bitsandbytes(
+        "weight"
+    )
+    entries["weight.absmax"][-1] = value
+    with pytest.raises(ValueError, match=r"weight.absmax: expected finite values"):
+        lk.Weight4bit.from_bitsandbytes(entries)
+    layer = lk.Linear4bit(96, 8, bias=False)
+    before = layer.dequantize()
+    with pytest.raises(RuntimeError, match=r"weight.absmax: expected finite values"):
+        layer.load_state_dict(entries)
+    assert torch.equal(layer.dequantize(), before)
+
+
+@pytest.mark.parametrize("change", [
+    {"nested_code": None}, {"nested_offset": None}, {"nested_offset": torch.zeros(2)}, {"blocksize": 48},
+    {"nested_offset": torch.zeros((), dtype=torch.float64)}, {"absmax": torch.zeros(24)},
+])  # fmt: skip
+def test_weights_made_by_hand_are_checked_too(change):
+    w = dataclasses.replace(lk.quantize_4bit(torch.randn(8, 96), "nf4", 32), **change)
+    with pytest.raises(ValueError, match=r"^(w\.|blocksize: )"):
+        lk.Linear4bit.from_weight(w)
 
 
 def test_the_good_checkpoint_loads():

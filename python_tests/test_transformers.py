@@ -299,6 +299,20 @@ def test_versions(dense, monkeypatch):
     transformers_hook.register(transformers.quantizers.auto)  # does not touch it
 
 
+def test_without_transformers(monkeypatch):
+    """It is named, with the versions that do, also where packaging is missing, which is no dependency of ours."""
+    monkeypatch.setitem(sys.modules, "packaging", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "packaging.version", raising=False)
+    low, high = transformers_version.TESTED
+    message = (
+        f"LowRankConfig: expected transformers >= {low}, < {high}, got none: it is not installed"
+    )
+    with pytest.raises(ImportError, match=message) as error:
+        lk.LowRankConfig  # noqa: B018
+    assert error.value.name == "transformers"
+
+
 @pytest.mark.skipif(
     not OLDEST, reason="LOWRANK_TRANSFORMERS_OLDEST names no folder; make test makes one"
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from ..arguments import BLOCKSIZES, FLOAT_DTYPES, NESTED_BLOCKSIZE, WeightArgs, ceil_div
+from ..arguments import BLOCKSIZES, FLOAT_DTYPES, WeightArgs
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -95,32 +95,13 @@ class Unpack:
     def weight(self, w: WeightArgs) -> PackedWeight:
         self.blocksize(w.blocksize)
         sizes(N=w.N, K=w.K)
-        item, numel = w.packed.element_size(), w.N * w.K
-        expected = ceil_div(ceil_div(numel, 2), item) * item
-        require(
-            w.packed.is_contiguous() and w.packed.numel() * item == expected,
-            f"packed: expected {expected} contiguous bytes, got {w.packed.numel() * item}",
-        )
-        self.on_device("packed", w.packed)
-        packed = w.packed.flatten().view(torch.uint8)
-        code = self.data("code", w.code, torch.float32, 16)
-        blocks = ceil_div(numel, w.blocksize)
-        if w.nested_absmax is None:
-            absmax = self.data("absmax", w.absmax, torch.float32, blocks)
-            return PackedWeight(packed, absmax, code, None, None, None)
-        require(
-            w.nested_code is not None and w.nested_offset is not None,
-            "nested_code, nested_offset: expected tensors, got None",
-        )
-        f32, nested = torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE)
-        return PackedWeight(
-            packed,
-            self.data("absmax", w.absmax, torch.uint8, blocks),
-            code,
-            self.data("nested_absmax", w.nested_absmax, f32, nested),
-            self.data("nested_code", w.nested_code, f32, 256),
-            self.data("nested_offset", w.nested_offset, f32, 1),
-        )
+        tensors = dict.fromkeys(PackedWeight._fields)
+        for name, (dtype, numel) in w.expected().items():
+            value = getattr(w, name)
+            require(value is not None, f"{name}: expected a tensor like nested_absmax, got None")
+            tensors[name] = self.data(name, value, dtype, numel)
+        tensors["packed"] = w.packed.flatten().view(torch.uint8)
+        return PackedWeight(**tensors)
 
     def dropout(self, p: float, seed: torch.Tensor | None) -> Dropout | None:
         if p == 0.0:
