@@ -33,7 +33,15 @@ class Weight4bit:
     ``scale = absmax`` (float32), or with double quantization
     ``scale[j] = nested_code[absmax[j]] * nested_absmax[j // 256] + nested_offset`` (product, then sum, each
     rounded to float32). Made by :func:`quantize_4bit` or :meth:`from_bitsandbytes`, which validate; the
-    constructor only stores. ``packed`` keeps the storage dtype and orientation it came with.
+    constructor only stores. ``packed`` keeps the storage dtype and orientation it came with. Fields: the tensors
+    of :class:`arguments.WeightArgs`, ``shape`` [N, K], ``dtype`` (that of W before it was quantized),
+    ``quant_type`` and ``blocksize``. Source: QLoRA (Dettmers et al. 2023).
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(256, 512))
+        >>> w.shape, w.double_quant, round(w.bits_per_weight, 1)
+        (torch.Size([256, 512]), True, 4.1)
     """
 
     packed: torch.Tensor
@@ -56,7 +64,13 @@ class Weight4bit:
         )  # fmt: skip
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that exist, by field name."""
+        """The tensors that exist, by field name.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> list(lk.quantize_4bit(torch.randn(8, 64), double_quant=False).tensors())
+            ['packed', 'absmax', 'code']
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
 
@@ -81,14 +95,28 @@ class Weight4bit:
         return 8.0 * size / max(1, math.prod(self.shape))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W dense, ``[N, K]``: float32 products, rounded once to ``dtype`` (default: ``self.dtype``)."""
+        """W dense, ``[N, K]``: float32 products of code and scale, rounded once to ``dtype`` (default: ``self.dtype``).
+
+        Raises TypeError for a dtype other than float32, bfloat16 and float16.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.quantize_4bit(torch.eye(64)).dequantize(torch.bfloat16).dtype
+            torch.bfloat16
+        """
         dtype = self.dtype if dtype is None else dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         return ops.dequantize_4bit(*self.op_args(), dtype)
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
-        """The same weight on another device."""
+        """The same weight on another device; tensors that are there already are shared.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.quantize_4bit(torch.randn(8, 64)).to("meta").device
+            device(type='meta')
+        """
         return dataclasses.replace(self, **{n: t.to(device) for n, t in self.tensors().items()})
 
     def narrow(self, dim: int, start: int, length: int) -> Weight4bit:
@@ -100,6 +128,13 @@ class Weight4bit:
 
         Raises TypeError for what is no integer, IndexError outside of the matrix, and ValueError naming the
         multiple that is needed where blocks of 32 do not fit either.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(256, 512))
+            >>> columns = w.narrow(1, 128, 256)
+            >>> torch.equal(columns.dequantize(), w.dequantize()[:, 128:384])
+            True
         """
         return _narrow(self, dim, start, length)
 
@@ -113,7 +148,21 @@ class Weight4bit:
     # -- bitsandbytes' serialized form -----------------------------------------------------------------------
 
     def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, torch.Tensor]:
-        """The entries bitsandbytes 0.43+ writes for this weight: ``prefix`` and ``prefix.<name>``, byte for byte."""
+        """The entries bitsandbytes 0.43+ writes for this weight: ``prefix`` and ``prefix.<name>``, byte for byte.
+
+        docs/format.md lists keys, dtypes and shapes. The tensors are this weight's own, not copies. bitsandbytes
+        does not know "int4": such entries are of the same form, and :meth:`from_bitsandbytes` reads them.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(8, 64), "int4", double_quant=False)
+            >>> for key in w.to_bitsandbytes("up.weight"):
+            ...     print(key)
+            up.weight
+            up.weight.absmax
+            up.weight.quant_map
+            up.weight.quant_state.bitsandbytes__int4
+        """
         state = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
@@ -137,8 +186,16 @@ class Weight4bit:
     ) -> Weight4bit:
         """The weight under ``prefix`` of a checkpoint that bitsandbytes wrote; tensors are used as they are.
 
-        The checkpoint is not trusted: sizes, dtypes and the quant state are checked against each other.
+        The checkpoint is not trusted: sizes, dtypes and the quant state are checked against each other, scales
+        and tables must be finite, and the tables those of the quant_type.
         Raises ValueError naming the key, what was expected and what came.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(8, 64))
+            >>> again = lk.Weight4bit.from_bitsandbytes(w.to_bitsandbytes("up.weight"), "up.weight")
+            >>> torch.equal(again.dequantize(), w.dequantize())
+            True
         """
 
         def entry(suffix: str) -> torch.Tensor:
@@ -190,7 +247,9 @@ class Weight4bit:
 
         ``name`` is what messages call the weight. Values are not looked at; :meth:`from_bitsandbytes` does that.
 
-        >>> lk.quantize_4bit(torch.randn(8, 64)).validate()
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.quantize_4bit(torch.randn(8, 64)).validate()
         """
         check_blocksize(self.blocksize)
         if self.packed.dtype not in STORAGE_DTYPES:
@@ -245,12 +304,20 @@ def quantize_4bit(
     """Quantize ``weight [N, K]`` (float32, bfloat16 or float16) to 4 bits, one absmax per ``blocksize`` elements.
 
     ``absmax_b = max |w|`` over block b of the flat weight; each element becomes the nearest code to
-    ``w / absmax_b`` (ties to the lower code). With ``double_quant`` the absmax, less their mean, become 8-bit
+    ``w / absmax_b`` (ties to the lower code) of the 16 values of ``quant_type``: "nf4", "fp4" or "int4", see
+    docs/format.md. With ``double_quant`` the absmax, less their mean, become 8-bit
     dynamic values in blocks of 256 (QLoRA, Dettmers et al. 2023, section 3). ``quant_storage`` is the dtype
     the packed bytes are presented in.
 
     Raises ValueError for a NaN or infinity in ``weight`` (naming the first index), an unknown quant_type or
     blocksize, or a weight that is not a matrix; TypeError for other dtypes.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> weight = torch.randn(256, 512)
+        >>> w = lk.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+        >>> bool((w.dequantize() - weight).abs().max() < 0.16 * weight.abs().max())
+        True
     """
     check_float("weight", weight)
     if weight.dim() != 2:

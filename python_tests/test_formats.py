@@ -1,8 +1,10 @@
 """The bytes of a checkpoint: golden ones, bitsandbytes' own, round trips, and what is refused."""
 
+import ast
 import contextlib
 import copy
 import dataclasses
+import doctest
 import hashlib
 import itertools
 import json
@@ -136,13 +138,30 @@ def test_a_model_of_each_code_saves_what_loads(quant_type):
     assert torch.equal(other[0].dequantize(), expected)
 
 
+def test_examples_of_docstrings_run():
+    result = doctest.testmod(lk.formats)
+    assert result.failed == 0 and result.attempted > 20
+
+
 def test_codes_are_spelt_in_one_file():
     """A new code is an entry of CODES: nothing else in the library names one, but for defaults."""
     package = pathlib.Path(lk.__file__).parent
+    spelt = re.compile(rf"\b_*({'|'.join(QUANT_TYPES)})\b")
     for file in package.rglob("*.py"):
-        text = re.sub(r'quant_type: str = "nf4"|default="nf4"', "", file.read_text())
-        if file.name != "codebooks.py" and "benchmark" not in file.parts:
-            assert not re.search("|".join(rf'["\'_<|]{c}["\'>|]' for c in QUANT_TYPES), text), file
+        if file.name == "codebooks.py" or "benchmark" in file.parts:
+            continue
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        text = [node.value for node in nodes if isinstance(node, ast.Expr)]  # docstrings
+        defaults = [
+            d for n in nodes if isinstance(n, ast.arguments) for d in (*n.defaults, *n.kw_defaults)
+        ]
+        defaults += [
+            n.value for n in nodes if isinstance(n, ast.keyword) and n.arg in ("default", "epilog")
+        ]
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = spelt.search(node.value) and node not in (*text, *defaults)
+                assert not named, f"{file.name}:{node.lineno}: {node.value!r}"
     assert all(max(map(abs, code)) == 1.0 and len(code) == 16 for code in CODES.values())
 
 

@@ -97,7 +97,7 @@ def _gradients(
             acc *= keep_scale_of(p_drop)
         if pages.scalings is not None:
             acc *= tl.load(pages.scalings + slot)
-        at = (first + r).to(tl.int64)[:, None] * C + c[None, :]
+        at = (first.to(tl.int64) + r)[:, None] * C + c[None, :]
         tl.store(out + at, acc, (r < rank)[:, None] & (c < C)[None, :])
 
 
