@@ -17,7 +17,7 @@ import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels import Weight4bit, backends
-from lowrank_kernels.codebooks import BLOCKSIZES, code_of, dynamic_code
+from lowrank_kernels.codebooks import BLOCKSIZES, QUANT_TYPES, code_of, dynamic_code
 from lowrank_kernels.schema import NESTED_BLOCKSIZE, RANK_STEP, ceil_div, ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -63,7 +63,7 @@ NK_VALUES = (
 FACTORS = {
     "M": M_VALUES,
     "NK": NK_VALUES,
-    "quant_type": ("nf4", "fp4"),
+    "quant_type": QUANT_TYPES,
     "blocksize": BLOCKSIZES,
     "double_quant": (False, True),
     "dtype": (F32, BF16, F16),
@@ -169,7 +169,7 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
     if backend in ("emulator", "cuda"):
         return _gpu_family(op, case, fits)
-    if backend == "triton":  # as in lowrank_kernels/triton/product.py
+    if backend == "triton":  # as in lowrank_kernels/triton/matmul.py
         return (
             f"tile of up to {min(limit for limit in (16, 32, 64, 2**31) if limit >= case.M)} rows"
         )

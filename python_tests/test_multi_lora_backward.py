@@ -8,6 +8,7 @@ import lowrank_kernels as lk
 import tolerance
 from cases import BF16, F32, Case
 from lowrank_kernels import reference
+from lowrank_kernels.arguments import PagesArgs, PlanArgs
 from test_multi_lora_ import RANKS, SOME
 
 OP = "multi_lora_backward"
@@ -31,7 +32,7 @@ def test_the_reference_is_what_autograd_says(case):
     ranks = rest[8]
     args = (*rest[:6], A, B, *rest[8:])
     rows = []
-    for m, adapter in reference._adapters_of_rows(x, args[:6], args[6:]):
+    for m, adapter in reference._adapters_of_rows(x, PlanArgs(*args[:6]), PagesArgs(*args[6:])):
         s = (x[m] * adapter.mask) @ adapter.A.T
         rows.append(adapter.scaling * (s @ adapter.B))
     with_adapter = [m for m, t in enumerate(rest[2].tolist()) if t >= 0]

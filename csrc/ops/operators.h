@@ -230,6 +230,7 @@ struct Operators {
     const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
                  s = torch::stable::contiguous(s_in);
     const int64_t M = dy.size(0), N = a.pages.B.cols, K = a.pages.A.cols;
+    if (bias) in.vector("bias", *bias, N);
     STD_TORCH_CHECK(grad_rank >= 0 && grad_rank <= INT32_MAX, "grad_rank: expected 0..2^31-1, got ",
                     grad_rank);
     in.check_indices(a.plan, a.pages, M);
@@ -283,6 +284,7 @@ struct Operators {
     const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
                  s = torch::stable::contiguous(s_in);
     const int64_t M = dy.size(0), R = adapter.lora.A.rows;
+    if (bias) in.vector("bias", *bias, N);
     Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
     const Tensor dA = need_dA ? empty(adapter.A, {R, K}) : empty(adapter.A, {0});
     const Tensor dB = need_dB ? empty(adapter.B, {N, R}) : empty(adapter.B, {0});

@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..schema import ceil_div
-from .arguments import Unpack
-from .elements import block_scale, rounded
+from ..arguments import FLOAT_DTYPES, WeightArgs, ceil_div, flat
 from .launch import launch
+from .primitives import block_scale, rounded
+from .unpack import Unpack, require
 
 
 @triton.jit
@@ -27,11 +27,11 @@ def _dequantize(w, out, numel, SHIFT: tl.constexpr, BYTES: tl.constexpr):
     tl.store(out + at, tl.interleave(rounded(even, dtype), rounded(odd, dtype)), at < numel)
 
 
-def dequantize_4bit(*args) -> torch.Tensor:
-    *weight, N, K, blocksize, dtype = args
-    w = Unpack(weight[0]).weight(*weight, N, K, blocksize)
-    out = w.code.new_empty((N, K), dtype=dtype)
-    shift = blocksize.bit_length() - 1
-    programs = ceil_div(ceil_div(N * K, 2), 1024)
-    launch(_dequantize, programs, w, out, N * K, SHIFT=shift, BYTES=1024, num_warps=4)
+@flat
+def dequantize_4bit(args: WeightArgs, dtype: torch.dtype) -> torch.Tensor:
+    require(dtype in FLOAT_DTYPES, f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    w = Unpack(args.packed).weight(args)
+    out, numel = w.code.new_empty((args.N, args.K), dtype=dtype), args.N * args.K
+    shift, programs = args.blocksize.bit_length() - 1, ceil_div(ceil_div(numel, 2), 1024)
+    launch(_dequantize, programs, w, out, numel, SHIFT=shift, BYTES=1024, num_warps=4)
     return out

@@ -11,15 +11,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..schema import RANK_STEP, ceil_div
-from .arguments import Unpack, require, sizes
-from .elements import dot, kept
+from ..arguments import RANK_STEP, TILE_ROWS, PagesArgs, PlanArgs, ceil_div
+from .primitives import dot, kept
+from .unpack import Unpack, require, sizes
 
 _NO_TILE = tl.constexpr(2**31 - 1)
 
 
-class Plan(NamedTuple):
-    """Which rows share an adapter, see schema.py."""
+class DevicePlan(NamedTuple):
+    """The tensors of PlanArgs."""
 
     tiles: torch.Tensor
     page_ids: torch.Tensor
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     rows: torch.Tensor
 
 
-class Pages(NamedTuple):
+class FactorPages(NamedTuple):
     """One side of all adapters, A or B: [pages * page_rank, width] without gaps, and what each slot has."""
 
     factor: torch.Tensor
@@ -38,7 +38,7 @@ class Pages(NamedTuple):
     seed: torch.Tensor | None  # None: no dropout
 
 
-class Adapters(NamedTuple):
+class PagedLora(NamedTuple):
     """rows [M, stride] times the factor of each row's adapter; zero where a row has none.
 
     Forward: S, B and scaling. Backward: dS, A and the dropout of x.
@@ -46,37 +46,44 @@ class Adapters(NamedTuple):
 
     rows: torch.Tensor
     stride: int
-    plan: Plan
-    pages: Pages
+    plan: DevicePlan
+    pages: FactorPages
 
 
 class Batch(NamedTuple):
-    """The arguments of schema.PLAN and schema.PAGES, checked."""
+    """A plan and the pages of one module, checked."""
 
-    plan: Plan
-    A: Pages  # with dropout
-    B: Pages  # with scaling
+    plan: DevicePlan
+    A: FactorPages  # with dropout
+    B: FactorPages  # with scaling
     tile_rows: int
     max_rank: int
     s_stride: int
 
 
-def unpack_batch(unpack: Unpack, args: tuple, M: int, N: int, K: int) -> Batch:
+def unpack_batch(unpack: Unpack, plan: PlanArgs, pages: PagesArgs, M: int, N: int, K: int) -> Batch:
     """The integers of a plan are not read here: that would wait for the device."""
-    (tiles, page_ids, tile_of_row, rows, tile_rows, max_rank), pages = args[:6], args[6:12]
-    A, B, ranks, scalings, dropout_p, seed = pages
     require(
-        tile_rows in (16, 32, 64, 128), f"tile_rows: expected 16, 32, 64 or 128, got {tile_rows}"
+        plan.tile_rows in TILE_ROWS,
+        f"tile_rows: expected one of {TILE_ROWS}, got {plan.tile_rows}",
     )
-    require(0 <= max_rank < 2**24, f"max_rank: expected a rank, got {max_rank}")
+    require(0 <= plan.max_rank < 2**24, f"max_rank: expected a rank, got {plan.max_rank}")
     sizes(M=M, N=N, K=K)
     i32 = torch.int32
-    plan = Plan(
-        unpack.data("tiles", tiles, i32, tiles.numel() // 4 * 4),
-        unpack.data("page_ids", page_ids, i32, page_ids.numel()),
-        unpack.data("tile_of_row", tile_of_row, i32, M),
-        unpack.data("rows", rows, i32, rows.numel()),
+    device_plan = DevicePlan(
+        unpack.data("tiles", plan.tiles, i32, plan.tiles.numel() // 4 * 4),
+        unpack.data("page_ids", plan.page_ids, i32, plan.page_ids.numel()),
+        unpack.data("tile_of_row", plan.tile_of_row, i32, M),
+        unpack.data("rows", plan.rows, i32, plan.rows.numel()),
     )
+    s_stride = ceil_div(plan.max_rank, RANK_STEP) * RANK_STEP
+    A, B = _sides(unpack, pages, N, K)
+    return Batch(device_plan, A, B, plan.tile_rows, plan.max_rank, s_stride)
+
+
+def _sides(unpack: Unpack, pages: PagesArgs, N: int, K: int) -> tuple[FactorPages, FactorPages]:
+    """The pages of A with dropout, and those of B with scaling."""
+    A, B = pages.A_pages, pages.B_pages
     require(
         A.dim() == 3 and B.dim() == 3,
         "A_pages, B_pages: expected [pages, page_rank, K] and [pages, page_rank, N]",
@@ -87,22 +94,22 @@ def unpack_batch(unpack: Unpack, args: tuple, M: int, N: int, K: int) -> Batch:
         f"page_rank: expected a multiple of {RANK_STEP}, got {page_rank}",
     )
     require(A.dtype == B.dtype, "B_pages: expected the dtype of A_pages")
+    factors = []
     for name, t, width in (("A_pages", A, K), ("B_pages", B, N)):
         require(
             tuple(t.shape) == (count, page_rank, width) and t.is_contiguous(),
             f"{name}: expected contiguous [{count}, {page_rank}, {width}], got {tuple(t.shape)}",
         )
-    slots = ranks.numel()
-    ranks = unpack.data("ranks", ranks, i32, slots)
-    scalings = unpack.data("scalings", scalings, torch.float32, slots)
-    dropout_p = unpack.data("dropout_p", dropout_p, torch.float64, slots)
-    if seed is not None:
-        seed = unpack.data("seed", seed, torch.int64, 1)
-    sides = []
-    for name, t, width, *rest in (("A_pages", A, K, None, seed), ("B_pages", B, N, scalings, None)):
-        factor = unpack.matrix(name, t.view(-1, width), count * page_rank, width)
-        sides.append(Pages(factor, page_rank, ranks, rest[0], dropout_p, rest[1]))
-    return Batch(plan, *sides, tile_rows, max_rank, ceil_div(max_rank, RANK_STEP) * RANK_STEP)
+        factors.append(unpack.matrix(name, t.view(-1, width), count * page_rank, width))
+    slots = pages.ranks.numel()
+    ranks = unpack.data("ranks", pages.ranks, torch.int32, slots)
+    scalings = unpack.data("scalings", pages.scalings, torch.float32, slots)
+    dropout_p = unpack.data("dropout_p", pages.dropout_p, torch.float64, slots)
+    seed = pages.seed if pages.seed is None else unpack.data("seed", pages.seed, torch.int64, 1)
+    return (
+        FactorPages(factors[0], page_rank, ranks, None, dropout_p, seed),
+        FactorPages(factors[1], page_rank, ranks, scalings, dropout_p, None),
+    )
 
 
 @triton.jit
@@ -124,7 +131,7 @@ def page_rows(pages, page_ids, page0, r, rank):
 
 
 @triton.jit
-def adapters_tile(a, m, j0, M, J, PRECISION: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr):
+def paged_lora_tile(a, m, j0, M, J, PRECISION: tl.constexpr, BM: tl.constexpr, BJ: tl.constexpr):
     """What the adapters of rows m add to columns j0 .. j0 + BJ: one adapter after the other, in the order of the plan.
 
     A row takes the sum of its own adapter alone: its bits do not depend on the others.
@@ -138,7 +145,7 @@ def adapters_tile(a, m, j0, M, J, PRECISION: tl.constexpr, BM: tl.constexpr, BJ:
         slot, page0 = tl.load(a.plan.tiles + 4 * current), tl.load(a.plan.tiles + 4 * current + 3)
         rank = tl.load(a.pages.ranks + slot)
         here = tile == current
-        part = tl.zeros((BM, BJ), tl.float32)
+        term = tl.zeros((BM, BJ), tl.float32)
         for r0 in range(0, rank, 16):
             r = r0 + tl.arange(0, 16)
             at = m.to(tl.int64)[:, None] * a.stride + r[None, :]
@@ -146,10 +153,10 @@ def adapters_tile(a, m, j0, M, J, PRECISION: tl.constexpr, BM: tl.constexpr, BJ:
             row = page_rows(a.pages, a.plan.page_ids, page0, r, rank)
             at = row[:, None] * J + j[None, :]
             right = tl.load(a.pages.factor + at, (r < rank)[:, None] & (j < J)[None, :], 0.0)
-            part = dot(left, right, part, PRECISION)
+            term = dot(left, right, term, PRECISION)
         if a.pages.scalings is not None:
-            part *= tl.load(a.pages.scalings + slot)
-        acc = tl.where(here[:, None], part, acc)
+            term *= tl.load(a.pages.scalings + slot)
+        acc = tl.where(here[:, None], term, acc)
         current = tl.min(tl.where(tile > current, tile, _NO_TILE), 0)
     if a.pages.seed is not None:
         slots = tl.load(a.plan.tiles + 4 * tile, tile >= 0, 0)

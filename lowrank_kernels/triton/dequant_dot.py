@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import (
+from .primitives import (
     block_scale,
     code_pairs,
     code_words,
@@ -45,10 +45,10 @@ def forward(
             packed = tl.load(w_at + step * (BK // 2), cols, 0)
             x_even, x_odd = split_pairs(pair, dtype)
             w_even, w_odd = code_pairs(packed, w.code, words, dtype, PRMT)
-            part = dot(x_even, w_even, tl.zeros((BM, BN), tl.float32), PRECISION)
-            part = dot(x_odd, w_odd, part, PRECISION)
+            product = dot(x_even, w_even, tl.zeros((BM, BN), tl.float32), PRECISION)
+            product = dot(x_odd, w_odd, product, PRECISION)
             scale = block_scale(w, block + (step * BK >> SHIFT), n < N)
-            acc = tl.fma(part, tl.broadcast_to(scale[None, :], (BM, BN)), acc)
+            acc = tl.fma(product, tl.broadcast_to(scale[None, :], (BM, BN)), acc)
     else:
         for step in range(begin, end):
             k = step * BK + tl.arange(0, BK)

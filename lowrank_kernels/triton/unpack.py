@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from ..schema import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div
+from ..arguments import BLOCKSIZES, FLOAT_DTYPES, WeightArgs
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class Weight(NamedTuple):
+class PackedWeight(NamedTuple):
     """A weight in 4 bits as the kernels take it; without double quantization the nested ones are None."""
 
     packed: torch.Tensor
@@ -86,37 +86,22 @@ class Unpack:
         )
         return t
 
-    def weight(
-        self, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize
-    ) -> Weight:
+    def blocksize(self, blocksize: int) -> int:
         require(
-            32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0,
-            f"blocksize: expected a power of two in 32..4096, got {blocksize}",
+            blocksize in BLOCKSIZES, f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}"
         )
-        sizes(N=N, K=K)
-        item, numel = packed.element_size(), N * K
-        expected = ceil_div(ceil_div(numel, 2), item) * item
-        require(
-            packed.is_contiguous() and packed.numel() * item == expected,
-            f"packed: expected {expected} contiguous bytes, got {packed.numel() * item}",
-        )
-        self.on_device("packed", packed)
-        blocks, double = ceil_div(numel, blocksize), nested_absmax is not None
-        absmax = self.data("absmax", absmax, torch.uint8 if double else torch.float32, blocks)
-        if double:
-            require(
-                nested_code is not None and nested_offset is not None,
-                "nested_code, nested_offset: expected tensors, got None",
-            )
-            f32, nested = torch.float32, ceil_div(blocks, NESTED_BLOCKSIZE)
-            nested_absmax = self.data("nested_absmax", nested_absmax, f32, nested)
-            nested_code = self.data("nested_code", nested_code, f32, 256)
-            nested_offset = self.data("nested_offset", nested_offset, f32, 1)
-        else:
-            nested_code = nested_offset = None
-        code = self.data("code", code, torch.float32, 16)
-        packed = packed.flatten().view(torch.uint8)
-        return Weight(packed, absmax, code, nested_absmax, nested_code, nested_offset)
+        return blocksize
+
+    def weight(self, w: WeightArgs) -> PackedWeight:
+        self.blocksize(w.blocksize)
+        sizes(N=w.N, K=w.K)
+        tensors = dict.fromkeys(PackedWeight._fields)
+        for name, (dtype, numel) in w.expected().items():
+            value = getattr(w, name)
+            require(value is not None, f"{name}: expected a tensor like nested_absmax, got None")
+            tensors[name] = self.data(name, value, dtype, numel)
+        tensors["packed"] = w.packed.flatten().view(torch.uint8)
+        return PackedWeight(**tensors)
 
     def dropout(self, p: float, seed: torch.Tensor | None) -> Dropout | None:
         if p == 0.0:

@@ -36,7 +36,7 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def split_pairs(pair, dtype: tl.constexpr):
-    """The even and the odd elements of what was read two at a time (arguments.pairs)."""
+    """The even and the odd elements of what was read two at a time (unpack.pairs)."""
     if dtype == tl.float32:
         even, odd = pair.to(tl.int32), (pair >> 32).to(tl.int32)
     else:

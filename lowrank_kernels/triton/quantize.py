@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..schema import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div
-from .arguments import Unpack, require
+from ..arguments import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div
 from .launch import launch
+from .unpack import Unpack, require
 
 SPAN = 4096  # absmax per partial sum of the mean
 
@@ -73,11 +73,9 @@ def quantize_4bit(weight, code, blocksize) -> tuple[torch.Tensor, torch.Tensor]:
         weight.dtype in FLOAT_DTYPES,
         f"weight: expected float32, bfloat16 or float16, got {weight.dtype}",
     )
-    require(
-        32 <= blocksize <= 4096 and blocksize & (blocksize - 1) == 0,
-        f"blocksize: expected a power of two in 32..4096, got {blocksize}",
-    )
-    code = Unpack(weight).data("code", code, torch.float32, 16)
+    unpack = Unpack(weight)
+    unpack.blocksize(blocksize)
+    code = unpack.data("code", code, torch.float32, 16)
     weight, numel = weight.contiguous(), weight.numel()
     packed = weight.new_empty((ceil_div(numel, 2), 1), dtype=torch.uint8)
     absmax = weight.new_empty(ceil_div(numel, blocksize), dtype=torch.float32)
