@@ -69,7 +69,8 @@ def check_all_match(
 
 # -- patterns of strangers -------------------------------------------------------------------------
 
-_STEPS = 1 << 22  # some seconds; what people write takes a few hundred for each name
+_STEPS = 1 << 21  # some seconds; what people write takes a few hundred for each name
+_PARSING = 4  # steps that a character takes to parse
 _CATEGORY = {sre.CATEGORY_SPACE: str.isspace, sre.CATEGORY_DIGIT: str.isdecimal}
 _CATEGORY[sre.CATEGORY_WORD] = lambda char: char.isalnum() or char == "_"
 _NOT = {
@@ -123,6 +124,7 @@ class BoundedPatterns:
 
     def _parse(self, pattern: str, field: str = ""):
         if pattern not in self._parsed:
+            self._count(_PARSING * len(pattern))
             try:
                 tree = parser.parse(pattern)
                 if (tree.state.flags & ~re.UNICODE.value) != 0:
@@ -135,6 +137,13 @@ class BoundedPatterns:
                 ) from None
             self._parsed[pattern] = tree
         return self._parsed[pattern]
+
+    def _count(self, steps: int) -> None:
+        self._left -= steps
+        if self._left < 0:
+            raise ValueError(
+                f"{self.source}: its regular expressions take too long to match (exponential ones?)"
+            )
 
     def _check(self, tree) -> None:
         for op, value in tree:
@@ -168,11 +177,7 @@ class BoundedPatterns:
         for op, value in tree:
             if not at:
                 return at
-            self._left -= len(at) * (len(value) if op is sre.IN else 1)
-            if self._left < 0:
-                raise ValueError(
-                    f"{self.source}: its regular expressions take too long to match (exponential ones?)"
-                )
+            self._count(len(at) * (len(value) if op is sre.IN else 1))
             if op is sre.BRANCH:
                 at = set().union(*(self._walk(part, name, at) for part in value[1]))
             elif op in _REPEATS:
