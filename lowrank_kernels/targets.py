@@ -50,21 +50,28 @@ def read_patterns(argument: str, value: object) -> str | list[str]:
 
 
 def check_all_match(
-    argument: str, patterns: str | list[str], names: Iterable[str], kind: str, silent=()
+    argument: str,
+    patterns: str | list[str],
+    names: Iterable[str],
+    kind: str,
+    shown: Iterable[str] | None = None,
+    silent: Iterable[str] = (),
 ) -> None:
-    """Raises ValueError for a pattern that matches none of ``names``, which are those of ``kind``.
+    """Raises ValueError for a pattern that matches none of ``names``, which are those of every ``kind``.
 
     A string is one pattern; the entries of a list are looked at one by one. Those in ``silent`` may match nothing.
+    The message names a few of ``shown``, or of ``names``.
     """
     names = list(names)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         one = pattern if isinstance(patterns, str) else [pattern]
-        if pattern not in silent and not any(matches(name, one) for name in names):
-            few = ", ".join(names[:8]) or "none"
-            raise ValueError(
-                f"{argument}: {pattern!r} matches no {kind}; here are "
-                f"{few}{', ...' if len(names) > 8 else ''}"
-            )
+        if pattern in silent or any(matches(name, one) for name in names):
+            continue
+        few = names if shown is None else list(shown)
+        raise ValueError(
+            f"{argument}: {pattern!r} matches no {kind}; linear layers here: "
+            f"{', '.join(few[:8]) or 'none'}{', ...' if len(few) > 8 else ''}"
+        )
 
 
 # -- patterns of strangers -------------------------------------------------------------------------

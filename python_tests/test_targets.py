@@ -30,7 +30,7 @@ def test_a_bomb_ends_soon(pattern):
     assert time.process_time() - start < 30  # a second at most here; re takes years
 
 
-@pytest.mark.parametrize("pattern", ["a|" * 50_000, "(?:.|a)" * 20_000, "(?:.|a)*b" * 99])
+@pytest.mark.parametrize("pattern", ["a|" * 50_000, "(?:.|a)" * 20_000])
 def test_the_steps_of_a_file_are_limited(pattern):
     patterns = BoundedPatterns("some/file.json", steps=100_000)
     with pytest.raises(ValueError, match=r"^some/file.json: its regular expressions take too long"):
@@ -74,7 +74,7 @@ def test_matches_as_re_does():
     choose, seen = random.Random(0), 0
     for _ in range(5000):
         pattern = random_pattern(choose, 4)
-        name = "".join(choose.choice("ab.1c") for _ in range(choose.randrange(7)))
+        name = "".join(choose.choice("ab.1c") for _ in range(choose.randrange(1, 7)))
         bounded = BoundedPatterns("file")
         try:
             re.compile(pattern)
@@ -103,5 +103,5 @@ def test_every_entry_has_to_match():
     names = ["a.b", "c"]
     check_all_match("exclude", ["b", "lm_head"], names, "layer", silent=("lm_head",))
     check_all_match("exclude", "a.*", names, "layer")
-    with pytest.raises(ValueError, match=r"exclude: 'd' matches no layer; here are a.b, c"):
+    with pytest.raises(ValueError, match=r"exclude: 'd' matches no layer; linear layers here: a.b, c"):
         check_all_match("exclude", ["b", "d"], names, "layer")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ..replace import SkippedLayer
+from ..dense_layers import SkippedLayer
 from ..schema import FLOAT_DTYPES
 from ..targets import matches
 from . import UserError, models

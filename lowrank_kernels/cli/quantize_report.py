@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 
 from .. import tables
-from ..replace import SkippedLayer
+from ..dense_layers import SkippedLayer
 
 MIB = 2**20
 
