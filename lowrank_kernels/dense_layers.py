@@ -84,7 +84,11 @@ def _class_name(cls: type) -> str:
     """Its name; with that of its library if a class of ours or torch's has the same."""
     plain = cls.__name__ not in ("Linear", "Linear4bit", "LoRALinear4bit", "Parameter")
     package = cls.__module__.partition(".")[0]
-    return cls.__name__ if plain or package in (__package__, "torch") else f"{package}'s {cls.__name__}"
+    return (
+        cls.__name__
+        if plain or package in (__package__, "torch")
+        else f"{package}'s {cls.__name__}"
+    )
 
 
 def _kept_in_float32(model: nn.Module) -> list[tuple[str, list[str]]]:
@@ -144,7 +148,9 @@ def stacks(model: nn.Module) -> list[SkippedLayer]:
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1:
                 count, *shape = parameter.shape
-                what = f"{count} matrices of {shape[0]} x {shape[1]} in one parameter, as experts are"
+                what = (
+                    f"{count} matrices of {shape[0]} x {shape[1]} in one parameter, as experts are"
+                )
                 size = parameter.numel() * parameter.element_size() / _MIB
                 path = f"{name}.{key}" if name else key
                 found.append(SkippedLayer(path, f"{what}: {size:.3f} MiB stay dense"))
@@ -164,4 +170,3 @@ def warning_of_stacks(model: nn.Module, quantized: Iterable[tuple[int, int]]) ->
         f"{everything:.1f}, are no linear layers and are not quantized ({', '.join(names[:2])}"
         f"{', ...' if len(names) > 2 else ''})"
     )
-

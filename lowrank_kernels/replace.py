@@ -12,7 +12,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import tables
-from .dense_layers import OF_THE_CODE, PART, DenseLayers, SkippedLayer, is_adapter_layer, stacks, warning_of_stacks
+from .dense_layers import (
+    OF_THE_CODE,
+    PART,
+    DenseLayers,
+    SkippedLayer,
+    is_adapter_layer,
+    stacks,
+    warning_of_stacks,
+)
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
 from .targets import check_all_match, matches, read_patterns
@@ -172,9 +180,10 @@ def replace_linear(
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
     _tell_transformers(model)
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-        if message := warning_of_stacks(model, (layer.shape for layer in replaced)):
-            warnings.warn(message, stacklevel=2)
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    message = warning_of_stacks(model, (layer.shape for layer in replaced))
+    if everything and message:
+        warnings.warn(message, stacklevel=2)
     return ReplaceReport(replaced, skipped + stacks(model))
 
 
@@ -296,6 +305,7 @@ def _plan(
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     modules, names_of = _unique_modules(model)
     rule = DenseLayers(model)
+
     def is_target(module: nn.Module, names: list[str]) -> bool:
         if everything:
             return isinstance(module, nn.Linear)

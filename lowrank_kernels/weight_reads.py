@@ -131,7 +131,11 @@ def _callee(function: types.FunctionType, cls: type, name: str) -> types.Functio
     if any(word in name for word in _NOT_FORWARD):
         return None
     found = _function(inspect.getattr_static(cls, name, None) or function.__globals__.get(name))
-    theirs = found is not None and found.__module__.startswith("torch.") and found.__globals__ is not function.__globals__
+    theirs = (
+        found is not None
+        and found.__module__.startswith("torch.")
+        and found.__globals__ is not function.__globals__
+    )
     return None if found is None or theirs or hasattr(nn.Module, name) else found
 
 
@@ -232,7 +236,16 @@ class _Reader(ast.NodeVisitor):
                 name = node.args[1]
                 part = name.value if isinstance(name, ast.Constant) else ANY
                 return {(*path, part) for path in self.paths(node.args[0])}
-            if function.id in ("enumerate", "zip", "reversed", "list", "tuple", "iter", "next", "cast"):
+            if function.id in (
+                "enumerate",
+                "zip",
+                "reversed",
+                "list",
+                "tuple",
+                "iter",
+                "next",
+                "cast",
+            ):
                 return set().union(*(self.paths(argument) for argument in node.args))
         return set()
 
