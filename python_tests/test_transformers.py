@@ -144,16 +144,19 @@ def test_never_all_of_the_dense_model(tmp_path):
     assert size / 8 < live.peak < size / 8 + 16 * 512 * 256, (live.peak, size)
 
 
-def test_weights_that_no_file_has(dense):
-    """A head that is new: initialised, then quantized like the others; its bias is no leftover memory."""
+def test_weights_that_no_file_has(dense, tmp_path):
+    """A head that is new stays dense, since somebody has to train it, and is saved so."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         dense("bert"), quantization_config=lk.LowRankConfig(skip_modules=[]), dtype=torch.float32
     )
-    pooler, classifier = model.bert.pooler.dense, model.classifier
-    for layer in (pooler, classifier):
-        assert isinstance(layer, lk.Linear4bit) and not layer.bias.any()
-        assert 0.01 < layer.dequantize().std() < 0.03
-    assert logits(model).isfinite().all()
+    for layer in (model.bert.pooler.dense, model.classifier):
+        assert type(layer) is torch.nn.Linear and layer.weight.requires_grad
+        assert 0.01 < layer.weight.std() < 0.03 and not layer.bias.any()
+    why = {layer.name: layer.reason for layer in model.hf_quantizer.skipped}
+    assert why["classifier"] == why["bert.pooler.dense"] == "not in the checkpoint"
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(model)) and logits(model).isfinite().all()
 
 
 @torch.no_grad()

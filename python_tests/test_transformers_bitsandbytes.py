@@ -65,7 +65,9 @@ def check(folder: pathlib.Path, name: str, out: pathlib.Path) -> None:
             assert torch.equal(model.get_parameter(key), parameter), key
     dense = load(folder, name).dequantize()
     for key, weight in weights.items():
-        assert torch.equal(dense.get_parameter(f"{key}.weight"), weight)
+        layer = dense.get_submodule(key)
+        transposed = not isinstance(layer, torch.nn.Linear)  # Conv1D
+        assert torch.equal(layer.weight, weight.T if transposed else weight)
     tolerance = 1e-5 if model.dtype == torch.float32 else 0.05
     torch.testing.assert_close(logits(model), logits(dense), rtol=tolerance, atol=tolerance)
 

@@ -15,6 +15,12 @@ def register(module) -> None:
         importlib.import_module(".transformers_quantizer", __package__)  # registers itself
 
 
+def register_models(module) -> None:
+    """When transformers.modeling_utils has been imported: saving and counting of models with 4-bit layers."""
+    if not versions.below(versions.TESTED[0]):
+        importlib.import_module(".transformers_save", __package__).install(module)
+
+
 def public(name: str):
     """What ``lowrank_kernels.<name>`` is, for one of ``NAMES``; ImportError if it cannot be had."""
     if (found := versions.version()) is None or versions.below(versions.TESTED[0]):
