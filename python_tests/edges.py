@@ -25,13 +25,14 @@ BUDGET = 20_000_000  # multiplications of a case, which scalar code does in some
 
 @functools.cache
 def constants(isa: str) -> dict[str, int]:
-    """Name -> value of the integers that csrc/cpu/simd/<isa>.h and csrc/cpu/kernels define."""
+    """Name -> value of the integers that csrc/cpu/simd/<isa>.h, csrc/cpu/kernels and csrc/cpu/<isa> define."""
     sources = [CSRC / "simd" / f"{VOCABULARY.get(isa, isa)}.h", *sorted(CSRC.glob("kernels/*.inl"))]
+    sources += sorted(CSRC.glob(f"{isa}/*.inl"))
     expressions: dict[str, str] = {}
     for source in sources:
         text = re.sub(r"//[^\n]*", "", source.read_text(encoding="utf-8"))
         for declaration in re.findall(r"^ *constexpr int(?:64_t)? ([^;{]+);", text, re.MULTILINE):
-            expressions |= dict(re.findall(r"(\w+) = ([^,]+)", declaration))
+            expressions |= dict(re.findall(r"(\w+) =\s+([^,]+)", declaration))
     found: dict[str, int] = {}
     for _ in expressions:  # each round has at least one whose names are known
         for name, expression in expressions.items():
@@ -68,14 +69,14 @@ def _sizes(isa: str) -> tuple[list[int], list[int], list[int]]:
     """(M, N, K) at and around which a kernel of a linear operator changes; K in whole blocks of 32."""
     c = constants(isa)
     rows = around(
-        c["kMaxFew"], c["MR"], c["kSmallRows"], c["kMaxSmall"], c["kSmallWide"], c["kWhole"]
+        c["kMaxGemv"], c["kMicroRows"], c["kSkinnyRows"], c["kMaxSkinny"], c["kSkinnyWide"], c["kWhole"]
     )
     rows += [c["kRows"], c["kRows"] + 1]
     if isa == "amx":
-        rows += around(c["kTilesForward"], c["kTilesDx"], 2 * c["kTileRows"])
-    strip = c["kPanels"] * c["kWidth"]
-    outputs = around(c["W"], c["kTile"], c["kWidth"], c["kDepth"], strip)
-    depths = around(c["kChunk"], c["kDepth"], c["kStage"], c["kWidth"], strip, step=32)
+        rows += around(c["kAmxForward"], c["kAmxDx"], 2 * c["kAmxRows"])
+    strip = c["kStripsAtOnce"] * c["kStripWidth"]
+    outputs = around(c["kLanes"], c["kMicroColumns"], c["kStripWidth"], c["kDepth"], strip)
+    depths = around(c["kChunk"], c["kDepth"], c["kStage"], c["kStripWidth"], strip, step=32)
     return sorted({*rows}), outputs, depths
 
 
@@ -108,11 +109,11 @@ def _kinds() -> dict[str, Turns]:
 def regions(isa: str) -> dict[str, tuple[int, int, int]]:
     """Name -> (M, N, K) of problems in which two edges meet."""
     c = constants(isa)
-    few, depth, width = c["kMaxFew"], c["kDepth"], c["kWidth"]
-    strip, stage = c["kPanels"] * width, c["kStage"]
+    few, depth, width = c["kMaxGemv"], c["kDepth"], c["kStripWidth"]
+    strip, stage = c["kStripsAtOnce"] * width, c["kStage"]
     found = {
         "few rows, second chunk in part": (few, 9, c["kChunk"] + 32),
-        "few rows, many scales in a row": (few - 1, 5, 32 * (2 * c["W"] + 1)),
+        "few rows, many scales in a row": (few - 1, 5, 32 * (2 * c["kLanes"] + 1)),
         "few rows, nested scales of the next blocks": (2, NESTED_BLOCKSIZE // 8 + 3, 256 + 64),
         "few rows, two strips of dx": (1, 33, 2 * strip + 32),
         "dx: second panel": (few + 1, depth + 1, 32),
@@ -120,18 +121,18 @@ def regions(isa: str) -> dict[str, tuple[int, int, int]]:
         "dx: second panel, second piece": (few + 1, depth + 5, strip + width + 64),
         "dx: second panel, many rows": (c["kWhole"] + 1, depth + 7, width + 64),
         "forward: second stage, second strip": (few + 1, width + 3, stage + 32),
-        "forward: second panel, second piece": (c["kMaxSmall"] + 1, strip + 5, depth + 32),
-        "forward: nested scales of the next blocks": (c["kMaxSmall"] + 2, width + 1, depth + 64),
-        "both: second chunk of rows": (c["kRows"] + 3, c["kTile"] + 1, depth + 32),
+        "forward: second panel, second piece": (c["kMaxSkinny"] + 1, strip + 5, depth + 32),
+        "forward: nested scales of the next blocks": (c["kMaxSkinny"] + 2, width + 1, depth + 64),
+        "both: second chunk of rows": (c["kRows"] + 3, c["kMicroColumns"] + 1, depth + 32),
         "blocks that cross rows": (c["kWhole"] + 1, width + 1, depth + 5),
         "blocks that cross rows, second piece": (few - 1, depth + 1, strip + 3),
     }
     if isa == "amx":
-        rows = c["kTilesDx"] + c["kTileRows"] + 1
+        rows = c["kAmxDx"] + c["kAmxRows"] + 1
         found |= {
             "tiles, second panel of both": (rows, depth + 9, depth + 32),
             "tiles, second piece of dx": (rows, 33, strip + 64),
-            "tiles, second piece of forward": (c["kTilesForward"], strip + 33, 96),
+            "tiles, second piece of forward": (c["kAmxForward"], strip + 33, 96),
         }
     return found
 
@@ -164,14 +165,14 @@ def linear(isa: str) -> list[Case]:
 def many_adapters(isa: str) -> list[Case]:
     """Some 25 cases for the operators of a batch with many adapters: ranks, columns, rows of a plan's tile."""
     c = constants(isa)
-    ranks = around(c["DC"], c["kDotRanks"]) + [2 * c["kDotRanks"] + 1]
-    columns = around(c["kDotDepth"], c["kWidth"], step=32)
-    rows = [c["DR"] + 1, c["kMaxFew"], 4 * c["MR"] + 1, *around(16, c["kMaxTileRows"])]
+    ranks = around(c["kDotRanks"], c["kRanksAtOnce"]) + [2 * c["kRanksAtOnce"] + 1]
+    columns = around(c["kDotDepth"], c["kStripWidth"], step=32)
+    rows = [c["kDotRows"] + 1, c["kMaxGemv"], 4 * c["kMicroRows"] + 1, *around(16, c["kMaxTileRows"])]
     kinds, turns = _kinds(), [Turns(rows), Turns(columns, 1), Turns(columns, 2), Turns(ranks)]
     count = 2 * max(map(len, (ranks, columns, rows)))
     sizes = [[turn.take() for turn in turns] for _ in range(count)]
     found = [_case(kinds, M, N, K)._replace(R=R) for M, N, K, R in sizes]
-    for shape in ((5, c["kDepth"] + 1, c["kWidth"] + 32), (c["kMaxFew"], 33, c["kDotDepth"] + 32)):
+    for shape in ((5, c["kDepth"] + 1, c["kStripWidth"] + 32), (c["kMaxGemv"], 33, c["kDotDepth"] + 32)):
         found.append(_case(kinds, *shape))
     return found
 
