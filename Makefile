@@ -23,7 +23,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check clean
+.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check planted-faults clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -36,6 +36,9 @@ demo: build/.installed ## build everything in .venv and run the demo on a small 
 test: build/.installed emulator build/triton-oldest build/transformers-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
 	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
 		LOWRANK_TRANSFORMERS_OLDEST=$(abspath build/transformers-oldest) $(PY) -m pytest $(ARGS)
+
+planted-faults: build/.installed emulator ## plant faults in a copy of the sources; the tests must notice each (ARGS='--list', '--shard 0/4')
+	@PYTHONPATH=. $(PY) python_tests/planted_faults.py $(ARGS)
 
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
