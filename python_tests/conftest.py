@@ -43,7 +43,7 @@ torch.set_num_threads(THREADS)
 
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
 SHARD = tuple(map(int, os.environ.get("LOWRANK_TEST_SHARD", "0/1").split("/")))
-TRITON_SHARDS = 24
+TRITON_SHARDS = 16
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
 ONLY_TRITON = os.environ.get("LOWRANK_BACKEND") == "triton"
 ON_GPU = os.environ.get("LOWRANK_TEST_DEVICE") == "cuda"

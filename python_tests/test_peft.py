@@ -318,8 +318,9 @@ def test_fan_in_fan_out_is_reset_with_a_warning():
 # -- torch -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("active", [["default"], ["default", "b"]])
+@pytest.mark.parametrize(
+    "active", [["default"], pytest.param(["default", "b"], marks=pytest.mark.slow)]
+)
 def test_compile_without_a_graph_break(active):
     model = wrapped(r=4)
     model.add_adapter("b", peft.LoraConfig(target_modules=["up"], r=2, init_lora_weights=False))
