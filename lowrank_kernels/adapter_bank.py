@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .adapter import layer_of
-from .adapter_files import read_adapter, read_state_dict
+from .adapter_format import read_adapter, read_state_dict
 from .multi_lora.pages import ModulePages
 from .multi_lora.plan import PageTable, Plan, active, set_active
 from .nn import LoRALinear4bit, lora_layers

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from .nn import LoRALinear4bit, lora_layers
+from .paths import some
 from .targets import matches, read_patterns
-
-_SHOWN = 4  # layers that a message names
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -82,7 +81,7 @@ def add_adapter(
     }
     LoRALinear4bit(1, 1, adapter_name=name, device="meta", **arguments)  # raises for a bad one
     if taken := [path for path, layer in targeted.items() if name in layer.r]:
-        raise ValueError(f"name: expected a new adapter, got {name!r}, which {_some(taken)} have")
+        raise ValueError(f"name: expected a new adapter, got {name!r}, which {some(taken)} have")
     for layer in targeted.values():
         layer.add_adapter(name, **arguments)
     for layer in layers.values():
@@ -215,7 +214,7 @@ def _targeted(
             got = pattern if isinstance(pattern, str) else pattern[0]
             raise ValueError(
                 f"target_modules: {got!r} matches no LoRALinear4bit (see replace_linear); here are "
-                f"{_some(layers)}"
+                f"{some(layers)}"
             )
     if not patterns:
         raise ValueError(f"target_modules: expected at least one name, got {target_modules!r}")
@@ -224,10 +223,4 @@ def _targeted(
 
 def _require_unmerged(action: str, layers: dict[str, LoRALinear4bit]) -> None:
     if merged := [path for path, layer in layers.items() if layer.merged]:
-        raise RuntimeError(f"{action}: {_some(merged)}: merged; call unmerge_adapter() first")
-
-
-def _some(paths: Iterable[str]) -> str:
-    paths = list(paths)
-    rest = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + rest
+        raise RuntimeError(f"{action}: {some(merged)}: merged; call unmerge_adapter() first")

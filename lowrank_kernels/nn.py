@@ -12,6 +12,7 @@ from .functional import linear_4bit, lora_linear_4bit
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
 from .multi_lora.plan import active as active_plan
+from .paths import named_modules
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
@@ -259,9 +260,7 @@ class LoRALinear4bit(Linear4bit):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
-    """Every LoRALinear4bit by its path in the model, not in a PEFT wrapper of it."""
+    """Every LoRALinear4bit by its path in the model, not in a wrapper of the model or of its parts."""
     return {
-        path.removeprefix(PREFIX): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear4bit)
+        path: module for path, module in named_modules(model) if isinstance(module, LoRALinear4bit)
     }

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapter_files import INITIALISATIONS
+from ..adapter_format import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
 from ..nn import LoRALinear4bit
