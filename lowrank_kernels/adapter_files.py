@@ -44,11 +44,12 @@ def write_adapter(
     """:func:`save_adapter` with A and B of each layer from ``parameters``."""
     layers = lora_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
+    everywhere = layers.values()
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
     if not layers:
         raise ValueError(f"name: expected an adapter of the model, one of {adapters}, got {name!r}")
     config = _config_of(model, layers, name)
-    _warn_of_the_rest(model, layers.values(), name)
+    _warn_of_the_rest(model, everywhere, name)
     tensors = {}
     for layer_path, layer in layers.items():
         for part, parameter in zip(("lora_A", "lora_B"), parameters(layer), strict=True):
@@ -103,18 +104,27 @@ def _write(target: Path, write: Callable[[Path], object]) -> None:
 
 def _warn_of_the_rest(model: nn.Module, layers: Iterable[LoRALinear4bit], name: str) -> None:
     """Names what trains and is in no adapter file, so that nobody takes the file for the whole model."""
-    saved = {id(part) for layer in layers for part in layer.adapter_parameters(name)}
-    rest = [
-        f"{path}.{own}" if path else own
-        for path, module in named_modules(model)
-        for own, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad and id(parameter) not in saved
-    ]
+    adapter_of = {
+        id(part): adapter
+        for layer in layers
+        for adapter in layer.r
+        for part in layer.adapter_parameters(adapter)
+    }
+    rest: dict[str, None] = {}
+    for path, module in named_modules(model):
+        for own, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            adapter = adapter_of.get(id(parameter))
+            if adapter is None:
+                rest[f"{path}.{own}" if path else own] = None
+            elif adapter != name:
+                rest[f"adapter {adapter!r}"] = None
     if rest:
         warnings.warn(
-            f"save_adapter: these parameters require gradients and are not in the file of adapter {name!r}, "
-            f"which holds its A and B alone: {some(rest)}. Save them too (from model.state_dict(), or other "
-            "adapters by their names) if they were trained",
+            f"save_adapter: what requires gradients and is not in the file of adapter {name!r}, which holds its A "
+            f"and B alone: {some(rest)}. If it was trained, save it too: other adapters by their names, "
+            "the rest from model.state_dict()",
             stacklevel=4,
         )
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .adapter import AdapterSettings, check_adapter_name
 from .nn import LoRALinear4bit, lora_layers
 from .paths import some
 from .targets import matches, read_patterns
@@ -47,12 +48,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def add_adapter(
     model: nn.Module,
     name: str,
-    r: int = 16,
-    lora_alpha: float = 32,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
-    adapter_dtype: torch.dtype | None = None,
+    r: int = AdapterSettings.r,
+    lora_alpha: float = AdapterSettings.lora_alpha,
+    lora_dropout: float = AdapterSettings.lora_dropout,
+    use_rslora: bool = AdapterSettings.use_rslora,
+    init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
+    adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     target_modules: str | Iterable[str] = "all-linear",
 ) -> None:
     """Adds adapter ``name`` to the model's :class:`LoRALinear4bit` layers.
@@ -71,19 +72,14 @@ def add_adapter(
     """
     layers = _layers(model)
     targeted = _targeted(layers, target_modules)
-    arguments = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "use_rslora": use_rslora,
-        "init_lora_weights": init_lora_weights,
-        "adapter_dtype": adapter_dtype,
-    }
-    LoRALinear4bit(1, 1, adapter_name=name, device="meta", **arguments)  # raises for a bad one
+    settings = AdapterSettings(
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+    )
+    check_adapter_name(name)
     if taken := [path for path, layer in targeted.items() if name in layer.r]:
         raise ValueError(f"name: expected a new adapter, got {name!r}, which {some(taken)} have")
     for layer in targeted.values():
-        layer.add_adapter(name, **arguments)
+        layer._add_adapter(name, settings)
     for layer in layers.values():
         if layer.active_adapter is None and not layer.merged:
             layer.set_adapter(name)

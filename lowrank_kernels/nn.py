@@ -7,7 +7,7 @@ import contextlib
 import torch
 from torch import nn
 
-from .adapter import check_adapter, check_adapter_name, lora_scaling
+from .adapter import AdapterSettings, check_adapter_name, lora_scaling, train_only
 from .functional import linear_4bit, lora_linear_4bit
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
@@ -46,46 +46,47 @@ class LoRALinear4bit(Linear4bit):
         out_features: int,
         bias: bool = True,
         *,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        r: int = AdapterSettings.r,
+        lora_alpha: float = AdapterSettings.lora_alpha,
+        lora_dropout: float = AdapterSettings.lora_dropout,
+        use_rslora: bool = AdapterSettings.use_rslora,
+        init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
         adapter_name: str = "default",
-        adapter_dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
         **base,
     ) -> None:
         """Adapter arguments as in :meth:`add_adapter`; ``base``: the keywords of Linear4bit."""
-        super().__init__(in_features, out_features, bias, **base)
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        settings = AdapterSettings(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
         )
+        super().__init__(in_features, out_features, bias, **base)
+        self._add_adapter(adapter_name, settings)
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Linear,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        r: int = AdapterSettings.r,
+        lora_alpha: float = AdapterSettings.lora_alpha,
+        lora_dropout: float = AdapterSettings.lora_dropout,
+        use_rslora: bool = AdapterSettings.use_rslora,
+        init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
         adapter_name: str = "default",
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
         quant_storage: torch.dtype = torch.uint8,
-        adapter_dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     ) -> LoRALinear4bit:
         """``linear`` quantized as by :meth:`Linear4bit.from_linear`, with one active adapter.
 
         The other arguments, and what they raise: :meth:`add_adapter`.
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-        self = super().from_linear(linear, quant_type, blocksize, double_quant, quant_storage)
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        settings = AdapterSettings(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
         )
+        self = super().from_linear(linear, quant_type, blocksize, double_quant, quant_storage)
+        self._add_adapter(adapter_name, settings)
         return self
 
     def _setup(self, w, bias):
@@ -107,12 +108,12 @@ class LoRALinear4bit(Linear4bit):
     def add_adapter(
         self,
         name: str,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
+        r: int = AdapterSettings.r,
+        lora_alpha: float = AdapterSettings.lora_alpha,
+        lora_dropout: float = AdapterSettings.lora_dropout,
+        use_rslora: bool = AdapterSettings.use_rslora,
+        init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
+        adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     ) -> None:
         """Adds adapter ``name``; it becomes active if none is, otherwise by :meth:`set_adapter`.
 
@@ -121,22 +122,29 @@ class LoRALinear4bit(Linear4bit):
         ``adapter_dtype`` is float32 unless given, also over a 16-bit base.
         Raises ValueError or TypeError naming the argument, also for a name that exists.
         """
+        settings = AdapterSettings(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+        self._add_adapter(name, settings)
+
+    def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
         check_adapter_name(name)
         if name in self.r:
             raise ValueError(f"name: expected a new adapter, got {name!r}, one of {list(self.r)}")
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-        factory = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
+        r, dtype = settings.r, settings.adapter_dtype or torch.float32
+        factory = {"device": self.weight.device, "dtype": dtype}
         A = nn.Linear(self.in_features, r, bias=False, **factory)
         B = nn.Linear(r, self.out_features, bias=False, **factory)
-        if init_lora_weights == "gaussian":
+        if settings.init_lora_weights == "gaussian":
             nn.init.normal_(A.weight, std=1 / r)
-        if init_lora_weights:
+        if settings.init_lora_weights:
             nn.init.zeros_(B.weight)
         self.lora_A[name] = A.train(self.training).requires_grad_(False)
         self.lora_B[name] = B.train(self.training).requires_grad_(False)
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self.lora_dropout[name], self.use_rslora[name] = float(lora_dropout), bool(use_rslora)
-        self.scaling[name] = lora_scaling(r, lora_alpha, use_rslora)
+        self.r[name], self.lora_alpha[name] = r, settings.lora_alpha
+        self.lora_dropout[name] = float(settings.lora_dropout)
+        self.use_rslora[name] = settings.use_rslora
+        self.scaling[name] = lora_scaling(r, settings.lora_alpha, settings.use_rslora)
         if self._active_adapter is None and not self.merged:
             self.set_adapter(name)
 
@@ -164,9 +172,7 @@ class LoRALinear4bit(Linear4bit):
             raise TypeError(f"name: expected a string, got {type(name).__name__}")
         self._require_unmerged("set_adapter")
         self._active_adapter = name
-        for adapter in self.r:
-            for parameter in self.adapter_parameters(adapter):
-                parameter.requires_grad_(adapter == name)
+        train_only(self, (name,))
 
     def adapter_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A ``[r, in_features]`` and B ``[out_features, r]`` of adapter ``name``."""

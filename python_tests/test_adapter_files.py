@@ -529,9 +529,15 @@ def test_marks_in_a_file_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.norm.weight", "lm_head.weight", f"{Q0}.lora_A.other.weight", f"{Q0}.bias"]
+    ("name", "named"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        (f"{Q0}.bias", f"{Q0}.bias"),
+        (f"{Q0}.lora_A.other.weight", "adapter 'other'"),
+    ],
 )
-def test_a_warning_names_what_trains_and_is_not_saved(tmp_path, name):
+def test_a_warning_names_what_trains_and_is_not_saved(tmp_path, name, named):
     model, _ = pair(target_modules=["q_proj"])
     lora_layers(model)[Q0].add_adapter("other", r=2)
     lora_layers(model)[Q0].bias = nn.Parameter(torch.zeros(64), requires_grad=False)
@@ -539,10 +545,12 @@ def test_a_warning_names_what_trains_and_is_not_saved(tmp_path, name):
         warnings.simplefilter("error")
         save_adapter(model, tmp_path)
     model.get_parameter(name).requires_grad_(True)
-    with pytest.warns(UserWarning, match=f"not in the file of adapter 'default'.*: {name}\\.") as w:
+    with pytest.warns(
+        UserWarning, match=f"not in the file of adapter 'default'.*: {named}\\. "
+    ) as w:
         save_adapter(model, tmp_path)
     assert w[0].filename == __file__
-    with pytest.warns(UserWarning, match=f": {name}\\."):
+    with pytest.warns(UserWarning, match=f": {named}\\. "):
         save_adapter(torch.compile(model), tmp_path)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .. import int8
+from ..adapter import AdapterSettings
 from ..backends import check_batch_invariant
 from ..functional import autocast, dropout_seed, wants_grad
 from ..multi_lora.plan import active as active_plan
@@ -51,12 +52,9 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
             modules[name].weight = new
             modules[name].out_features, modules[name].in_features = new.shape
 
-    def add_adapter(self, name: str, *args, **kwargs) -> None:
-        """:meth:`LoRALinear4bit.add_adapter`; of A and B, which each process draws whole, it keeps its part.
-
-        With equal generators the parts are those of one process.
-        """
-        super().add_adapter(name, *args, **kwargs)
+    def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
+        """Of A and B, which each process draws whole, it keeps its part: with equal generators one process's."""
+        super()._add_adapter(name, settings)
         self._keep_shard(name)
 
     def parts(self) -> Iterator[nn.Parameter]:
