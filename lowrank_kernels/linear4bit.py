@@ -12,6 +12,7 @@ from torch import nn
 
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit
+from .packed import Params4bit, plain
 from .schema import FLOAT_DTYPES
 
 # Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
@@ -24,28 +25,6 @@ _BUFFERS = {
 }
 
 
-class Params4bit(nn.Parameter):
-    """The packed bytes of a 4-bit weight, as a parameter that never requires a gradient.
-
-    PEFT and accelerate know packed parameters by this class name: they then neither upcast a
-    bfloat16 ``quant_storage`` (``prepare_model_for_kbit_training``) nor count two weights as one.
-    """
-
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
-        return torch.Tensor._make_subclass(cls, data.detach(), False)
-
-    def requires_grad_(self, requires_grad: bool = True):
-        """Does nothing, so that ``model.requires_grad_(True)`` passes over the packed bytes."""
-        return self
-
-    def to(self, *args, **kwargs):
-        moved = super().to(*args, **kwargs)
-        return self if moved is self else type(self)(moved)
-
-    def __reduce_ex__(self, protocol):
-        return type(self), (self.data,)
-
-
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a shard that torch.distributed's fully_shard (FSDP2) made of a parameter."""
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and not needed before
@@ -54,10 +33,10 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     """``fn`` of Module._apply on the bytes of ``tensor``: moves, shares, empties; never casts."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    flat = plain(tensor).reshape(-1).view(torch.uint8)
     out = fn(flat)
     if out is flat:
-        return tensor.detach()  # plain: Module._apply may wrap it in an nn.Parameter
+        return plain(tensor)  # Module._apply may wrap it in an nn.Parameter
     if out.dtype != torch.uint8:  # Module.type() casts integers too
         out = flat.to(out.device)
     return out.view(tensor.dtype).reshape(tensor.shape)
@@ -320,6 +299,8 @@ class Linear4bit(nn.Linear):
                 entries[name] = entries[name].clone()
         del entries[key]
         destination.update(entries)
+        if not keep_vars:
+            destination[key] = plain(destination[key])
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
