@@ -92,11 +92,50 @@ class HasAdapters(Protocol):
 
     def adapter_parameters(self, name: str) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def adapter_modules(self, name: str) -> tuple[nn.Module, nn.Module]: ...
+
 
 def layer_of(layer: HasAdapters, name: str) -> AdapterLayer:
-    """Adapter ``name`` as the layer has it; A and B are its parameters."""
+    """Adapter ``name`` as the layer has it, to be used by its parameters A and B alone.
+
+    Raises RuntimeError where A and B are more than that.
+    """
+    check_fused(layer, name)
     settings = (f[name] for f in (layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora))
     return AdapterLayer(*settings, *layer.adapter_parameters(name))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Calling ``module`` runs its class's forward and nothing else: no hooks, of accelerate either."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and not _is_classs_own(module, module.__dict__["forward"]))
+    )
+
+
+def _is_classs_own(module: nn.Module, forward: object) -> bool:
+    """What accelerate leaves behind when its hooks are removed: the class's forward, as an attribute."""
+    return getattr(forward, "__func__", None) is type(module).forward
+
+
+def are_fused(A: nn.Module, B: nn.Module) -> bool:
+    """Whether A and B are plain linear layers, whose weights may be used without calling them.
+
+    They are not with hooks (of offloading, of ZeRO-3, a user's own), parametrizations, weight norm or pruning.
+    """
+    return type(A) is type(B) is nn.Linear and is_bare(A) and is_bare(B)
+
+
+def check_fused(layer: HasAdapters, name: str) -> None:
+    """Raises RuntimeError where A and B of adapter ``name`` are more than their weights."""
+    if not are_fused(*layer.adapter_modules(name)):
+        raise RuntimeError(
+            f"name: lora_A or lora_B of adapter {name!r} has hooks or is parametrized, and an AdapterBank reads "
+            "its parameters alone; remove them, or load a copy from a file or a state dict"
+        )
 
 
 def train_only(layer: HasAdapters, names: Collection[str]) -> None:
@@ -106,5 +145,5 @@ def train_only(layer: HasAdapters, names: Collection[str]) -> None:
     for all that train together under a plan. The later call wins.
     """
     for name in layer.r:
-        for parameter in layer.adapter_parameters(name):
-            parameter.requires_grad_(name in names)
+        for module in layer.adapter_modules(name):
+            module.requires_grad_(name in names)

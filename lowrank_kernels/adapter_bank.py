@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from .adapter import layer_of, train_only
+from .adapter import check_fused, layer_of, train_only
 from .adapter_format import read_adapter, read_state_dict
 from .multi_lora.pages import ModulePages
 from .multi_lora.plan import PageTable, Plan, active, set_active
@@ -238,6 +238,8 @@ class AdapterBank(PageTable):
         previous = active()
         try:
             for pages in self._modules.values():
+                for slot in pages.own.keys() & set(plan.slots):
+                    check_fused(pages.layer, pages.own[slot])
                 pages.refresh(plan)
             set_active(plan)
             yield plan

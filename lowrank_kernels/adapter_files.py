@@ -53,6 +53,11 @@ def write_adapter(
     tensors = {}
     for layer_path, layer in layers.items():
         for part, parameter in zip(("lora_A", "lora_B"), parameters(layer), strict=True):
+            if parameter.is_meta:
+                raise ValueError(
+                    f"name: {layer_path}.{part}: expected a parameter with data, got one on the meta device (is the "
+                    "model offloaded? Save it before, or after accelerate.hooks.remove_hook_from_submodules)"
+                )
             tensor = parameter.detach().to("cpu", copy=True).contiguous()
             tensors[f"{PREFIX}{layer_path}.{part}.weight"] = tensor
     folder = Path(path)
@@ -79,6 +84,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     for layer_path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"load_adapter: {layer_path} is merged; call unmerge() first")
+        if name in layer.r and not all(
+            "weight" in m._parameters for m in layer.adapter_modules(name)
+        ):
+            raise ValueError(
+                f"name: {layer_path}: adapter {name!r} computes its weight (it is parametrized, pruned or has weight "
+                "norm), so values cannot be loaded into it; delete it first, or give another name"
+            )
     loaded = read_adapter(layers, path, model)
 
     for layer_path, layer in layers.items():
@@ -108,7 +120,8 @@ def _warn_of_the_rest(model: nn.Module, layers: Iterable[LoRALinear4bit], name: 
         id(part): adapter
         for layer in layers
         for adapter in layer.r
-        for part in layer.adapter_parameters(adapter)
+        for module in layer.adapter_modules(adapter)
+        for part in module.parameters()
     }
     rest: dict[str, None] = {}
     for path, module in named_modules(model):

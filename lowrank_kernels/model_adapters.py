@@ -41,7 +41,8 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
         for name in layer.r:
             adapter = found.setdefault(name, Adapter({}, []))
             adapter.layers[path] = layer
-            adapter.parameters.extend(layer.adapter_parameters(name))
+            for module in layer.adapter_modules(name):
+                adapter.parameters.extend(module.parameters())
     return found
 
 
@@ -112,7 +113,8 @@ def set_adapter(model: nn.Module, name: str) -> contextlib.AbstractContextManage
     _having(layers, name)
     _require_unmerged("set_adapter", layers)
     before = {layer: layer.active_adapter for layer in layers.values()}
-    parts = [p for l in layers.values() for own in l.r for p in l.adapter_parameters(own)]
+    modules = [m for l in layers.values() for own in l.r for m in l.adapter_modules(own)]
+    parts = [parameter for module in modules for parameter in module.parameters()]
     required = [p.requires_grad for p in parts]
 
     def undo():

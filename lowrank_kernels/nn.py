@@ -5,9 +5,17 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .adapter import AdapterSettings, check_adapter_name, lora_scaling, train_only
+from .adapter import (
+    AdapterSettings,
+    are_fused,
+    check_adapter_name,
+    is_bare,
+    lora_scaling,
+    train_only,
+)
 from .functional import linear_4bit, lora_linear_4bit
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
@@ -176,13 +184,19 @@ class LoRALinear4bit(Linear4bit):
 
     def adapter_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A ``[r, in_features]`` and B ``[out_features, r]`` of adapter ``name``."""
-        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
-        modules = self._modules
-        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        A, B = self.adapter_modules(name)
         try:
             return A._parameters["weight"], B._parameters["weight"]
-        except KeyError:  # a replica of nn.DataParallel has attributes instead
+        except (
+            KeyError
+        ):  # a replica of nn.DataParallel has attributes, a parametrized layer computes
             return A.weight, B.weight
+
+    def adapter_modules(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """The modules that hold A and B of adapter ``name``."""
+        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
+        modules = self._modules
+        return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
 
     def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as they are saved. Raises RuntimeError where this process has only parts of them."""
@@ -233,6 +247,11 @@ class LoRALinear4bit(Linear4bit):
             state = "adapters are disabled" if self._disabled else "no adapter is active"
             raise RuntimeError(f"merge: {state} on this layer, which has {list(self.r)}")
         if (name := self._active_adapter) in self.r:
+            if not all(map(is_bare, self.adapter_modules(name))):
+                raise RuntimeError(
+                    f"merge: lora_A or lora_B of adapter {name!r} has hooks (offloading, weight norm, pruning, or "
+                    "your own), which a merged weight cannot have; remove them first"
+                )
             A, B = self.adapter_parameters(name)
             self._merge_weight(lambda W: W.addmm_(B.float(), A.float(), alpha=self.scaling[name]))
         else:
@@ -258,8 +277,17 @@ class LoRALinear4bit(Linear4bit):
         if self._disabled or self._unmerged is not None or name not in self.r:
             return linear_4bit(x, self.weight4bit, bias)
         dropout_p = self.lora_dropout[name] if self.training else 0.0
+        if not are_fused(*self.adapter_modules(name)):
+            return self._by_calls(x, name, dropout_p)
         A, B = self.adapter_parameters(name)
         return lora_linear_4bit(x, self.weight4bit, A, B, self.scaling[name], bias, dropout_p)
+
+    def _by_calls(self, x: torch.Tensor, name: str, dropout_p: float) -> torch.Tensor:
+        """The forward where A or B is more than its weight: what they are is called, as PEFT does."""
+        A, B = self.adapter_modules(name)
+        y = linear_4bit(x, self.weight4bit, self._parameters["bias"])
+        own = next(A.parameters(), x).dtype
+        return (y + B(A(F.dropout(x.to(own), dropout_p))) * self.scaling[name]).to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, active_adapter={self._active_adapter!r}"

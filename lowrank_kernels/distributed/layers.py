@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import int8
-from ..adapter import AdapterSettings
+from ..adapter import AdapterSettings, are_fused
 from ..backends import check_batch_invariant
 from ..functional import autocast, dropout_seed, wants_grad
 from ..multi_lora.plan import active as active_plan
@@ -85,6 +85,11 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
         A = B = None
         scaling = dropout_p = 0.0
         if not self._disabled and name in self.r:
+            if not are_fused(*self.adapter_modules(name)):
+                raise RuntimeError(
+                    f"forward: lora_A or lora_B of adapter {name!r} has hooks or is parametrized, which is not "
+                    "implemented for parallel layers"
+                )
             (A, B), scaling = self.adapter_parameters(name), self.scaling[name]
             dropout_p = self.lora_dropout[name] if self.training else 0.0
         int8.check(x, w, wants_grad(x, A, B, bias))

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapter import are_fused, is_bare
 from ..adapter_format import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
@@ -96,7 +97,7 @@ class PeftLinear4bit(peft_lora.Linear):
         """Those of ``names`` that the layer has; None if for one of them only PEFT's own way is right."""
         modules = self._modules  # past Module.__getattr__, which is slow
         base = modules["base_layer"]
-        if type(base).forward is not Linear4bit.forward or not _is_bare(base):
+        if type(base).forward is not Linear4bit.forward or not is_bare(base):
             return None
         found = {}
         for name in names:
@@ -113,11 +114,11 @@ class PeftLinear4bit(peft_lora.Linear):
         A, B, dropout = (
             modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
         )
-        if name in self.lora_variant or not (type(A) is type(B) is nn.Linear):
+        if name in self.lora_variant or not are_fused(A, B):
             return None
         if type(dropout) not in (nn.Identity, nn.Dropout):
             return None
-        if not (_is_bare(A) and _is_bare(B) and _is_bare(dropout)):
+        if not is_bare(dropout):
             return None
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         if p >= 1.0:
@@ -226,17 +227,6 @@ class PeftLinear4bit(peft_lora.Linear):
         if not bias.isfinite().all():
             raise ValueError(f"merge: expected finite biases, those of {names} are not")
         return bias
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Calling ``module`` runs its class's forward and nothing else: no hooks, of accelerate either."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _check_config(config) -> None:
