@@ -310,6 +310,7 @@ class Linear4bit(nn.Linear):
         if self.merged and own:
             error_msgs.append(f"{key}: the layer is merged; call unmerge() before loading")
             return
+        self._warn_of_adapters(state_dict, prefix)
         rest = {k: v for k, v in state_dict.items() if k not in own}
         missing: list[str] = []
         super()._load_from_state_dict(
@@ -341,6 +342,20 @@ class Linear4bit(nn.Linear):
             copies = {n: t.to(self.weight.device, copy=True) for n, t in w.tensors().items()}
             w = dataclasses.replace(w, **copies)
         self._set_weight4bit(w)
+
+    def _warn_of_adapters(self, state_dict, prefix: str) -> None:
+        """With ``strict=False``, which torch does not tell us, adapters that the layer lacks would vanish."""
+        start = prefix + "lora_A."
+        names = {
+            key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)
+        }
+        lost = names - set(self._modules.get("lora_A", ()))
+        if lost:
+            warnings.warn(
+                f"load_state_dict: the adapters {sorted(lost)} of the state dict are not loaded, since layers lack "
+                "them; add them first (replace_linear, add_adapter), or use save_adapter and load_adapter",
+                stacklevel=2,
+            )
 
     def _read_weight(self, entries: dict[str, torch.Tensor], key: str) -> Weight4bit:
         """The 4-bit weight in ``entries``, or a dense one quantized; ValueError if neither."""
