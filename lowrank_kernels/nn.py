@@ -21,6 +21,7 @@ from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
 from .multi_lora.plan import active as active_plan
 from .paths import named_modules
+from .ragged import by_rows, is_ragged
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
@@ -267,6 +268,8 @@ class LoRALinear4bit(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype: :func:`lora_linear_4bit`."""
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         bias, name = self._parameters["bias"], self._active_adapter
         if (plan := active_plan()) is not None and not self._disabled:
             self._require_unmerged("forward under a plan")

@@ -14,6 +14,7 @@ from ..backends import check_batch_invariant
 from ..functional import autocast, dropout_seed, wants_grad
 from ..multi_lora.plan import active as active_plan
 from ..nn import LoRALinear4bit, only_a_part
+from ..ragged import by_rows, is_ragged
 from ..schema import check_linear, check_tensor
 from .functional import ColumnParallel, RowParallel
 from .shards import Cut, GatherColumns, OwnColumns, Place
@@ -141,6 +142,8 @@ class ColumnParallelLoRALinear4bit(ParallelLoRALinear4bit):
         return A, self.place.all_gather(B.T, self.weight_cut).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         rows = self._inputs(x)
         name = self._active_adapter
         ranks = self.ranks(name) if name in self.r else None
@@ -180,6 +183,8 @@ class RowParallelLoRALinear4bit(ParallelLoRALinear4bit):
         return self.place.all_gather(A, self.weight_cut), B
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         rows = self._inputs(x)
         if not self.input_is_parallel:
             if x.dim() == 0 or x.shape[-1] != self.in_features:

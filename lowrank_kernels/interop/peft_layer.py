@@ -21,6 +21,7 @@ from ..adapter_format import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
 from ..nn import LoRALinear4bit
+from ..ragged import is_ragged
 from .peft_mixed import Parts, mixed_batch
 
 # The others read or replace the base layer's dense weight as they are initialised.
@@ -84,6 +85,11 @@ class PeftLinear4bit(peft_lora.Linear):
             parts = self.plain_parts(self.active_adapters)
             if parts is not None:
                 return self._fused(x, [*parts.values()])
+        elif kwargs.get("adapter_names") is not None and is_ragged(x):
+            raise TypeError(
+                "x: expected a dense tensor where adapter_names are given, got a nested one (an AdapterBank "
+                "takes those)"
+            )
         return super().forward(x, *args, **kwargs)
 
     def _mixed_batch_forward(self, x, *args, adapter_names: list[str], **kwargs):
