@@ -128,8 +128,6 @@ def many_lowrank(case: Case, rank: int = 0) -> Calls:
     ]
 
 
-def many_lowrank_padded(case: Case) -> Calls:
-    return many_lowrank(case, PADDED)
 
 
 # -- PyTorch ---------------------------------------------------------------------------------------
@@ -140,13 +138,6 @@ def _separate(pool: Pool, count: int) -> list[list[tuple[torch.Tensor, torch.Ten
     return [[(A.clone(), B.clone()) for A, B in adapters_of(pool)] for _ in range(count)]
 
 
-@functools.lru_cache(maxsize=1)
-def _stacked(pool: Pool, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """A [adapters, R, K] and B [adapters, N, R] with R the largest rank, zeros past an adapter's own."""
-    R = max(pool.ranks)
-    A = torch.stack([F.pad(A, (0, 0, 0, R - len(A))) for A, _ in adapters_of(pool)])
-    B = torch.stack([F.pad(B, (0, R - B.shape[1])) for _, B in adapters_of(pool)])
-    return [(A.clone(), B.clone()) for _ in range(count)]
 
 
 def _with_rows(case: Case) -> list[list[tuple]]:
@@ -171,65 +162,23 @@ def _loop_in_place(y, x, adapters):
     return y
 
 
-def many_loop(case: Case) -> Calls:
-    return [functools.partial(_loop, *xy) for xy in _xy(case, _with_rows(case))]
 
 
-def many_loop_in_place(case: Case) -> Calls:
-    return [functools.partial(_loop_in_place, *xy) for xy in _xy(case, _with_rows(case))]
 
 
-def _indexed(case: Case) -> list[tuple]:
-    """(A and B of all adapters, the adapter of each row), for every turn."""
-    count = _copies(case, max(case.ranks))
-    pool, rows = _stacked(pool_of(case), count), torch.tensor(case.rows)
-    indices = [
-        torch.tensor(group_of(case, g)).repeat_interleave(rows).to(case.device)
-        for g in range(case.groups)
-    ]
-    return [(*pool[c], indices[group]) for c, group in _turns(case, count)]
 
 
-def _gather_bmm(y, x, A, B, index):
-    s = torch.bmm(A.index_select(0, index), x.unsqueeze(2))
-    return y.add_(torch.bmm(B.index_select(0, index), s).squeeze(2), alpha=SCALING)
 
 
-def many_gather_bmm(case: Case) -> Calls:
-    return [functools.partial(_gather_bmm, y, x, *turn) for y, x, turn in _xy(case, _indexed(case))]
 
 
 # -- vLLM ------------------------------------------------------------------------------------------
 
 
-def _vllm_cpu(y, x, A, B, index):
-    """Shrink into a float32 buffer, expand into y; for prefill and decode alike.
-
-    Each takes the adapter of every row out of the stack, which makes a copy, and casts that to the
-    dtype of what it writes.
-    """
-    s = torch.zeros(len(x), A.shape[1], device=x.device)
-    s[:] = SCALING * torch.einsum("bi,boi->bo", x.to(s.dtype), A[index].to(s.dtype))
-    y[:] += torch.einsum("bi,boi->bo", s.to(y.dtype), B[index].to(y.dtype))
-    return y
 
 
-def many_vllm_cpu(case: Case) -> Calls:
-    """What vllm/lora/ops/torch_ops does, written here after its source, not run from it."""
-    return [functools.partial(_vllm_cpu, y, x, *turn) for y, x, turn in _xy(case, _indexed(case))]
 
 
-def many_vllm_triton(case: Case) -> Calls:
-    """The scheme of vllm/lora/ops/triton_ops at its default sizes, written here after its source."""
-    try:
-        from . import vllm_triton
-    except ImportError as error:
-        raise Unavailable(f"triton: {error}") from None
-    calls = []
-    for y, x, (A, B, index) in _xy(case, _indexed(case)):
-        batch = vllm_triton.sorted_batch(index)
-        calls.append(functools.partial(vllm_triton.add, y, x, A, B, batch, SCALING))
-    return calls
 
 
 # -- with the base in 4 bits -----------------------------------------------------------------------
@@ -250,12 +199,6 @@ def many_linear_lowrank(case: Case) -> Calls:
     ]
 
 
-def many_linear_separate(case: Case) -> Calls:
-    def both(x, w, turn):
-        return lk.multi_lora_(lk.linear_4bit(x, w), x, *turn)
-
-    pairs = each(case, x_of(case), _with_weights(case, _planned(case)))
-    return [functools.partial(both, x, *pair) for x, pair in pairs]
 
 
 def many_linear_loop(case: Case) -> Calls:
@@ -269,63 +212,17 @@ def many_linear_loop(case: Case) -> Calls:
 # -- training: forward and the gradients of x and of every A and B ---------------------------------
 
 
-def _parameters(case: Case) -> list[torch.Tensor]:
-    """A and B of each adapter of the batch, in turn."""
-    adapters = adapters_of(pool_of(case))[: len(case.rows)]
-    return [t.detach().clone().requires_grad_() for pair in adapters for t in pair]
 
 
-def _trainable_layer(case: Case, w: lk.Weight4bit) -> lk.LoRALinear4bit:
-    """A layer with the batch's adapters as its own, named "0", "1", ..."""
-    layer, values = lk.LoRALinear4bit.from_weight(w), iter(_parameters(case))
-    for u, rank in enumerate(case.ranks):
-        layer.add_adapter(str(u), rank, lora_alpha=SCALING * rank)
-        for parameter in layer.adapter_parameters(str(u)):
-            parameter.data = next(values).detach()
-    return layer
 
 
-def many_training_lowrank(case: Case) -> Calls:
-    """The layers' call under a plan whose adapters are the model's own and want gradients."""
-    layers = {f"layer{i}": _trainable_layer(case, w) for i, w in enumerate(weights_4bit(case))}
-    names = [str(u) for u in range(len(case.rows))]
-    bank = lk.AdapterBank(layers, sum(-(-rank // 8) for rank in case.ranks))
-    for name in names:
-        bank.load(name)
-    bank.trainable(*names)
-    plan, calls = bank.plan(names, case.rows), []
-    for name, layer in layers.items():
-        rest = {"w": layer.weight4bit, "plan": plan, "pages": bank[name]}
-        parameters = [t for n in names for t in layer.adapter_parameters(n)]
-        calls.append((functools.partial(multi_lora_linear_4bit, **rest), parameters))
-    return providers._lora_calls(case, calls)
 
 
-def _training_calls(case: Case, forward) -> Calls:
-    """``forward(x, w, segments, parameters)`` of every weight."""
-    parameters, segments = _parameters(case), _segments(case)
-    triples = list(zip(segments, parameters[::2], parameters[1::2]))
-    layers = [lambda x, w=w: forward(x, w, triples) for w in weights_4bit(case)]
-    return providers._lora_calls(case, [(layer, parameters) for layer in layers])
 
 
-def many_training_one_by_one(case: Case) -> Calls:
-    def forward(x, w, triples):
-        return torch.cat([lk.lora_linear_4bit(x[r], w, A, B, SCALING) for r, A, B in triples])
-
-    return _training_calls(case, forward)
 
 
-def _deltas(x: torch.Tensor, triples: list[tuple]) -> torch.Tensor:
-    return torch.cat([SCALING * F.linear(F.linear(x[rows], A), B) for rows, A, B in triples])
 
 
-def many_training_loop(case: Case) -> Calls:
-    return _training_calls(case, lambda x, w, triples: lk.linear_4bit(x, w) + _deltas(x, triples))
 
 
-def many_training_dequantize(case: Case) -> Calls:
-    def forward(x, w, triples):
-        return F.linear(x, w.dequantize(x.dtype)) + _deltas(x, triples)
-
-    return _training_calls(case, forward)
