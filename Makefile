@@ -43,13 +43,15 @@ bench-peers: build/.installed ## build ggml for the benchmarks to compare with (
 gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names
 	@$(PYTHON) -m bench.gpu $(ARGS)
 
-lint: $(VENV)/.lint ## check style: ruff, clang-format
+lint: $(VENV)/.lint ## check style and that imports go down only: ruff, clang-format, import-linter
 	@echo '[lint] ruff check'
 	@$(VENV)/bin/ruff check --quiet --output-format concise .
 	@echo '[lint] ruff format'
 	@$(VENV)/bin/ruff format --quiet --diff .
 	@echo '[lint] clang-format'
 	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	@mkdir -p build; echo '[lint] import-linter'
+	@PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache >build/lint-imports.log 2>&1 || { cat build/lint-imports.log; exit 1; }
 
 format: $(VENV)/.lint ## rewrite the sources in that style
 	@$(VENV)/bin/ruff check --fix .

@@ -3,6 +3,8 @@
 import typing
 
 from . import backends, distributed
+from .adapter_bank import AdapterBank
+from .adapter_files import load_adapter, save_adapter
 from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
@@ -10,7 +12,6 @@ from .int8 import int8_activations
 from .interop import peft_hook
 from .interop import transformers_hook as _transformers
 from .interop.on_import import on_import as _on_import
-from .interop.peft_files import load_adapter, save_adapter
 from .model_adapters import (
     adapters,
     add_adapter,
@@ -21,7 +22,6 @@ from .model_adapters import (
     set_adapter,
     unmerge_adapter,
 )
-from .multi_lora.bank import AdapterBank
 from .multi_lora.functional import multi_lora_
 from .nn import Linear4bit, LoRALinear4bit
 from .replace import replace_linear

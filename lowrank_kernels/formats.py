@@ -3,65 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Mapping
 
 import torch
 
+from .codebooks import (
+    BLOCKSIZES,
+    DTYPES,
+    STORAGE_DTYPES,
+    check_blocksize,
+    code_of,
+    dynamic_code,
+)
+from .quant_state import kind_of, read_quant_state
+from .reference import block_scales
 from .schema import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div, check_float, ops
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-# NF4: quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
-# FP4: sign, 2 exponent bits, 1 mantissa bit; bitsandbytes' values, largest = 1.
-CODES = {
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    "fp4": tuple(v / 12.0 for v in (
-        0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0,
-    )),
-}  # fmt: skip
-DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
-STORAGES = {"uint8": torch.uint8, **DTYPES}
-_STORAGE_DTYPES = tuple(STORAGES.values())
 _ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
-
-
-def code_of(quant_type: str, device: torch.device | str | None = None) -> torch.Tensor:
-    """The 16 float32 values of "nf4" or "fp4"."""
-    if not isinstance(quant_type, str) or quant_type not in CODES:
-        raise ValueError(f"quant_type: expected 'nf4' or 'fp4', got {quant_type!r}")
-    return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
-
-
-def dynamic_code(device: torch.device | str | None = None) -> torch.Tensor:
-    """The 256 sorted float32 values of the signed dynamic 8-bit type (Dettmers et al., arXiv 1511.04561, 2110.02861).
-
-    Seven decades 10^-6 .. 10^0; decade i holds 2^i fractions, the midpoints of equal steps of [0.1, 1],
-    with both signs; then 0 and 1.
-    """
-    return torch.tensor(_dynamic_values(), dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _dynamic_values() -> tuple[float, ...]:
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
-        for sign in (1, -1):
-            values += (sign * 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2.0)).tolist()
-    return tuple(sorted(values))
-
-
-def check_blocksize(blocksize: object) -> None:
-    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize!r}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,9 +99,7 @@ class Weight4bit:
         Raises TypeError for what is no integer, IndexError outside of the matrix, and ValueError naming the
         multiple that is needed where blocks of 32 do not fit either.
         """
-        from .slices import narrow  # which imports this module
-
-        return narrow(self, dim, start, length)
+        return _narrow(self, dim, start, length)
 
     def __repr__(self) -> str:
         return (
@@ -187,7 +145,7 @@ class Weight4bit:
             key = prefix + suffix
             if not isinstance(state_dict.get(key), torch.Tensor):
                 raise ValueError(
-                    f"state_dict[{key!r}]: expected a tensor, got {_kind(state_dict.get(key))}"
+                    f"state_dict[{key!r}]: expected a tensor, got {kind_of(state_dict.get(key))}"
                 )
             return state_dict[key]
 
@@ -195,7 +153,7 @@ class Weight4bit:
         blobs = [key for key in state_dict if key.startswith(blob_prefix)]
         if len(blobs) != 1:
             raise ValueError(f"state_dict: expected one key {blob_prefix}<nf4|fp4>, got {blobs}")
-        state = _read_quant_state(blobs[0], entry(blobs[0].removeprefix(prefix)))
+        state = read_quant_state(blobs[0], entry(blobs[0].removeprefix(prefix)))
         if blobs[0] != blob_prefix + state["quant_type"]:
             raise ValueError(f"{blobs[0]}: quant_type inside is {state['quant_type']!r}")
         names = ("absmax", "quant_map")
@@ -232,9 +190,9 @@ class Weight4bit:
         blocks = ceil_div(numel, self.blocksize)
         size = ceil_div(numel, 2)
         packed = self.packed
-        if packed.dtype not in _STORAGE_DTYPES:
+        if packed.dtype not in STORAGE_DTYPES:
             raise ValueError(
-                f"{name}: expected packed data in one of {_STORAGE_DTYPES}, got {packed.dtype}"
+                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {packed.dtype}"
             )
         held = packed.numel() * packed.element_size()
         padded = ceil_div(size, packed.element_size()) * packed.element_size()
@@ -258,59 +216,6 @@ class Weight4bit:
         devices = {field: tensor.device for field, tensor in self.tensors().items()}
         if len(set(devices.values())) > 1:
             raise ValueError(f"{name}: expected all tensors on one device, got {devices}")
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _read_quant_state(key: str, blob: torch.Tensor) -> dict:
-    """The quant state's JSON, each field checked."""
-    if blob.dtype != torch.uint8 or blob.dim() != 1 or blob.numel() > 4096 or blob.is_meta:
-        came = f"{blob.dtype} {tuple(blob.shape)} on {blob.device}"
-        raise ValueError(f"{key}: expected at most 4096 uint8 values, got {came}")
-    try:
-        state = json.loads(bytes(blob.tolist()).decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{key}: expected JSON, got {bytes(blob[:40].tolist())!r}: {error}"
-        ) from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{key}: expected a JSON object, got {type(state).__name__}")
-
-    def is_dim(value: object) -> bool:
-        return type(value) is int and 0 <= value < 2**48
-
-    def is_shape(value: object) -> bool:
-        return (
-            isinstance(value, list)
-            and len(value) == 2
-            and all(map(is_dim, value))
-            and math.prod(value) < 2**62
-        )
-
-    nested = any(field.startswith("nested_") for field in state)
-    fields = {
-        "quant_type": (lambda v: v in ("nf4", "fp4"), "'nf4' or 'fp4'"),
-        "blocksize": (lambda v: type(v) is int and v in BLOCKSIZES, f"one of {BLOCKSIZES}"),
-        "dtype": (lambda v: isinstance(v, str) and v in DTYPES, f"one of {tuple(DTYPES)}"),
-        "shape": (is_shape, "two sizes [N, K]"),
-    }
-    if nested:
-        fields |= {
-            "nested_blocksize": (lambda v: v == NESTED_BLOCKSIZE, str(NESTED_BLOCKSIZE)),
-            "nested_dtype": (lambda v: v == "float32", "'float32'"),
-            "nested_offset": (
-                lambda v: type(v) in (int, float) and abs(v) < 3.4e38,  # False for a NaN
-                "a finite float32",
-            ),
-        }
-    for field, (valid, words) in fields.items():
-        if field not in state or not valid(state[field]):
-            raise ValueError(f"{key}: {field}: expected {words}, got {state.get(field)!r}")
-    if unknown := state.keys() - fields:
-        raise ValueError(f"{key}: unknown fields {sorted(unknown)}")
-    return state
 
 
 # -- quantization --------------------------------------------------------------------------------------------
@@ -337,8 +242,8 @@ def quantize_4bit(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected a matrix [N, K], got shape {tuple(weight.shape)}")
     check_blocksize(blocksize)
-    if quant_storage not in _STORAGE_DTYPES:
-        raise ValueError(f"quant_storage: expected one of {_STORAGE_DTYPES}, got {quant_storage}")
+    if quant_storage not in STORAGE_DTYPES:
+        raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
     code = code_of(quant_type, weight.device)
     weight = weight.detach()
     packed, absmax = ops.quantize_4bit(weight, code, blocksize)
@@ -374,3 +279,84 @@ def _check_finite(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) ->
         raise ValueError(
             f"weight: expected finite values, got {float(weight[index])} at index {index}"
         )
+
+
+# -- slices --------------------------------------------------------------------------------------------------
+
+_LEAST = BLOCKSIZES[0]  # elements that must stay together
+
+
+def _narrow(w: Weight4bit, dim: int, start: int, length: int) -> Weight4bit:
+    """See :meth:`Weight4bit.narrow`.
+
+    The slice is ``runs`` equal runs of the flat weight, ``run`` elements each, the first at ``first``, one every
+    ``pitch``. Rows are one run. Each run begins with a block, which so must begin within the blocks of the whole.
+    """
+    _check_slice(w, dim, start, length)
+    N, K = w.shape
+    if dim == 1 and N > 1 and length < K:
+        shape, runs, run, first, pitch = (N, length), N, length, start, K
+        fits = [b for b in BLOCKSIZES if start % b == length % b == K % b == 0]
+    else:
+        shape = (length, K) if dim == 0 else (N, length)
+        runs, run, first, pitch = 1, math.prod(shape), start * (K if dim == 0 else 1), 0
+        fits = [b for b in BLOCKSIZES if first % b == 0]
+    fits = [b for b in fits if b <= w.blocksize]
+    if not fits:
+        raise ValueError(_misaligned(K, dim, start, length))
+    blocksize = fits[-1]
+
+    data, size = w.packed.reshape(-1).view(torch.uint8), ceil_div(run, 2)
+    data = data.as_strided(
+        (runs, size), (pitch // 2, 1), data.storage_offset() + first // 2
+    ).flatten()
+    starts = torch.arange(runs, device=w.device)[:, None] * pitch + first
+    steps = torch.arange(ceil_div(run, blocksize), device=w.device) * blocksize
+    blocks = (starts + steps).flatten() // w.blocksize
+    first_block = first // w.blocksize
+    if (
+        w.double_quant
+        and blocksize == w.blocksize
+        and runs == 1
+        and first_block % NESTED_BLOCKSIZE == 0
+    ):
+        nested = blocks[::NESTED_BLOCKSIZE] // NESTED_BLOCKSIZE
+        scales = {"absmax": w.absmax[blocks], "nested_absmax": w.nested_absmax[nested]}
+    else:
+        absmax = block_scales(w.absmax, w.nested_absmax, w.nested_code, w.nested_offset)[blocks]
+        nothing = dict.fromkeys(("nested_absmax", "nested_code", "nested_offset"))
+        scales = {"absmax": absmax, **nothing}
+    packed = _stored_like(w.packed, data)
+    return dataclasses.replace(
+        w, packed=packed, shape=torch.Size(shape), blocksize=blocksize, **scales
+    )
+
+
+def _check_slice(w: Weight4bit, dim: object, start: object, length: object) -> None:
+    if any(type(value) is not int for value in (dim, start, length)):
+        raise TypeError(f"dim, start, length: expected integers, got {(dim, start, length)!r}")
+    if dim not in (0, 1):
+        raise IndexError(f"dim: expected 0 (rows) or 1 (columns), got {dim}")
+    if start < 0 or length < 0 or start + length > w.shape[dim]:
+        raise IndexError(
+            f"start, length: expected a part of {w.shape[dim]} {'columns' if dim else 'rows'}, "
+            f"got {length} from {start} on"
+        )
+
+
+def _misaligned(K: int, dim: int, start: int, length: int) -> str:
+    if dim == 0:
+        multiple = _LEAST // math.gcd(K, _LEAST)
+        return f"start: expected a multiple of {multiple} for rows of {K} columns, got {start}"
+    if K % _LEAST:
+        return f"dim: expected 0, since columns can be cut only where K is a multiple of {_LEAST}, got 1 for K = {K}"
+    return f"start, length: expected multiples of {_LEAST} for columns, got {start}, {length}"
+
+
+def _stored_like(packed: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+    """``data`` in the storage dtype and the orientation of ``packed``."""
+    padded = data.new_zeros(ceil_div(data.numel(), packed.itemsize) * packed.itemsize)
+    padded[: data.numel()] = data  # a copy, also of rows, which were a view
+    data = padded.view(packed.dtype)
+    row = packed.dim() == 2 and packed.shape[0] == 1 and packed.shape[1] > 1
+    return data[None, :] if row else data[:, None]

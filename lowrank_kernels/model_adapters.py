@@ -13,9 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .interop.peft_files import lora_layers
-from .nn import LoRALinear4bit
-from .replace import matches, read_patterns
+from .nn import LoRALinear4bit, lora_layers
+from .targets import matches, read_patterns
 
 _SHOWN = 4  # layers that a message names
 

@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 from torch import nn
 
+from .adapter import check_adapter, check_adapter_name, lora_scaling
 from .functional import linear_4bit, lora_linear_4bit
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi_lora_linear_4bit
 from .multi_lora.plan import active as active_plan
-from .schema import FLOAT_DTYPES
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
 
-def check_adapter_name(name: object) -> None:
-    """It becomes a key of an nn.ModuleDict, which refuses dots and its own attributes ("keys")."""
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-        raise ValueError(
-            f"name: expected a non-empty string without '.' that is no attribute of nn.ModuleDict, "
-            f"got {name!r}"
-        )
-
-
-def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
-    """``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` for rsLoRA."""
-    return lora_alpha / (math.sqrt(r) if use_rslora else r)
-
-
-def _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype) -> None:
-    if type(r) is not int or r < 1:
-        raise ValueError(f"r: expected an integer >= 1, got {r!r}")
-    if not isinstance(lora_alpha, int | float) or not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-    if not isinstance(lora_dropout, int | float) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout: expected 0 <= lora_dropout < 1, got {lora_dropout!r}")
-    if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(
-            f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}"
-        )
-    if adapter_dtype is not None and adapter_dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"adapter_dtype: expected float32, bfloat16 or float16, got {adapter_dtype}"
-        )
+PREFIX = "base_model.model."
 
 
 def only_a_part() -> RuntimeError:
@@ -109,7 +80,7 @@ class LoRALinear4bit(Linear4bit):
 
         The other arguments, and what they raise: :meth:`add_adapter`.
         """
-        _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         self = super().from_linear(linear, quant_type, blocksize, double_quant, quant_storage)
         self.add_adapter(
             adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
@@ -152,7 +123,7 @@ class LoRALinear4bit(Linear4bit):
         check_adapter_name(name)
         if name in self.r:
             raise ValueError(f"name: expected a new adapter, got {name!r}, one of {list(self.r)}")
-        _check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
+        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
         factory = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
         A = nn.Linear(self.in_features, r, bias=False, **factory)
         B = nn.Linear(r, self.out_features, bias=False, **factory)
@@ -285,3 +256,12 @@ class LoRALinear4bit(Linear4bit):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, active_adapter={self._active_adapter!r}"
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
+    """Every LoRALinear4bit by its path in the model, not in a PEFT wrapper of it."""
+    return {
+        path.removeprefix(PREFIX): module
+        for path, module in model.named_modules()
+        if isinstance(module, LoRALinear4bit)
+    }

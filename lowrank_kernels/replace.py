@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from . import tables
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
+from .targets import matches, read_patterns
 
 _HOOKS = (
     "_forward_hooks",
@@ -202,28 +202,6 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
 
 
 # -- which layers ----------------------------------------------------------------------------------
-
-
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for all of ``name``, a list holds its ends."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
-
-
-def read_patterns(argument: str, value: object) -> str | list[str]:
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(
-                f"{argument}: expected a regular expression, got {value!r}: {error}"
-            ) from None
-        return value
-    names = list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{argument}: expected a string or strings, got {value!r}")
-    return names
 
 
 def _plan(

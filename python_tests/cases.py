@@ -17,7 +17,7 @@ import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels import Weight4bit, backends
-from lowrank_kernels.formats import BLOCKSIZES, code_of, dynamic_code
+from lowrank_kernels.codebooks import BLOCKSIZES, code_of, dynamic_code
 from lowrank_kernels.schema import NESTED_BLOCKSIZE, RANK_STEP, ceil_div, ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16

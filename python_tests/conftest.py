@@ -27,7 +27,7 @@ import torch
 import cases
 import lowrank_kernels as lk
 import tolerance
-from lowrank_kernels.formats import code_of
+from lowrank_kernels.codebooks import code_of
 
 # `make test` builds it; another one can be named (the emulator runs the CUDA kernels, see docs/cuda.md).
 EMULATOR = pathlib.Path(__file__).parents[1] / "build/emulator/liblowrank_cuda_emulated.so"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lowrank_kernels.interop.peft_files import load_adapter, save_adapter
+from lowrank_kernels.adapter_files import load_adapter, save_adapter
 from lowrank_kernels.nn import Linear4bit, LoRALinear4bit
 from lowrank_kernels.replace import replace_linear
 from tolerance import assert_same_bits
@@ -390,7 +390,7 @@ def test_missing_files_pickles_and_states(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from lowrank_kernels.interop import peft_files
+    from lowrank_kernels import adapter_files
 
     model, _ = pair(target_modules=["q_proj"])
     save_adapter(model, tmp_path)
@@ -400,7 +400,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(peft_files, "save_file", full_disk)
+    monkeypatch.setattr(adapter_files, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lowrank_kernels as lk
-from lowrank_kernels.interop.peft_files import lora_layers
+from lowrank_kernels.nn import lora_layers
 from test_nn import BF16
 from test_replace import ALL, TOKENS, Model
 

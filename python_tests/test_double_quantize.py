@@ -7,7 +7,7 @@ import cases
 import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import reference
-from lowrank_kernels.formats import dynamic_code
+from lowrank_kernels.codebooks import dynamic_code
 from lowrank_kernels.schema import ops
 
 SIZES = (0, 1, 2, 7, 15, 16, 17, 255, 256, 257, 511, 512, 513, 1000, 4096, 70_001)

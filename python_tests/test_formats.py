@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cases
 import lowrank_kernels as lk
 import tolerance
-from lowrank_kernels.formats import code_of, dynamic_code
+from lowrank_kernels.codebooks import code_of, dynamic_code
 
 FORMATS = list(itertools.product(("nf4", "fp4"), (False, True)))
 

@@ -9,7 +9,7 @@ import cases
 import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import reference
-from lowrank_kernels.formats import BLOCKSIZES, code_of
+from lowrank_kernels.codebooks import BLOCKSIZES, code_of
 from lowrank_kernels.schema import ops
 
 QUANT_TYPES = ("nf4", "fp4")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lowrank_kernels as lk
-from lowrank_kernels.interop import transformers_hook
+from lowrank_kernels.interop import transformers_hook, transformers_version
 
 transformers = pytest.importorskip("transformers", reason="an optional dependency")
 pytest.importorskip("accelerate", reason="transformers needs it for device maps")
@@ -279,15 +279,13 @@ def test_registered_in_either_order(dense, order, tmp_path):
 
 def test_versions(dense, monkeypatch):
     """The range of pyproject.toml is the one that the code knows; outside it, it says so."""
-    low, high = transformers_hook.TESTED
+    low, high = transformers_version.TESTED
     text = (HERE.parent / "pyproject.toml").read_text()
     assert text.count(f'"transformers>={low},<{high}"') == text.count('"transformers') == 2
-    monkeypatch.setattr(transformers_hook, "version", lambda: high + ".0")
-    quantizer = sys.modules["lowrank_kernels.interop.transformers_quantizer"]
-    monkeypatch.setattr(quantizer, "version", transformers_hook.version)
+    monkeypatch.setattr(transformers_version, "version", lambda: high + ".0")
     with pytest.warns(UserWarning, match=f"tested with transformers >= {low}, < {high}, not with"):
         load(dense("llama"))
-    monkeypatch.setattr(transformers_hook, "version", lambda: "4.57.1")
+    monkeypatch.setattr(transformers_version, "version", lambda: "4.57.1")
     with pytest.raises(
         ImportError, match=r"LowRankConfig: expected transformers >= .*got 4\.57\.1"
     ):
@@ -318,4 +316,4 @@ def test_the_oldest_version():
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     version = [sys.executable, "-c", "import transformers; print(transformers.__version__)"]
     found = subprocess.run(version, capture_output=True, text=True, env=environment).stdout
-    assert found.startswith(transformers_hook.TESTED[0] + ".")
+    assert found.startswith(transformers_version.TESTED[0] + ".")

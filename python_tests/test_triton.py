@@ -19,7 +19,7 @@ import torch
 
 import conftest
 from lowrank_kernels import triton as triton_kernels
-from lowrank_kernels.formats import code_of
+from lowrank_kernels.codebooks import code_of
 from lowrank_kernels.schema import OPS
 
 HERE = pathlib.Path(__file__).parent

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lowrank_kernels as lk
-from lowrank_kernels.interop.peft_files import lora_layers
+from lowrank_kernels.nn import lora_layers
 from tolerance import assert_same_bits
 
 WIDTH, BATCH = 96, 16

@@ -169,7 +169,7 @@ def check_llama_trains(rank, size):
     one, mine = llama(2 * size), llama(2 * size)
     assert len(lkd.parallelize(mine, PLAN, init_device_mesh("cpu", (size,)))) == 14
     assert mine.model.layers[0].mlp.up_proj.weight_cut.sizes == {2: [96, 64], 3: [64, 64, 32]}[size]
-    layers = [lk.interop.peft_files.lora_layers(model) for model in (one, mine)]
+    layers = [lk.nn.lora_layers(model) for model in (one, mine)]
     ids = torch.randint(0, 50, (3, 9))
     optimizers = []
     for model in (one, mine):

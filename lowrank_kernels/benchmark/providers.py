@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import lowrank_kernels as lk
 from lowrank_kernels import reference
 from lowrank_kernels.cli import machine
-from lowrank_kernels.formats import code_of, dynamic_code
+from lowrank_kernels.codebooks import code_of, dynamic_code
 from lowrank_kernels.schema import ops
 from lowrank_kernels.triton import installed as triton_installed
 from lowrank_kernels.triton import kernel_of

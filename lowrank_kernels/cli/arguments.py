@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from .. import __version__
-from ..formats import BLOCKSIZES, DTYPES, STORAGES
+from ..codebooks import BLOCKSIZES, DTYPES, STORAGES
 
 
 def _positive(text: str) -> int:

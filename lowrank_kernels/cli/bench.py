@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import lowrank_kernels as lk
 
-from .. import tables
+from .. import files, tables
 from ..benchmark import check, cuda, multi_providers, providers, timing
 from ..benchmark.case import Case
-from . import UserError, files, machine, models
+from . import UserError, machine, models
 
 OURS = "lowrank_kernels"
 PASSES = 3

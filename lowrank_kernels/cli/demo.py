@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import lowrank_kernels as lk
 
-from . import UserError, corpus, demo_multi, files, models, pictures, speed
+from .. import files
+from . import UserError, corpus, demo_multi, models, pictures, speed
 from .training import LOOK_EVERY, adamw, loss_fell
 
 BATCH = 4

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import lowrank_kernels as lk
-from lowrank_kernels.interop.peft_files import lora_layers
+from lowrank_kernels.nn import lora_layers
 
 from . import corpus, models
 from .training import LOOK_EVERY, adamw, loss_fell

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ..replace import SkippedLayer, matches
+from ..replace import SkippedLayer
 from ..schema import FLOAT_DTYPES
+from ..targets import matches
 from . import UserError, models
 from .checkpoint import Entry, Source
 

@@ -22,10 +22,11 @@ from collections.abc import Iterator
 import torch
 from tqdm import tqdm
 
-from .. import __version__
-from ..formats import DTYPES, STORAGES, Weight4bit, quantize_4bit
+from .. import __version__, files
+from ..codebooks import DTYPES, STORAGES
+from ..formats import Weight4bit, quantize_4bit
 from ..schema import FLOAT_DTYPES
-from . import UserError, files, layers
+from . import UserError, layers
 from .checkpoint import INDEX, SINGLE, Entry, Source, Writer, read_json
 from .quantize_report import MIB, QuantizedLayer, Report
 

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..interop import peft_files
+from ..adapter_files import write_adapter
 from ..linear4bit import Linear4bit, is_dtensor
-from ..nn import LoRALinear4bit
-from ..replace import matches
+from ..nn import LoRALinear4bit, lora_layers
+from ..targets import matches
 from .layers import (
     ColumnParallelLoRALinear4bit,
     ParallelLoRALinear4bit,
@@ -137,11 +137,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     returns when they are there. ``lowrank_kernels.load_adapter`` reads them: on all processes, into parallel
     layers too; before ``fully_shard``.
     """
-    layers = [layer for layer in peft_files.lora_layers(model).values() if name in layer.r]
+    layers = [layer for layer in lora_layers(model).values() if name in layer.r]
     whole = {layer: _gathered(layer, name) for layer in layers}
     try:
         if dist.get_rank() == 0:
-            peft_files.write_adapter(model, path, name, whole.__getitem__)
+            write_adapter(model, path, name, whole.__getitem__)
     finally:  # an error of the first process does not keep the others waiting
         dist.barrier()
 

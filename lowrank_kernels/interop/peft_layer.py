@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_lora
@@ -16,24 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
+from ..adapter_files import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
 from ..nn import LoRALinear4bit
-from .peft_files import INITIALISATIONS
-from .peft_mixed import mixed_batch
+from .peft_mixed import Parts, mixed_batch
 
 # The others read or replace the base layer's dense weight as they are initialised.
 _VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config"}
-
-
-class Parts(NamedTuple):
-    """An adapter that adds ``scaling · (dropout(x) Aᵀ Bᵀ + bias)`` and nothing else."""
-
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float
-    dropout_p: float
-    bias: torch.Tensor | None
 
 
 class PeftLinear4bit(peft_lora.Linear):

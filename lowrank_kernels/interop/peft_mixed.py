@@ -8,22 +8,29 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
+from peft.tuners.lora import Linear as PeftLinear
 
 from ..functional import linear_4bit
-from ..multi_lora.bank import ModulePages
 from ..multi_lora.functional import multi_lora_linear_4bit
-from ..multi_lora.plan import Plan
-from ..multi_lora.slots import Slots
+from ..multi_lora.pages import ModulePages
+from ..multi_lora.plan import PageTable, Plan
 from ..schema import RANK_STEP, ceil_div
 
-if TYPE_CHECKING:
-    from .peft_layer import Parts, PeftLinear4bit
+
+class Parts(NamedTuple):
+    """An adapter that adds ``scaling · (dropout(x) Aᵀ Bᵀ + bias)`` and nothing else."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+    dropout_p: float
+    bias: torch.Tensor | None
 
 
-class _Layout(Slots):
+class _Layout(PageTable):
     """Adapters one after another in the pages, each in as few as hold its rank. Never changes."""
 
     def __init__(self, ranks: tuple[tuple[str, int], ...], dtype, device) -> None:
@@ -50,7 +57,7 @@ def _plan(layout: _Layout, names: tuple[str | None, ...], tokens: int) -> Plan:
 class _Pages(ModulePages):
     """The adapters of one layer. Their parameters stay the owners of the values, see :meth:`refresh`."""
 
-    def __init__(self, layer: PeftLinear4bit) -> None:
+    def __init__(self, layer: PeftLinear) -> None:
         parts = {name: layer.plain_part(name) for name in layer.lora_A}
         parts = {name: part for name, part in parts.items() if part is not None}
         ranks = tuple((name, part.A.shape[0]) for name, part in parts.items())
@@ -100,7 +107,7 @@ class _Pages(ModulePages):
         """Copies the adapters of the plan into their pages, but for those that are as they were copied.
 
         Those that require gradients are copied every time: not every optimizer's step can be seen. Of the
-        others, writes through ``.data`` cannot, see :meth:`PeftLinear4bit.forget_pages`.
+        others, writes through ``.data`` cannot, see :meth:`PeftLinear.forget_pages`.
         """
         pages, values = [], []
         for slot in plan.slots:
@@ -133,7 +140,7 @@ def _is_same(seen: tuple, parameter: torch.Tensor) -> bool:
 
 @torch.compiler.disable
 def mixed_batch(
-    layer: PeftLinear4bit, x: torch.Tensor, adapter_names: list[str], parts: dict[str, Parts]
+    layer: PeftLinear, x: torch.Tensor, adapter_names: list[str], parts: dict[str, Parts]
 ) -> torch.Tensor:
     """:func:`multi_lora_linear_4bit` with an adapter for each ``x[i]``; ``parts``: those that the layer has.
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..formats import STORAGES, check_blocksize, code_of
+from ..codebooks import STORAGES, check_blocksize, code_of
 
 METHOD = "lowrank_kernels"
 _SAVE_AS = (METHOD, "bitsandbytes")

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
 
 from ..formats import Weight4bit, quantize_4bit
 from ..nn import Linear4bit
-
-if TYPE_CHECKING:
-    from .transformers_quantizer import LowRankQuantizer
 
 # Longest first: up to transformers 5.22 the first that a key begins with takes it.
 _ENTRIES = (
@@ -66,7 +63,7 @@ def after_loading(layer: Linear4bit) -> None:
 class Quantize(ConversionOps):
     """Quantizes a dense weight as soon as it is read."""
 
-    def __init__(self, quantizer: LowRankQuantizer) -> None:
+    def __init__(self, quantizer: HfQuantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict, model=None, missing_keys=(), **kwargs):

@@ -14,8 +14,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..nn import Linear4bit, LoRALinear4bit
+from . import transformers_version as versions
 from .transformers_config import METHOD, LowRankConfig, pretrained_config
-from .transformers_hook import TESTED, below, version
 
 __all__ = ["LowRankConfig", "LowRankQuantizer", "pretrained_config"]
 
@@ -41,10 +41,10 @@ class LowRankQuantizer(HfQuantizer):
     # -- before loading ----------------------------------------------------------------------------
 
     def validate_environment(self, device_map=None, **kwargs) -> None:
-        if not below(TESTED[1]):
+        if not versions.below(versions.TESTED[1]):
             warnings.warn(
-                f"lowrank_kernels is tested with transformers >= {TESTED[0]}, < {TESTED[1]}, "
-                f"not with {version()}",
+                f"lowrank_kernels is tested with transformers >= {versions.TESTED[0]}, < {versions.TESTED[1]}, "
+                f"not with {versions.version()}",
                 stacklevel=2,
             )
         places = {str(p) for p in device_map.values()} if isinstance(device_map, dict) else set()

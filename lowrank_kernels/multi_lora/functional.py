@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -12,10 +10,8 @@ from ..backends import check_batch_invariant
 from ..formats import Weight4bit
 from ..functional import autocast, check_weight, dropout_seed, linear_4bit, wants_grad
 from ..schema import check_device, check_float, check_linear, check_shape, check_tensor, ops
+from .pages import ModulePages
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .bank import ModulePages
 
 
 class _Gradients:
@@ -209,8 +205,6 @@ def multi_lora_(
 
 
 def _check_pages(pages: object) -> None:
-    from .bank import ModulePages
-
     if not isinstance(pages, ModulePages):
         raise TypeError(
             f"pages: expected bank[module_name] of an AdapterBank, got {type(pages).__name__}"

@@ -7,7 +7,6 @@ single layers, by regular expressions, ``rank_pattern`` and ``alpha_pattern``.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -21,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..nn import LoRALinear4bit, check_adapter_name, lora_scaling
-from ..replace import matches
-from ..schema import FLOAT_DTYPES
+from .adapter import AdapterLayer, check_adapter_name
+from .nn import PREFIX, LoRALinear4bit, lora_layers
+from .schema import FLOAT_DTYPES
+from .targets import matches
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_([AB])\.weight")
+_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _MAX_CONFIG_BYTES = 2**24
 # PEFT's init_lora_weights. The others change the base weight, which a 4-bit base cannot follow.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -62,7 +61,7 @@ def write_adapter(
     for layer_path, layer in layers.items():
         for part, parameter in zip(("lora_A", "lora_B"), parameters(layer), strict=True):
             tensor = parameter.detach().to("cpu", copy=True).contiguous()
-            tensors[f"{_PREFIX}{layer_path}.{part}.weight"] = tensor
+            tensors[f"{PREFIX}{layer_path}.{part}.weight"] = tensor
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
@@ -95,15 +94,6 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
         elif name in layer.r:
             layer.delete_adapter(name)
         layer.set_adapter(name)
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
-    """Every LoRALinear4bit by its path in the model, not in a PEFT wrapper of it."""
-    return {
-        path.removeprefix(_PREFIX): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear4bit)
-    }
 
 
 # -- saving ----------------------------------------------------------------------------------------
@@ -159,14 +149,14 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -
 
 
 def _is_wrapped(model: nn.Module) -> bool:
-    return any(path == _PREFIX[:-1] for path, _ in model.named_modules())
+    return any(path == PREFIX[:-1] for path, _ in model.named_modules())
 
 
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
     """Short names if they select just these layers of the plain model, else paths, else a regex."""
     wanted = set(layers)
     inside = tuple(f"{path}." for path in lora_layers(model))
-    paths = {path.removeprefix(_PREFIX) for path, _ in model.named_modules()}
+    paths = {path.removeprefix(PREFIX) for path, _ in model.named_modules()}
     paths = {path for path in paths if not path.startswith(inside)}
     for names in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
         if {path for path in paths if matches(path, names)} == wanted:
@@ -175,28 +165,6 @@ def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
 
 
 # -- loading ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class AdapterLayer:
-    """An adapter of one layer: A ``[r, K]`` and B ``[N, r]``, and how they are applied."""
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-    A: torch.Tensor | None = None
-    B: torch.Tensor | None = None
-
-    @property
-    def scaling(self) -> float:
-        return lora_scaling(self.r, self.lora_alpha, self.use_rslora)
-
-
-def layer_of(layer: LoRALinear4bit, name: str) -> AdapterLayer:
-    """Adapter ``name`` as the layer has it; A and B are its parameters."""
-    settings = (f[name] for f in (layer.r, layer.lora_alpha, layer.lora_dropout, layer.use_rslora))
-    return AdapterLayer(*settings, *layer.adapter_parameters(name))
 
 
 def read_adapter(
@@ -234,7 +202,7 @@ def read_state_dict(
     """
     if lora_alpha is not None and not _is_number(lora_alpha):
         raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-    names = {key: key if key.startswith(_PREFIX) else _PREFIX + key for key in map(str, tensors)}
+    names = {key: key if key.startswith(PREFIX) else PREFIX + key for key in map(str, tensors)}
     config = {field: default for field, (default, _, _) in _FIELDS.items()}
     config |= {"r": None, "lora_alpha": lora_alpha, "use_rslora": bool(use_rslora)}
     loaded = _match(None, layers, config, {names[k]: v for k, v in tensors.items()}, "source")
@@ -346,7 +314,7 @@ def _match(
     loaded: dict[str, AdapterLayer] = {}
     for key, tensor in tensors.items():
         if not (found := _KEY.fullmatch(key)):
-            expected = f"{_PREFIX}<layer>.lora_A.weight or .lora_B.weight"
+            expected = f"{PREFIX}<layer>.lora_A.weight or .lora_B.weight"
             raise ValueError(f"{source}: {key}: expected a key {expected}")
         path, part = found.groups()
         where = f"{source}: {key}"
@@ -379,7 +347,7 @@ def _match(
         for part in ("A", "B"):
             if getattr(layer, part) is None:
                 raise ValueError(
-                    f"{source}: {_PREFIX}{path}.lora_{part}.weight: expected it, got none"
+                    f"{source}: {PREFIX}{path}.lora_{part}.weight: expected it, got none"
                 )
     return loaded
 
@@ -387,7 +355,7 @@ def _match(
 def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str, targets) -> None:
     if path not in layers:
         modules = {} if model is None else dict(model.named_modules())
-        module = modules.get(path, modules.get(_PREFIX + path))
+        module = modules.get(path, modules.get(PREFIX + path))
         got = "no such module" if module is None else f"a {type(module).__name__}"
         raise ValueError(
             f"{where}: {path}: expected a LoRALinear4bit (see replace_linear), got {got}"
