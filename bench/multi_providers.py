@@ -1,8 +1,47 @@
-"""x"""
+"""What many adapters in one batch are compared with: torch's loops and gathers, vLLM's schemes, other calls of ours."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+import lowrank_kernels as lk
+from lowrank_kernels.benchmark.case import MIX, Case
+from lowrank_kernels.benchmark.multi_providers import (
+    Pool,
+    adapters_of,
+    group_of,
+    loop_in_place,
+    many_lowrank,
+    planned,
+    pool_copies,
+    pool_of,
+    segments,
+    turns,
+    with_rows,
+    with_weights,
+    xy,
+)
+from lowrank_kernels.benchmark.providers import (
+    SCALING,
+    Calls,
+    Unavailable,
+    call_each,
+    lora_calls,
+    weights_4bit,
+    x_of,
+)
+from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
+
 
 def many_lowrank_padded(case: Case) -> Calls:
-    return many_lowrank(case, PADDED)
+    """This library with every adapter stored at the largest rank."""
+    return many_lowrank(case, max(MIX))
 
+
+# -- y += each row's adapter -----------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=1)
@@ -14,27 +53,29 @@ def _stacked(pool: Pool, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(A.clone(), B.clone()) for _ in range(count)]
 
 
-
-def many_loop(case: Case) -> Calls:
-    return [functools.partial(_loop, *xy) for xy in _xy(case, _with_rows(case))]
-
-
-
-def many_loop_in_place(case: Case) -> Calls:
-    return [functools.partial(_loop_in_place, *xy) for xy in _xy(case, _with_rows(case))]
-
-
-
 def _indexed(case: Case) -> list[tuple]:
     """(A and B of all adapters, the adapter of each row), for every turn."""
-    count = _copies(case, max(case.ranks))
+    count = pool_copies(case, max(case.ranks))
     pool, rows = _stacked(pool_of(case), count), torch.tensor(case.rows)
     indices = [
         torch.tensor(group_of(case, g)).repeat_interleave(rows).to(case.device)
         for g in range(case.groups)
     ]
-    return [(*pool[c], indices[group]) for c, group in _turns(case, count)]
+    return [(*pool[c], indices[group]) for c, group in turns(case, count)]
 
+
+def _loop(y, x, adapters):
+    for rows, A, B in adapters:
+        y[rows] += SCALING * (x[rows] @ A.T) @ B.T
+    return y
+
+
+def many_loop(case: Case) -> Calls:
+    return [functools.partial(_loop, *call) for call in xy(case, with_rows(case))]
+
+
+def many_loop_in_place(case: Case) -> Calls:
+    return [functools.partial(loop_in_place, *call) for call in xy(case, with_rows(case))]
 
 
 def _gather_bmm(y, x, A, B, index):
@@ -42,10 +83,8 @@ def _gather_bmm(y, x, A, B, index):
     return y.add_(torch.bmm(B.index_select(0, index), s).squeeze(2), alpha=SCALING)
 
 
-
 def many_gather_bmm(case: Case) -> Calls:
-    return [functools.partial(_gather_bmm, y, x, *turn) for y, x, turn in _xy(case, _indexed(case))]
-
+    return [functools.partial(_gather_bmm, y, x, *turn) for y, x, turn in xy(case, _indexed(case))]
 
 
 def _vllm_cpu(y, x, A, B, index):
@@ -60,11 +99,9 @@ def _vllm_cpu(y, x, A, B, index):
     return y
 
 
-
 def many_vllm_cpu(case: Case) -> Calls:
     """What vllm/lora/ops/torch_ops does, written here after its source, not run from it."""
-    return [functools.partial(_vllm_cpu, y, x, *turn) for y, x, turn in _xy(case, _indexed(case))]
-
+    return [functools.partial(_vllm_cpu, y, x, *turn) for y, x, turn in xy(case, _indexed(case))]
 
 
 def many_vllm_triton(case: Case) -> Calls:
@@ -74,27 +111,28 @@ def many_vllm_triton(case: Case) -> Calls:
     except ImportError as error:
         raise Unavailable(f"triton: {error}") from None
     calls = []
-    for y, x, (A, B, index) in _xy(case, _indexed(case)):
+    for y, x, (A, B, index) in xy(case, _indexed(case)):
         batch = vllm_triton.sorted_batch(index)
         calls.append(functools.partial(vllm_triton.add, y, x, A, B, batch, SCALING))
     return calls
 
 
-
 def many_linear_separate(case: Case) -> Calls:
-    def both(x, w, turn):
-        return lk.multi_lora_(lk.linear_4bit(x, w), x, *turn)
+    """The base, then its adapters, in two operators."""
 
-    pairs = each(case, x_of(case), _with_weights(case, _planned(case)))
-    return [functools.partial(both, x, *pair) for x, pair in pairs]
+    def both(x, pair):
+        return lk.multi_lora_(lk.linear_4bit(x, pair[0]), x, *pair[1])
 
+    return call_each(case, both, x_of(case), with_weights(case, planned(case)))
+
+
+# -- training: forward and the gradients of x and of every A and B ---------------------------------
 
 
 def _parameters(case: Case) -> list[torch.Tensor]:
     """A and B of each adapter of the batch, in turn."""
     adapters = adapters_of(pool_of(case))[: len(case.rows)]
     return [t.detach().clone().requires_grad_() for pair in adapters for t in pair]
-
 
 
 def _trainable_layer(case: Case, w: lk.Weight4bit) -> lk.LoRALinear4bit:
@@ -105,7 +143,6 @@ def _trainable_layer(case: Case, w: lk.Weight4bit) -> lk.LoRALinear4bit:
         for parameter in layer.adapter_parameters(str(u)):
             parameter.data = next(values).detach()
     return layer
-
 
 
 def many_training_lowrank(case: Case) -> Calls:
@@ -121,17 +158,15 @@ def many_training_lowrank(case: Case) -> Calls:
         rest = {"w": layer.weight4bit, "plan": plan, "pages": bank[name]}
         parameters = [t for n in names for t in layer.adapter_parameters(n)]
         calls.append((functools.partial(multi_lora_linear_4bit, **rest), parameters))
-    return providers._lora_calls(case, calls)
-
+    return lora_calls(case, calls)
 
 
 def _training_calls(case: Case, forward) -> Calls:
-    """``forward(x, w, segments, parameters)`` of every weight."""
-    parameters, segments = _parameters(case), _segments(case)
-    triples = list(zip(segments, parameters[::2], parameters[1::2]))
+    """``forward(x, w, triples)`` of every weight; a triple: rows, A, B."""
+    parameters = _parameters(case)
+    triples = list(zip(segments(case), parameters[::2], parameters[1::2]))
     layers = [lambda x, w=w: forward(x, w, triples) for w in weights_4bit(case)]
-    return providers._lora_calls(case, [(layer, parameters) for layer in layers])
-
+    return lora_calls(case, [(layer, parameters) for layer in layers])
 
 
 def many_training_one_by_one(case: Case) -> Calls:
@@ -141,15 +176,12 @@ def many_training_one_by_one(case: Case) -> Calls:
     return _training_calls(case, forward)
 
 
-
 def _deltas(x: torch.Tensor, triples: list[tuple]) -> torch.Tensor:
     return torch.cat([SCALING * F.linear(F.linear(x[rows], A), B) for rows, A, B in triples])
 
 
-
 def many_training_loop(case: Case) -> Calls:
     return _training_calls(case, lambda x, w, triples: lk.linear_4bit(x, w) + _deltas(x, triples))
-
 
 
 def many_training_dequantize(case: Case) -> Calls:

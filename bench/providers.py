@@ -1,56 +1,44 @@
-"""x"""
+"""Implementations that only the suite compares: other ways to train, Unsloth's scheme, quantizing and dequantizing."""
 
-def _triton(op: str, case: Case) -> Callable:
-    """The Triton kernel of an operator, called as it is: the CUDA kernels stay where they are."""
-    if case.device != "cuda":
-        raise Unavailable("triton runs on GPUs")
-    if not triton_installed():
-        raise Unavailable("triton is not installed")
-    return kernel_of(op)
+from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import lowrank_kernels as lk
+from lowrank_kernels.benchmark.case import BLOCKSIZE, Case
+from lowrank_kernels.benchmark.providers import (
+    SCALING,
+    Calls,
+    adapter_of,
+    bitsandbytes,
+    bnb_dequantize,
+    bnb_modules,
+    bnb_weights,
+    dense_weights,
+    dy_of,
+    each,
+    weights_4bit,
+    x_of,
+)
+from lowrank_kernels.codebooks import code_of, dynamic_code
+from lowrank_kernels.schema import ops
 
 
 def linear_bitsandbytes_training(case: Case) -> Calls:
-    """The same module while training: it dequantizes and multiplies in the dtype of x, everywhere."""
-    return [functools.partial(module, x_of(case)) for module in _bnb_modules(case)]
+    """Its module while training: it dequantizes and multiplies in the dtype of x, everywhere."""
+    return [functools.partial(module, x_of(case)) for module in bnb_modules(case)]
 
 
-
-def linear_triton(case: Case) -> Calls:
-    pairs, linear = each(case, x_of(case), weights_4bit(case)), _triton("linear_4bit", case)
-    return [functools.partial(linear, x, *w.op_args(), None) for x, w in pairs]
-
-
-
-def dx_triton(case: Case) -> Calls:
-    pairs, dx = each(case, dy_of(case), weights_4bit(case)), _triton("linear_4bit_dx", case)
-    return [functools.partial(dx, dy, *w.op_args()) for dy, w in pairs]
-
-
-
-def lora_triton(case: Case) -> Calls:
-    """Forward, or forward and backward, without autograd around them."""
-    forward = _triton("lora_linear_4bit", case)
-    backward = _triton("lora_linear_4bit_backward", case)
-    A, B = (t.detach() for t in adapter_of(case))
-    adapter = A, B, SCALING, None, 0.0, None
-    pairs = each(case, x_of(case), weights_4bit(case))
-    if case.op == "lora_linear_4bit":
-        return [lambda x=x, w=w: forward(x, *w.op_args(), *adapter)[0] for x, w in pairs]
-
-    def both(x, dy, w):
-        _, s = forward(x, *w.op_args(), *adapter)
-        return backward(dy, x, s, *w.op_args(), *adapter, True, True, True, False)[:3]
-
-    triples = each(case, dy_of(case), pairs)
-    return [functools.partial(both, x, dy, w) for dy, (x, w) in triples]
-
+# -- the scheme of Unsloth -------------------------------------------------------------------------
 
 
 def _addmm_forward(x, W, A, B):
     """y = x Wᵀ, then y += scaling (x Aᵀ) Bᵀ in place."""
     return F.linear(x, W()).addmm_(x @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=SCALING)
-
 
 
 def _addmm_both(x, dy, W, A, B):
@@ -63,9 +51,8 @@ def _addmm_both(x, dy, W, A, B):
     return (dy @ W()).addmm_(dS, A, alpha=SCALING), dA, dB
 
 
-
 def _addmm_calls(case: Case, weights: list[Callable[[], torch.Tensor]]) -> Calls:
-    """The scheme of Unsloth: dense products around ``weights``, functions that give dense ones.
+    """Dense products around ``weights``, functions that give dense ones.
 
     Written out as its matmul_lora and LoRA_W do it, without autograd around it.
     """
@@ -77,10 +64,8 @@ def _addmm_calls(case: Case, weights: list[Callable[[], torch.Tensor]]) -> Calls
     return [functools.partial(_addmm_both, x, dy, W, A, B) for dy, (x, W) in triples]
 
 
-
 def lora_addmm_dense(case: Case) -> Calls:
     return _addmm_calls(case, [lambda w=w: w for w in dense_weights(case)])
-
 
 
 def lora_addmm_dequantize(case: Case) -> Calls:
@@ -88,15 +73,15 @@ def lora_addmm_dequantize(case: Case) -> Calls:
     return _addmm_calls(case, [lambda w=w: w.dequantize(dtype) for w in weights_4bit(case)])
 
 
-
 def lora_addmm_bitsandbytes(case: Case) -> Calls:
-    return _addmm_calls(case, [lambda w=w: bnb_dequantize(*w) for w in _bnb_weights(case)])
+    return _addmm_calls(case, [lambda w=w: bnb_dequantize(*w) for w in bnb_weights(case)])
 
+
+# -- quantize_4bit, dequantize_4bit ----------------------------------------------------------------
 
 
 def quantize_lowrank(case: Case) -> Calls:
     return [functools.partial(lk.quantize_4bit, weight) for weight in dense_weights(case)]
-
 
 
 def quantize_operators(case: Case) -> Calls:
@@ -112,18 +97,15 @@ def quantize_operators(case: Case) -> Calls:
     return [functools.partial(quantize, weight) for weight in dense_weights(case)]
 
 
-
 def quantize_bitsandbytes(case: Case) -> Calls:
-    quantize = _bitsandbytes(case.device).functional.quantize_4bit
+    quantize = bitsandbytes(case.device).functional.quantize_4bit
     options = {"blocksize": BLOCKSIZE, "quant_type": "nf4", "compress_statistics": True}
     return [functools.partial(quantize, weight, **options) for weight in dense_weights(case)]
-
 
 
 def dequantize_lowrank(case: Case) -> Calls:
     return [functools.partial(w.dequantize, case.torch_dtype) for w in weights_4bit(case)]
 
 
-
 def dequantize_bitsandbytes(case: Case) -> Calls:
-    return [functools.partial(bnb_dequantize, *weight) for weight in _bnb_weights(case)]
+    return [functools.partial(bnb_dequantize, *weight) for weight in bnb_weights(case)]

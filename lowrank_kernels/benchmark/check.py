@@ -28,7 +28,7 @@ def expected(case: Case) -> tuple[torch.Tensor, ...]:
     if case.op == "linear_4bit_dx":
         return (providers.dy_of(case).float() @ W,)
     x = providers.x_of(case).float()
-    if case.op == "linear_4bit":
+    if case.op in ("linear_4bit", "linear_4bit_growth"):
         return (x @ W.T,)
     A, B = (t.detach() for t in providers.adapter_of(case))
     if case.op == "lora_linear_4bit":

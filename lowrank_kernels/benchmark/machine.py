@@ -1,32 +1,37 @@
-"""What this machine and this installation are, for ``doctor`` and for benchmark results."""
+"""What this machine and this installation are, for ``doctor`` and for benchmark results; nothing that names a host."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import pathlib
 import platform
 import re
+import subprocess
 
 import torch
 
+from .. import cuda_library
+
 PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "trl")
+BUSY = 0.5  # load average from which on other programs disturb what is timed
+
+
+def version(package: str) -> str | None:
+    """None where a package is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def versions() -> dict[str, str | None]:
-    """Python, lowrank_kernels and the packages it meets; None where a package is not installed."""
+    """Python, lowrank_kernels and the packages it meets."""
     from .. import __version__
 
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "lowrank_kernels": __version__,
-    }
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    found = {"python": platform.python_version(), "lowrank_kernels": __version__}
+    return found | {name: version(name) for name in PACKAGES}
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -69,4 +74,50 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-BUSY = 0.5  # load average from which on other programs disturb what is timed
+# -- a GPU -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def l2_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
+
+
+def _nvidia_smi(*fields: str) -> list[str] | None:
+    """What nvidia-smi says of the fields of the first device; None if it says nothing. Reads only."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}"]
+    try:
+        done = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return values if done.returncode == 0 and len(values) == len(fields) else None
+
+
+def gpu_state() -> dict[str, float | None] | None:
+    """Clocks, temperature and power as they are now; None where nvidia-smi does not tell."""
+    values = _nvidia_smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    numbers = [float(v) if re.fullmatch(r"[\d.]+", v) else None for v in values or ()]  # "[N/A]"
+    return dict(zip(("sm_mhz", "memory_mhz", "celsius", "watts"), numbers)) or None
+
+
+@functools.lru_cache(maxsize=1)
+def gpu() -> dict[str, object]:
+    """The device and what its kernels depend on."""
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        architectures = list(cuda_library.architectures())
+    except OSError:  # not loadable: the cases will say so
+        architectures = None
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": (_nvidia_smi("driver_version") or [None])[0],
+        "cuda": torch.version.cuda,
+        "architectures": architectures,
+        "plan": os.environ.get("LOWRANK_CUDA_PLAN"),
+    }

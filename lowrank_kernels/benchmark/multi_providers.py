@@ -17,11 +17,10 @@ import lowrank_kernels as lk
 from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
 
 from . import providers
-from .case import MIX, POOL, Case
-from .providers import SCALING, Calls, Unavailable, copies, each, weights_4bit, x_of
+from .case import POOL, Case
+from .providers import SCALING, Calls, call_each, copies, each, weights_4bit, x_of
 
 MAX_BYTES = 2 << 30  # of the adapters of one provider, whatever cache the system reports
-PADDED = max(MIX)
 
 
 class Pool(NamedTuple):
@@ -49,19 +48,19 @@ def pool_of(case: Case) -> Pool:
 def adapters_of(pool: Pool) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A [r, K] and B [N, r] of each adapter; one pool is held at a time."""
     N, K, _, dtype, device = pool
-    make = functools.partial(providers._random, dtype=dtype, device=device)
+    make = functools.partial(providers.random_tensor, dtype=dtype, device=device)
     return [
         (make(r, K, seed=100 + u, scale=K**-0.5), make(N, r, seed=500 + u, scale=0.01))
         for u, r in enumerate(pool.ranks)
     ]
 
 
-def _copies(case: Case, rank: int = 0) -> int:
+def pool_copies(case: Case, rank: int = 0) -> int:
     nbytes = pool_of(case).nbytes(rank)
     return max(1, min(copies(case, nbytes), MAX_BYTES // nbytes))
 
 
-def _turns(case: Case, count: int) -> list[tuple[int, int]]:
+def turns(case: Case, count: int) -> list[tuple[int, int]]:
     """(copy of the pool, group of adapters) of each call; call i has group ``i % case.groups``."""
     return list(itertools.product(range(count), range(case.groups)))
 
@@ -72,7 +71,7 @@ def group_of(case: Case, group: int) -> range:
     return range(group * count, (group + 1) * count)
 
 
-def _segments(case: Case) -> list[slice]:
+def segments(case: Case) -> list[slice]:
     ends = list(itertools.accumulate(case.rows))
     return [slice(end - rows, end) for end, rows in zip(ends, case.rows)]
 
@@ -81,16 +80,13 @@ def of_group(case: Case, group: int) -> list[tuple]:
     """(rows, A, B) of each adapter of a group, A and B in float32."""
     pool = adapters_of(pool_of(case))
     pairs = [pool[u] for u in group_of(case, group)]
-    return [(rows, A.float(), B.float()) for rows, (A, B) in zip(_segments(case), pairs)]
+    return [(rows, A.float(), B.float()) for rows, (A, B) in zip(segments(case), pairs)]
 
 
-def _y_of(case: Case) -> torch.Tensor:
-    return torch.zeros(case.M, case.N, dtype=case.torch_dtype, device=case.device)
-
-
-def _xy(case: Case, turns: list) -> list[tuple]:
+def xy(case: Case, of_turns: list) -> list[tuple]:
     """(y, x, turn) for every turn."""
-    return [(y, x, turn) for y, (x, turn) in each(case, _y_of(case), each(case, x_of(case), turns))]
+    y = torch.zeros(case.M, case.N, dtype=case.torch_dtype, device=case.device)
+    return [(y, x, turn) for y, (x, turn) in each(case, y, each(case, x_of(case), of_turns))]
 
 
 # -- this library ----------------------------------------------------------------------------------
@@ -99,7 +95,7 @@ def _xy(case: Case, turns: list) -> list[tuple]:
 @functools.lru_cache(maxsize=2)
 def _bank(pool: Pool, count: int, rank: int = 0) -> lk.AdapterBank:
     """A bank of ``count`` modules, each with all adapters of the pool, stored at ``rank`` where given."""
-    w = providers._weight(pool.N, pool.K, pool.device)
+    w = providers.weight_of(pool.N, pool.K, pool.device)
     layers = {f"layer{i}": lk.LoRALinear4bit.from_weight(w) for i in range(count)}
     pages = sum(-(-(rank or r) // 8) for r in pool.ranks)
     bank = lk.AdapterBank(layers, pages, dtype=pool.dtype)
@@ -113,21 +109,19 @@ def _bank(pool: Pool, count: int, rank: int = 0) -> lk.AdapterBank:
     return bank
 
 
-def _planned(case: Case, rank: int = 0) -> list[tuple]:
+def planned(case: Case, rank: int = 0) -> list[tuple]:
     """(plan, pages) of every turn."""
-    count = _copies(case, rank)
+    count = pool_copies(case, rank)
     bank = _bank(pool_of(case), count, rank)
     plans = [bank.plan([str(u) for u in group_of(case, g)], case.rows) for g in range(case.groups)]
-    return [(plans[group], bank[f"layer{c}"]) for c, group in _turns(case, count)]
+    return [(plans[group], bank[f"layer{c}"]) for c, group in turns(case, count)]
 
 
 def many_lowrank(case: Case, rank: int = 0) -> Calls:
     return [
         functools.partial(lk.multi_lora_, y, x, *turn)
-        for y, x, turn in _xy(case, _planned(case, rank))
+        for y, x, turn in xy(case, planned(case, rank))
     ]
-
-
 
 
 # -- PyTorch ---------------------------------------------------------------------------------------
@@ -138,91 +132,44 @@ def _separate(pool: Pool, count: int) -> list[list[tuple[torch.Tensor, torch.Ten
     return [[(A.clone(), B.clone()) for A, B in adapters_of(pool)] for _ in range(count)]
 
 
-
-
-def _with_rows(case: Case) -> list[list[tuple]]:
+def with_rows(case: Case) -> list[list[tuple]]:
     """(rows, A, B) of each adapter, for every turn."""
-    count = _copies(case)
-    pool, segments = _separate(pool_of(case), count), _segments(case)
+    count = pool_copies(case)
+    pool, of_rows = _separate(pool_of(case), count), segments(case)
     return [
-        [(rows, *pool[c][u]) for rows, u in zip(segments, group_of(case, group))]
-        for c, group in _turns(case, count)
+        [(rows, *pool[c][u]) for rows, u in zip(of_rows, group_of(case, group))]
+        for c, group in turns(case, count)
     ]
 
 
-def _loop(y, x, adapters):
-    for rows, A, B in adapters:
-        y[rows] += SCALING * (x[rows] @ A.T) @ B.T
-    return y
-
-
-def _loop_in_place(y, x, adapters):
+def loop_in_place(y: torch.Tensor, x: torch.Tensor, adapters: list[tuple]) -> torch.Tensor:
     for rows, A, B in adapters:
         y[rows].addmm_(x[rows] @ A.T, B.T, alpha=SCALING)
     return y
 
 
-
-
-
-
-
-
-
-
-
-
-# -- vLLM ------------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-
 # -- with the base in 4 bits -----------------------------------------------------------------------
 
 
-def _with_weights(case: Case, turns: list) -> list[tuple]:
+def with_weights(case: Case, of_turns: list) -> list[tuple]:
     """(weight, turn) until both have all been there."""
     weights = weights_4bit(case)
-    number = max(len(turns), -(-len(weights) // len(turns)) * len(turns))
-    return list(itertools.islice(zip(itertools.cycle(weights), itertools.cycle(turns)), number))
+    number = max(len(of_turns), -(-len(weights) // len(of_turns)) * len(of_turns))
+    pairs = zip(itertools.cycle(weights), itertools.cycle(of_turns))
+    return list(itertools.islice(pairs, number))
 
 
 def many_linear_lowrank(case: Case) -> Calls:
     """The layers' call, base and adapters in one operator."""
-    return [
-        functools.partial(multi_lora_linear_4bit, x, w, *turn)
-        for x, (w, turn) in each(case, x_of(case), _with_weights(case, _planned(case)))
-    ]
 
+    def forward(x, pair):
+        return multi_lora_linear_4bit(x, pair[0], *pair[1])
 
+    return call_each(case, forward, x_of(case), with_weights(case, planned(case)))
 
 
 def many_linear_loop(case: Case) -> Calls:
-    def both(x, w, turn):
-        return _loop_in_place(lk.linear_4bit(x, w), x, turn)
+    def forward(x, pair):
+        return loop_in_place(lk.linear_4bit(x, pair[0]), x, pair[1])
 
-    pairs = each(case, x_of(case), _with_weights(case, _with_rows(case)))
-    return [functools.partial(both, x, *pair) for x, pair in pairs]
-
-
-# -- training: forward and the gradients of x and of every A and B ---------------------------------
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
+    return call_each(case, forward, x_of(case), with_weights(case, with_rows(case)))

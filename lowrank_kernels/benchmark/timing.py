@@ -32,8 +32,8 @@ from collections.abc import Callable
 import torch
 
 MAX_ROUNDS = 40  # per pass
-SLOW_SECONDS = 0.2  # a first call that takes so long is not repeated before the timed ones
-SHORT_SECONDS = 0.05  # calls shorter than this are preceded by an untimed one in every pass
+SLOW_SECONDS = 0.2  # calls shorter than this are preceded by an untimed one in the first pass
+SHORT_SECONDS = 0.05  # and shorter than this in every pass
 # On a GPU:
 GRAPH_SECONDS = 1e-3
 WARM_SECONDS = 5e-3  # before each pass: clocks that fell while the host prepared rise again
@@ -63,27 +63,25 @@ class OnHost:
     def __init__(self, calls: list[Callable], check: Check, device: str = "cpu"):
         self.about = {"copies": len(calls)}
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self._calls, self._first = itertools.cycle(calls), float("inf")
-        check([calls[0]()])
+        self._calls, self._passes = itertools.cycle(calls), 0
+        self._first = self._time(check)  # it also allocates and starts threads
 
-    def _time(self) -> float:
+    def _time(self, check: Check = lambda outputs: None) -> float:
         call = next(self._calls)
         getattr(call, "prepare", lambda: None)()
         self._wait()
         start = time.perf_counter()
-        call()
+        output = call()
         self._wait()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        check([output])
+        return seconds
 
     def measure(self, seconds: float) -> list[float]:
         """One pass: the seconds of each call, for as many calls as fit."""
-        if self._first == float("inf"):  # the first call allocates and starts threads
-            for _ in range(2):
-                self._first = min(self._first, self._time())
-                if self._first > SLOW_SECONDS:
-                    break
-        elif self._first < SHORT_SECONDS:
-            self._time()
+        if self._first < SHORT_SECONDS or (not self._passes and self._first < SLOW_SECONDS):
+            self._first = min(self._first, self._time())
+        self._passes += 1
         collecting = gc.isenabled()
         gc.disable()
         try:

@@ -197,14 +197,15 @@ def _shape(text: str) -> tuple[int, int]:
 def _add_bench(commands) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time the operators at sizes of your choice, against what else is installed",
-        description="Times the operators on this machine, against torch's dense product, bitsandbytes and "
-        "PEFT where they are installed. Results are checked before they are timed.",
+        help="time the operators at sizes of your choice, or a model, against what else is installed",
+        description="Times the operators, or a whole model, on this machine, against torch's dense product, "
+        "bitsandbytes and PEFT where they are installed. Results are checked before they are timed.",
         epilog="examples:\n"
         "  python -m lowrank_kernels bench\n"
         "  python -m lowrank_kernels bench --shape 11008x4096,4096x11008 --m 1,16 --op linear,dx\n"
         "  python -m lowrank_kernels bench --isa avx512,avx2 --peers none --json speed.json\n"
-        "  python -m lowrank_kernels bench --op training --m 1,4,16,64,256 --plot speed.png",
+        "  python -m lowrank_kernels bench --op training --m 1,4,16,64,256 --plot speed.png\n"
+        "  python -m lowrank_kernels bench --model models/llama --dtype bfloat16,float32",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ops = ("linear", "dx", "lora", "training", "multi_lora")
@@ -234,6 +235,12 @@ def _add_bench(commands) -> None:
     )
     add("--isa", str, "instruction sets of the CPU, a column each (default: the best)")
     add("--backend", str, "backends, a column each: cpu, cuda, triton, reference")
+    bench.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="in place of the operators, tokens per second of a model in training, prefill and decode: the "
+        "folder of a Hugging Face causal LM, or smollm2, which the demo has",
+    )
     _add_bench_settings(bench)
 
 
