@@ -7,48 +7,50 @@ README.md is generated; what stands outside is written by hand and left alone.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import sys
 
-from lowrank_kernels.tables import digits, times_faster
-
-from . import report_cpu, report_multi, report_targets
-from .tables import (
-    OURS,
+from lowrank_kernels import files
+from lowrank_kernels.benchmark import harness
+from lowrank_kernels.benchmark.case import Case
+from lowrank_kernels.benchmark.ops import OURS
+from lowrank_kernels.benchmark.report import (
+    TITLES,
+    Rows,
     cell,
-    is_variant,
+    digits,
+    group_name,
+    groups,
+    machine_of,
     markdown,
     median,
+    missing,
+    names_of,
     of_limit,
     plain,
     ratio,
+    table,
+    times_faster,
+    title,
 )
+
+from . import variants
+from .suite import GROWTH, POPULARITIES
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
-TITLES = {
-    "linear_4bit": "`linear_4bit`: y = x Wᵀ",
-    "linear_4bit_dx": "`linear_4bit_dx`: dx = dy W",
-    "lora_linear_4bit": "`lora_linear_4bit`, forward, r = 16",
-    "lora_linear_4bit_fwd_bwd": "`lora_linear_4bit`, forward and gradients of x, A, B, r = 16",
-    "quantize_4bit": "`quantize_4bit`: NF4 with double quantization",
-    "dequantize_4bit": "`dequantize_4bit`",
-}
-
-
+GPU_PEERS = (*PEERS, "torch", "Unsloth's scheme")
+OPS = [op for op in TITLES if not op.startswith(("multi_lora", "model"))]
 # Picture -> what it shows to who cannot see it; "growth" stands with its table.
 PICTURES = {
     "time": "Time per call against the limit of the machine",
     "speedup": "How many times faster than others, by the number of tokens",
     "limit": "Share of the limit of the machine, by the number of tokens",
 }
-# On a GPU: what columns are called where that is not the provider's name, and who else is a peer.
-GPU_NAMES = {"torch": "cuBLAS"}
-GPU_PEERS = ("torch", "Unsloth's scheme")
+Section = tuple[str, list[tuple[str, Rows]]]  # a title, and tables with their own
 
 
 def machine_name(document: dict) -> str:
@@ -63,64 +65,7 @@ def machine_name(document: dict) -> str:
     return "-".join(words)
 
 
-# -- tables ----------------------------------------------------------------------------------------
-
-
-def peer_of(case: dict) -> str | None:
-    return next((name for name in case["providers"] if name in PEERS), None)
-
-
-def _groups(document: dict) -> dict[tuple, list[dict]]:
-    groups: dict[tuple, list[dict]] = {}
-    for case in document["cases"]:
-        if case["op"] not in TITLES:  # many adapters and growth have tables of their own
-            continue
-        key = (case["op"], case["N"], case["K"], case["dtype"], case["cache"])
-        groups.setdefault(key, []).append(case)
-    order = list(TITLES)
-    return dict(sorted(groups.items(), key=lambda item: order.index(item[0][0])))
-
-
-def _table(group: list[dict]) -> list[list[str]]:
-    """Header and rows: time per provider, ratios to its peers, share of the limit.
-
-    On a CPU the peer is bitsandbytes, on a GPU others are as well; dequantizing has a rate, too.
-    """
-    first = group[0]
-    names = list(dict.fromkeys(name for case in group for name in case["providers"]))
-    names = [name for name in names if not is_variant(name)]
-    names.sort(key=lambda name: (name != OURS, name not in PEERS))
-    on_gpu, rows = first.get("device") == "cuda", []
-    peers = [name for name in names if name in PEERS or (on_gpu and name in GPU_PEERS)]
-    called = GPU_NAMES if on_gpu else {}
-    head = ["M"] if first["M"] else []
-    head += [called.get(name, name) for name in names]
-    head += [f"vs {called.get(name, name)}" for name in peers]
-    head += ["of limit"] if first["cache"] == "cold" else []
-    with_rate = on_gpu and first["op"] == "dequantize_4bit"
-    head += ["GB/s written"] if with_rate else []
-    for case in sorted(group, key=lambda case: case["M"]):
-        row = [str(case["M"])] if case["M"] else []
-        row += [cell(case, name) for name in names]
-        row += [times_faster(ratio(case, peer)) for peer in peers]
-        row += [of_limit(case)] if case["cache"] == "cold" else []
-        row += [written(case)] if with_rate else []
-        rows.append(row)
-    return [head, *rows]
-
-
-def written(case: dict) -> str:
-    """GB/s at which this library writes the dense matrix, 2 bytes an element."""
-    ours = median(case, OURS)
-    return f"{2 * case['N'] * case['K'] / ours / 1e6:.0f}" if ours else "-"
-
-
-def _group_name(key: tuple) -> str:
-    _, N, K, dtype, cache = key
-    return f"W {N} x {K}, {dtype}, {cache} caches"
-
-
-def _rates(document: dict) -> str:
+def rates(document: dict) -> str:
     """The limits of the machine in words."""
     limits = document["limits"]
     if "gpu" in document:
@@ -133,40 +78,211 @@ def _rates(document: dict) -> str:
     )
 
 
+# -- one adapter, or none --------------------------------------------------------------------------
+
+
+def isas_of(document: dict) -> list[str]:
+    """The ISA that ran by itself, then the vector ones that were forced."""
+    names = {name for case in document["cases"] for name in case["providers"]}
+    forced = [isa for isa in ("avx512", "avx2") if variants.named(isa) in names]
+    return [document["isa"], *forced]
+
+
+def share(document: dict, case: dict, isa: str) -> float | None:
+    """Of the limit, by the kernels for ``isa``; of AVX2 where it was forced, with the products that AVX2 can do."""
+    limits, limit = document["limits"], case["limit_ms"]
+    ours = median(case, OURS if isa == document["isa"] else variants.named(isa))
+    if isa == "avx2" != document["isa"] and "sgemm_avx2_gflops" in limits:
+        seconds = case["bytes"] / limits["read_gbs"], case["flops"] / limits["sgemm_avx2_gflops"]
+        limit = max(seconds) / 1e6
+    return limit / ours if ours else None
+
+
+def _variant_cell(document: dict, case: dict, name: str) -> str:
+    theirs, ours = median(case, name), median(case, OURS)
+    if not (theirs and ours):
+        return "-"
+    words = name.removeprefix(f"{OURS}, ")
+    if "thread" in words:
+        told = f"{theirs / ours:.2f}x"
+    elif words in variants.SIXTEEN_BITS or name == variants.INVARIANT:
+        told = f"{theirs / ours - 1:+.0%}"
+    elif name == variants.BASE:
+        told = f"the adapter adds {ours / theirs - 1:.0%}"
+    else:
+        told = f"{share(document, case, words):.0%}"
+    return f"{cell(case, name)} ({told})"
+
+
+def variants_table(document: dict, group: list[dict]) -> Rows:
+    """A row per M of the cases of one table; nothing where none has variants.
+
+    In parentheses: what 16-bit activations and equal bits in every batch cost more, how many times
+    faster all threads are than fewer, and for an instruction set that was forced the share of its limit.
+    """
+    names = [name for name in names_of(group) if variants.is_variant(name)]
+    rows = [["M", OURS, "of limit", *(name.removeprefix(f"{OURS}, ") for name in names)]]
+    for case in sorted(group, key=lambda case: case["M"]):
+        others = (_variant_cell(document, case, name) for name in names)
+        rows.append([str(case["M"]), cell(case, OURS), of_limit(case), *others])
+    return rows if names else []
+
+
+def _of_ops(document: dict) -> list[Section]:
+    found: dict[str, Section] = {}
+    on_gpu = "gpu" in document
+    for group in groups(document, OPS).values():
+        names = [name for name in names_of(group) if not variants.is_variant(name)]
+        names.sort(key=lambda name: (name != OURS, name not in PEERS))
+        _, tables = found.setdefault(group[0]["op"], (title(group), []))
+        unit = ", microseconds" * on_gpu
+        versus = GPU_PEERS if on_gpu else PEERS
+        tables.append((f"{group_name(group)}{unit}", table(group, names, versus)))
+        if of_variants := variants_table(document, group):
+            tables.append((f"{group_name(group)}, {OURS} in other ways", of_variants))
+    return list(found.values())
+
+
+# -- memory, growth --------------------------------------------------------------------------------
+
+
+def memory_table(document: dict) -> Rows:
+    """MiB beyond the outputs, a column per M; nothing where it was not measured."""
+    extra = (document.get("memory") or {}).get("extra", {})
+    by_name = {name: by_m for name, by_m in extra.items() if isinstance(by_m, dict)}
+    tokens = sorted({int(M) for by_m in by_name.values() for M in by_m})
+    rows = [["", *(f"M = {M}" for M in tokens)]]
+    rows += [[n, *(f"{by_m[str(M)] / 2**20:.1f}" for M in tokens)] for n, by_m in by_name.items()]
+    return rows if by_name else []
+
+
+def growth(document: dict) -> dict[int, list[dict]]:
+    """M -> its cases, from the smallest weight to the largest."""
+    found: dict[int, list[dict]] = {}
+    for case in sorted(document["cases"], key=lambda case: case["N"] * case["K"]):
+        if case["op"] == GROWTH:
+            found.setdefault(case["M"], []).append(case)
+    return dict(sorted(found.items()))
+
+
+def growth_table(document: dict) -> Rows:
+    """A row per M and size; what of it all takes turns, so that a reader sees how cold it is."""
+    head = ["M", "W", OURS, "torch", "of limit", "limit", "ns / 1000 weights", "4-bit MiB in turn"]
+    rows = [head]
+    for case in (case for cases in growth(document).values() for case in cases):
+        N, K, ours = case["N"], case["K"], case["providers"].get(OURS, {})
+        weights = ours.get("copies", 0) * Case("", N, K, case["M"]).weight_bytes / 2**20
+        spent = f"{ours['median_ms'] * 1e9 / (N * K):.3g}" if "median_ms" in ours else "-"
+        row = [str(case["M"]), f"{N} x {K}", cell(case, OURS), cell(case, "torch"), of_limit(case)]
+        rows.append([*row, f"{case['limit_ms']:.3g}", spent, f"{weights:.0f}"])
+    return rows if len(rows) > 1 else []
+
+
+# -- many adapters in one batch --------------------------------------------------------------------
+
+ADD = "multi_lora_"
+MANY = {
+    ADD: "`multi_lora_`: y += each row's adapter",
+    "multi_lora_linear_4bit": "`multi_lora_linear_4bit`: base and adapters",
+    "multi_lora_linear_4bit_fwd_bwd": "`multi_lora_linear_4bit`, forward and gradients of x and of every A, B",
+}
+GRID_PEERS = ("torch loop", "gather + bmm", "vLLM's CPU scheme", "vLLM's scheme")
+MANY_WORDS = """\
+*Identical*: all rows have one adapter; *uniform*: ceil(sqrt(rows)) adapters, evenly; *zipf 1.5*: adapters with 1, 1.5,
+1.5², ... rows, rounded down; *distinct*: one row each (Punica's definitions and shape). Rows of one adapter are
+adjacent. Pages and stacks have the dtype of the activations. *Mixed ranks*: 8, 16, 32 and 64 in turn. The batches of a
+case take turns over adapters of their own, so that one with few adapters does not find them in a cache. *torch loop*,
+for each adapter: `y[rows] += scaling * (x[rows] @ A.T) @ B.T`, the rows a slice; *addmm_*: the same in place.
+*gather + bmm*: A and B of every row by `index_select`, then two `bmm`. *vLLM's CPU scheme*: every row's adapter out of
+a stack padded to the largest rank, cast to the dtype of the result, `einsum`. *vLLM's scheme*, on a GPU: its two Triton
+kernels, A in slices of K that are summed by atomics. Both written here after their source, not run from it. *Padded to
+64*: this library with every adapter stored at rank 64.""".replace("\n", " ")
+
+
+def _popularity(name: str) -> str:
+    return "zipf 1.5" if name == "zipf" else name
+
+
+def _of_grid(document: dict) -> list[dict]:
+    """The cases of the shape that has one of every popularity."""
+    found: dict[tuple[int, int], list[dict]] = {}
+    for case in document["cases"]:
+        if case["op"] == ADD and not case["mixed"] and case["popularity"] in POPULARITIES:
+            found.setdefault((case["N"], case["K"]), []).append(case)
+    grids = (c for c in found.values() if {case["popularity"] for case in c} == {*POPULARITIES})
+    return next(grids, [])
+
+
+def grid_table(grid: list[dict]) -> Rows:
+    """A row per M; per popularity our time, and how many times faster that is than each peer."""
+    by_place = {(case["M"], case["popularity"]): case for case in grid}
+    rows = [["rows", *map(_popularity, POPULARITIES)]]
+    for M in sorted({M for M, _ in by_place}):
+        cases = [by_place.get((M, popularity)) for popularity in POPULARITIES]
+        rows.append([str(M), *(_grid_cell(case) if case else "-" for case in cases)])
+    return rows
+
+
+def _grid_cell(case: dict) -> str:
+    ours = median(case, OURS)
+    unit = 1e3 if case["device"] == "cuda" else 1.0
+    ratios = [times_faster(ratio(case, name)) for name in GRID_PEERS if name in case["providers"]]
+    return f"{digits(ours * unit)} ({', '.join(ratios)})" if ours else "-"
+
+
+def _rest_table(cases: list[dict]) -> Rows:
+    """A row per case outside of the grid; a column per provider."""
+    names = names_of(cases)
+    rows = [["W", "dtype", "rows", "adapters", *names, "of limit"]]
+    for case in cases:
+        ranks = "mixed ranks" if case["mixed"] else f"r = {case['R']}"
+        row = [f"{case['N']} x {case['K']}", case["dtype"], str(case["M"])]
+        row.append(f"{_popularity(case['popularity'])}, {ranks}")
+        rows.append([*row, *(cell(case, name) for name in names), of_limit(case)])
+    return rows
+
+
+def _of_many(document: dict) -> list[Section]:
+    unit = "microseconds" if "gpu" in document else "milliseconds"
+    grid, found = _of_grid(document), []
+    if grid:
+        case, names = grid[0], names_of(grid)
+        peers = ", ".join(name for name in GRID_PEERS if name in names)
+        words = f"W {case['N']} x {case['K']}, r = {case['R']}, {case['dtype']}: {unit}"
+        found.append((f"{words} (times faster than {peers})", grid_table(grid)))
+    for op, words in MANY.items():
+        rest = [case for case in document["cases"] if case["op"] == op and case not in grid]
+        if rest:
+            found.append((f"{words}, {unit}", _rest_table(rest)))
+    return [(f"Many adapters in one batch\n\n{MANY_WORDS}", found)] if found else []
+
+
+# -- all of it -------------------------------------------------------------------------------------
+
+
+def sections(document: dict) -> list[Section]:
+    """Every table of a machine that there are results for."""
+    found = _of_ops(document)
+    if rows := memory_table(document):
+        where = f"W {document['memory']['N']} x {document['memory']['K']}, MiB"
+        found.append(("Memory of a call beyond its outputs", [(where, rows)]))
+    if rows := growth_table(document):
+        words = "Growth with the size of the weight: y = x Wᵀ, float32, cold caches"
+        found.append((words, [("Milliseconds; the weights of a case take turns", rows)]))
+    return found + _of_many(document)
+
+
 def text(document: dict) -> str:
     """All tables for a terminal."""
-    machine = f"{document['cpu']['model']}, {document['threads']} threads, {document['isa']}"
-    unit = "milliseconds"
-    if gpu := document.get("gpu"):
-        machine, unit = gpu["name"], "microseconds"
+    unit = "microseconds" if "gpu" in document else "milliseconds"
     lines = [
-        f"{machine}: {_rates(document)}",
+        f"{machine_of(document)}, {document['threads']} threads: {rates(document)}",
         f"{unit}, median ± half the interquartile range",
     ]
-    for key, group in _groups(document).items():
-        lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", plain(_table(group))]
-        if of_variants := report_cpu.variants_table(document, group):
-            lines += ["", f"{OURS} in other ways; {_group_name(key)}", plain(of_variants)]
-    lines += report_cpu.text(document) + report_multi.text(document)
-    if not gpu:
-        lines += report_targets.text(document)
+    for words, tables in sections(document):
+        for name, rows in tables:
+            lines += ["", f"{words.splitlines()[0]}; {name}", "", plain(rows)]
     return "\n".join(lines + missing(document))
-
-
-def missing(document: dict) -> list[str]:
-    """What did not run, and why; of what failed also where, since no other case need fail."""
-    reasons = set()
-    for case in document["cases"]:
-        where = f"{case['op']} {case['N']}x{case['K']}" + (f" M={case['M']}" if case["M"] else "")
-        for name, result in case["providers"].items():
-            if "unavailable" in result:
-                reasons.add(f"{name} did not run: {result['unavailable']}")
-            if "error" in result:
-                reasons.add(f"{name} failed, {where}: {result['error']}")
-    return ["", *sorted(reasons)] if reasons else []
-
-
-# -- documents -------------------------------------------------------------------------------------
 
 
 def _cpu_head(document: dict) -> list[str]:
@@ -185,29 +301,23 @@ def _cpu_head(document: dict) -> list[str]:
 
 def _gpu_head(document: dict) -> list[str]:
     gpu, limits = document["gpu"], document["limits"]
-    built = ", ".join(gpu["architectures"] or ["unknown architectures"])
+    clocks = [state["sm_mhz"] for state in gpu["states"] if state.get("sm_mhz")]
+    clock = f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it" if clocks else ""
     lines = [
         f"## {gpu['name']}",
         "",
         f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
-        f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA "
-        f"{gpu['cuda']}; kernels built for {built}. Measured {document['date']} at commit "
+        f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}; kernels built "
+        f"for {', '.join(gpu['architectures'] or ['unknown architectures'])}. Measured {document['date']} at commit "
         f"{document['commit'] or 'unknown'} with {_installed(document)}.",
         "",
         f"Limits, same run: copy **{limits['copy_gbs']:.0f} GB/s** (bytes read and written), write "
         f"**{limits['write_gbs']:.0f} GB/s**, bfloat16 matrix product "
-        f"**{limits['matmul_tflops']:.0f} TFLOP/s** (random data){_clocks(gpu['states'])}.",
+        f"**{limits['matmul_tflops']:.0f} TFLOP/s** (random data){clock}.",
     ]
     if not document.get("complete", True):
         lines += ["", "**The run was cut short: cases are missing.**"]
-    if document.get("note"):
-        lines += ["", f"**{document['note']}**"]
-    return lines
-
-
-def _clocks(states: list[dict]) -> str:
-    clocks = [state["sm_mhz"] for state in states if state.get("sm_mhz")]
-    return f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it" if clocks else ""
+    return [*lines, "", f"**{document['note']}**"] if document.get("note") else lines
 
 
 def _installed(document: dict) -> str:
@@ -216,24 +326,17 @@ def _installed(document: dict) -> str:
 
 def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
     """One machine's part of docs/performance.md. ``plots``: their paths by plots.py's names."""
-    on_gpu, plots = "gpu" in document, plots or {}
-    lines = _gpu_head(document) if on_gpu else _cpu_head(document)
+    plots = plots or {}
+    lines = _gpu_head(document) if "gpu" in document else _cpu_head(document)
     for name, words in PICTURES.items():
         if name in plots:
             lines += ["", f"![{words}]({plots[name]})"]
-    if not on_gpu:
-        lines += report_targets.section(document)
-    op = None
-    for key, group in _groups(document).items():
-        if key[0] != op:
-            op = key[0]
-            lines += ["", f"### {TITLES[op]}"]
-        unit = ", microseconds" if on_gpu else ""
-        lines += ["", f"{_group_name(key)}{unit}:", "", markdown(_table(group))]
-        if of_variants := report_cpu.variants_table(document, group):
-            lines += ["", f"{_group_name(key)}, {OURS} in other ways:", "", markdown(of_variants)]
-    lines += report_cpu.section(document, plots.get("growth"))
-    lines += report_multi.section(document)
+    for words, tables in sections(document):
+        lines += ["", f"### {words}"]
+        if words.startswith("Growth") and "growth" in plots:
+            lines += ["", f"![Time against the number of weights, and against threads]({plots['growth']})"]
+        for name, rows in tables:
+            lines += ["", f"{name}:", "", markdown(rows)]
     return "\n".join(lines + missing(document))
 
 
@@ -246,34 +349,23 @@ def readme_section(document: dict) -> str:
     shape = (document["cases"][0]["N"], document["cases"][0]["K"])
     rows = [["", "M", "bitsandbytes, ms", "lowrank_kernels, ms", "faster", "of limit"]]
     for op, words in wanted.items():
-        group = _groups(document).get((op, *shape, "float32", "cold"), [])
+        group = groups(document, wanted).get((op, *shape, "float32", "cold"), [])
         for case in sorted(group, key=lambda case: case["M"]):
-            ours, peer = median(case, OURS), median(case, peer_of(case))
+            ours = median(case, OURS)
+            peer = next((ms for name in PEERS if (ms := median(case, name))), None)
             if ours and peer:
-                share = f"{case['limit_ms'] / ours:.0%}"
-                rows.append(
-                    [
-                        words,
-                        str(case["M"]),
-                        digits(peer),
-                        digits(ours),
-                        f"{peer / ours:.1f}x",
-                        share,
-                    ]
-                )
+                times = [digits(peer), digits(ours), f"{peer / ours:.1f}x", of_limit(case)]
+                rows.append([words, str(case["M"]), *times])
                 words = ""
-    return "\n".join(
-        [
-            markdown(rows),
-            "",
-            f"W {shape[0]} x {shape[1]}, NF4 with double quantization, float32, cold caches; "
-            f"{document['cpu']['model']}, {document['threads']} threads; bitsandbytes "
-            f"{document['versions']['bitsandbytes']} (for training with PEFT "
-            f"{document['versions']['peft']}). *Of limit*: share of what memory bandwidth or "
-            "float32 arithmetic of the machine allow, measured in the same run. "
-            "All numbers: [docs/performance.md](docs/performance.md).",
-        ]
+    versions = document["versions"]
+    words = (
+        f"W {shape[0]} x {shape[1]}, NF4 with double quantization, float32, cold caches; "
+        f"{document['cpu']['model']}, {document['threads']} threads; bitsandbytes "
+        f"{versions['bitsandbytes']} (for training with PEFT {versions['peft']}). *Of limit*: share of what memory "
+        "bandwidth or float32 arithmetic of the machine allow, measured in the same run. "
+        "All numbers: [docs/performance.md](docs/performance.md)."
     )
+    return f"{markdown(rows)}\n\n{words}"
 
 
 def replace_block(path: pathlib.Path, block: str) -> bool:
@@ -283,9 +375,8 @@ def replace_block(path: pathlib.Path, block: str) -> bool:
     _, end, after = rest.partition(END)
     if not (begin and end):
         return False
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
-    os.replace(temporary, path)
+    with files.written(path) as file:
+        file.write(f"{before}{BEGIN}\n{block}\n{END}{after}".encode())
     return True
 
 
@@ -299,17 +390,17 @@ def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
     """Rewrites the blocks and plots under ``root``; what it did, in words."""
     from . import plots
 
-    documents, sections, done = [], [], []
+    documents, parts, done = [], [], []
     for path in sorted(results.glob("*.json")):
-        document = json.loads(path.read_text())
+        document = harness.read(path)
         pictures = plots.write(document, root / "docs" / "benchmarks", path.stem)
         relative = {name: os.path.relpath(p, root / "docs") for name, p in pictures.items()}
-        sections.append(machine_section(document, relative))
+        parts.append(machine_section(document, relative))
         documents.append(document)
         done += [f"wrote {picture}" for picture in pictures.values()]
     if not documents:
         raise FileNotFoundError(f"no results in {results}: run python -m bench first")
-    blocks = {root / "docs" / "performance.md": "\n\n".join(sections)}
+    blocks = {root / "docs" / "performance.md": "\n\n".join(parts)}
     if of_cpus := [document for document in documents if "gpu" not in document]:
         blocks[root / "README.md"] = readme_section(_primary(of_cpus))
     for path, block in blocks.items():

@@ -147,11 +147,15 @@ def model_providers(
     return {name: functools.partial(calls, name) for name in models}
 
 
-@torch.no_grad()
 def _base_logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Without its adapters: those of PEFT are fresh, and add zeros."""
+    """Without its adapters: those of PEFT are fresh, and add zeros.
+
+    The embeddings require a gradient, without which bitsandbytes would lay out its weights for inference for good.
+    """
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     with lk.disable_adapters(model) if _layers(model) else contextlib.nullcontext():
-        return model.eval()(input_ids=ids, use_cache=False).logits.float()
+        logits = model.eval()(inputs_embeds=embedded, use_cache=False).logits
+    return logits.detach().float()
 
 
 def _train(model: torch.nn.Module, batch: Batch) -> Callable[[], torch.Tensor]:

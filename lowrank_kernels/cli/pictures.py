@@ -82,17 +82,16 @@ def draw(path: pathlib.Path, title: str, panels: list[Panel], width: float = 5.5
         if panel.over:
             axis.set_xscale("log", base=2)
             axis.set_xticks(panel.over, [str(m) for m in panel.over])
-            axis.minorticks_off()
         if panel.yscale == "log":  # numbers as people write them
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
-        else:
-            axis.set_ylim(bottom=0)
         for line in panel.lines:
             look = {"color": line.color, "linewidth": 2.4 if line.color == RED else 1.4}
             axis.plot(line.x, line.y, line.style, label=line.label, markersize=4, **look)
             if line.spread:
                 axis.vlines(line.x, *zip(*line.spread), **look)
+        if panel.yscale == "linear":
+            axis.set_ylim(bottom=0)
         if panel.lines:
             axis.legend(frameon=False, fontsize=9)
     _save(figure, path)
@@ -167,7 +166,7 @@ def speed(path: pathlib.Path, title: str, rates: dict[str, dict[str, float] | st
     for axis, phase in zip(axes, phases):
         values = [of_model.get(phase, 0.0) for of_model in measured.values()]
         bars = axis.barh(list(measured), values, color=list(colors.values()))
-        axis.bar_label(bars, fmt="{:.3g}", padding=3)
+        axis.bar_label(bars, [report.digits(value) for value in values], padding=3)
         axis.set(title=phase, xlabel="tokens/s", xlim=(0, 1.2 * max(values)))
         axis.invert_yaxis()
         axis.tick_params(axis="y", length=0)
