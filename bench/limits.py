@@ -53,7 +53,10 @@ def _matmul() -> Callable:
     return lambda: torch.mm(a, b, out=out)
 
 
-LIMITS = {"cpu": {"read": _read, "sgemm": _sgemm}, "cuda": {"copy": _copy, "write": _write, "matmul": _matmul}}
+LIMITS = {
+    "cpu": {"read": _read, "sgemm": _sgemm},
+    "cuda": {"copy": _copy, "write": _write, "matmul": _matmul},
+}
 
 
 def best_seconds(call: Callable, device: str = "cpu") -> float:
@@ -82,7 +85,9 @@ def sgemm_avx2_seconds() -> float:
 
 def measure(device: str, best: dict[str, float], with_avx2: bool) -> None:
     """One turn: lowers what ``best`` has of each limit, in seconds."""
-    calls = {name: lambda m=make: best_seconds(m(), device) for name, make in LIMITS[device].items()}
+    calls = {
+        name: lambda m=make: best_seconds(m(), device) for name, make in LIMITS[device].items()
+    }
     if with_avx2:
         calls["sgemm_avx2"] = sgemm_avx2_seconds
     for name, seconds in calls.items():

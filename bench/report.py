@@ -334,7 +334,10 @@ def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
     for words, tables in sections(document):
         lines += ["", f"### {words}"]
         if words.startswith("Growth") and "growth" in plots:
-            lines += ["", f"![Time against the number of weights, and against threads]({plots['growth']})"]
+            lines += [
+                "",
+                f"![Time against the number of weights, and against threads]({plots['growth']})",
+            ]
         for name, rows in tables:
             lines += ["", f"{name}:", "", markdown(rows)]
     return "\n".join(lines + missing(document))

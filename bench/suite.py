@@ -148,7 +148,9 @@ def lora(sizes: Sizes) -> Entries:
 
 def quantize(sizes: Sizes) -> Entries:
     to = {OURS: others.quantize_lowrank, "bitsandbytes": others.quantize_bitsandbytes}
-    if sizes.device == "cuda":  # where the public function's wait for the device hides what it costs
+    if (
+        sizes.device == "cuda"
+    ):  # where the public function's wait for the device hides what it costs
         to["operators alone"] = others.quantize_operators
     back = {OURS: others.dequantize_lowrank, "bitsandbytes": others.dequantize_bitsandbytes}
     for op, of_op in (("quantize_4bit", to), ("dequantize_4bit", back)):
@@ -228,7 +230,9 @@ def entries(
     for name in names or OPS:
         for case, of_case in OPS[name](sizes):
             if only in case.id and (not quick or sizes.shapes[0] == (case.N, case.K)):
-                made = {n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()}
+                made = {
+                    n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()
+                }
                 found.setdefault(case, made)
     shapes = [*sizes.shapes, sizes.many_shape, *sizes.growth_shapes]
     return sorted(found.items(), key=lambda entry: shapes.index((entry[0].N, entry[0].K)))

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 import torch
+from tabulate import SEPARATING_LINE, tabulate
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import tables
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
 from .targets import matches, read_patterns
@@ -71,7 +71,9 @@ class ReplaceReport:
         for layer in self.replaced:
             rows.append(_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", layer))
         rows.append(_row("total", f"{len(self.replaced)} layers", self))
-        lines = [tables.text(rows, rules=(1, -1))]
+        rows.insert(-1, SEPARATING_LINE)
+        look = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
+        lines = [tabulate(rows, headers="firstrow", **look)]
         if self.skipped:
             width = max(len(layer.name) for layer in self.skipped)
             lines += ["", f"skipped: {len(self.skipped)}"]

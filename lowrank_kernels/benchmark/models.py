@@ -89,9 +89,7 @@ def _layers(model: torch.nn.Module) -> dict[str, lk.LoRALinear4bit]:
     return {n: m for n, m in model.named_modules() if isinstance(m, lk.LoRALinear4bit)}
 
 
-def _with_peft(
-    model: torch.nn.Module, ours: torch.nn.Module, rank: int
-) -> torch.nn.Module:
+def _with_peft(model: torch.nn.Module, ours: torch.nn.Module, rank: int) -> torch.nn.Module:
     peft, names = providers.peft(), list(_layers(ours))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
     return peft.get_peft_model(model, config)

@@ -39,7 +39,7 @@ def _tabulated(rows: Rows, style: str, left: int) -> str:
         headers="firstrow",
         tablefmt=style,
         disable_numparse=True,
-        colglobalalign="right",
+        stralign="right",
         colalign=("left",) * left or None,
     )
 

@@ -100,7 +100,9 @@ def draw(path: pathlib.Path, title: str, panels: list[Panel], width: float = 5.5
 # -- results ---------------------------------------------------------------------------------------
 
 
-def of_provider(points: list[tuple[float, dict]], name: str, color: str | None = None) -> list[Line]:
+def of_provider(
+    points: list[tuple[float, dict]], name: str, color: str | None = None
+) -> list[Line]:
     """The line of a provider through (x, case); none where it did not run."""
     points = [(x, case["providers"].get(name, {})) for x, case in points]
     points = [(x, result) for x, result in points if "median_ms" in result]
