@@ -41,20 +41,20 @@ finish() {
 nvidia-smi || true
 capability='import torch; assert torch.cuda.is_available(), "torch finds no CUDA device"
 print("{}.{}".format(*torch.cuda.get_device_capability()).replace("9.0", "9.0a"))'
-run facts 60 "$python" -c "$capability" || finish
+run facts 20 "$python" -c "$capability" || finish
 export TORCH_CUDA_ARCH_LIST=$(tail -1 "$logs/facts.log") MAX_JOBS=$(nproc)
-run build 170 env LOWRANK_BUILD_CUDA=1 "$python" setup.py build_ext --inplace || finish
+run build 150 env LOWRANK_BUILD_CUDA=1 "$python" setup.py build_ext --inplace || finish
 tests=(python_tests/test_{dequantize_4bit,quantize_4bit,double_quantize,linear_4bit,linear_4bit_dx}.py
     python_tests/test_{lora,multi_lora}_*.py python_tests/test_{bank,functional,nn_lora,cuda}.py)
 workers=$("$python" -c 'import xdist; print("-n 4")' 2>/dev/null)
-run test 150 env LOWRANK_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail=30 -p no:cacheprovider $workers "${tests[@]}"
+run test 120 env LOWRANK_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail=30 -p no:cacheprovider $workers "${tests[@]}"
 note=$(tail -1 "$logs/test.log" 2>/dev/null)
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || echo "compute-sanitizer was not found"
 for tool in ${sanitizer:+memcheck racecheck}; do # without torch's cache of memory, which would hide a step over a tensor's end
-    run "sanitize-$tool" 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+    run "sanitize-$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
         --report-api-errors no --print-limit 10 "$python" -m bench.smoke
 done
 [[ " ${failed[*]} " == *" test "* ]] && told=(--note "The tests before this run did not pass: $note") || told=()
-run bench 220 "$python" -m bench --device cuda --budget 170 "${quick[@]}" "${told[@]}"
+run bench 180 "$python" -m bench --device cuda --budget 140 "${quick[@]}" "${told[@]}"
 [ ${#quick[@]} -gt 0 ] || run bench-report 20 "$python" -m bench.report
 finish

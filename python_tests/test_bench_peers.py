@@ -1,4 +1,4 @@
-"""Peers of the CPU benchmarks that need not be there: OpenVINO, and ggml as bench.peer_ggml builds it."""
+"""Peers of the CPU benchmarks that need not be there: OpenVINO, and ggml as `make bench-peers` builds it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # `bench` is no part of the package
 
-pytest.importorskip("pytest_benchmark", reason="the suite runs on pytest-benchmark")
-
-from bench import bench_linear_4bit, peer_ggml, peer_openvino
+from bench import peer_ggml, peer_openvino, suite
 from lowrank_kernels.benchmark import check, providers
 from lowrank_kernels.benchmark.case import Case
 
@@ -108,7 +106,7 @@ def test_without_ggml(monkeypatch, tmp_path):
     monkeypatch.setattr(peer_ggml, "LIBRARY", tmp_path / "absent.so")
     peer_ggml.library.cache_clear()
     try:
-        with pytest.raises(providers.Unavailable, match=r"python -m bench\.peer_ggml --build"):
+        with pytest.raises(providers.Unavailable, match=r"make bench-peers"):
             peer_ggml.linear_ggml(Case("linear_4bit", 96, 128, 1))
         assert peer_ggml.version() is None
         (tmp_path / "absent.so").write_text("no library")
@@ -130,6 +128,6 @@ def test_float32_only(module, of_case):
 
 def test_both_are_rows_of_the_table():
     peers = {peer_openvino.NAME, peer_ggml.NAME}
-    assert peers <= set(bench_linear_4bit.providers_of(Case("linear_4bit", 96, 128, 1)))
-    bfloat16 = Case("linear_4bit", 96, 128, 1, "bfloat16")
-    assert not peers & set(bench_linear_4bit.providers_of(bfloat16))
+    for case, of_case in suite.linear(suite.SIZES["cpu"]):
+        assert (peers <= set(of_case)) == (case.dtype == "float32")
+        assert peers <= set(of_case) or not peers & set(of_case)
