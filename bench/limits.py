@@ -6,6 +6,7 @@ forced to AVX2 are held against. That process runs this file. Of all limits the 
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import subprocess
@@ -29,9 +30,10 @@ def _read() -> Callable:
     return torch.ones(READ_BYTES // 4).sum
 
 
-def _sgemm() -> Callable:
-    a, b = torch.randn(2, SGEMM_SIZE, SGEMM_SIZE)
-    out = torch.zeros(SGEMM_SIZE, SGEMM_SIZE)
+def _product(size: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Callable:
+    """On random data: the same product of zeros is faster, since it needs less power."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.zeros_like(a)
     return lambda: torch.mm(a, b, out=out)
 
 
@@ -41,21 +43,13 @@ def _copy() -> Callable:
     return lambda: target.copy_(source)
 
 
-def _write() -> Callable:
-    target = torch.zeros(COPY_BYTES // 4, device="cuda")
-    return lambda: target.fill_(1.0)
-
-
-def _matmul() -> Callable:
-    """On random data: the same product of zeros is faster, since it needs less power."""
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device="cuda").bfloat16()
-    out = torch.zeros_like(a)
-    return lambda: torch.mm(a, b, out=out)
-
-
 LIMITS = {
-    "cpu": {"read": _read, "sgemm": _sgemm},
-    "cuda": {"copy": _copy, "write": _write, "matmul": _matmul},
+    "cpu": {"read": _read, "sgemm": lambda: _product(SGEMM_SIZE)},
+    "cuda": {
+        "copy": _copy,
+        "write": lambda: functools.partial(torch.zeros(COPY_BYTES // 4, device="cuda").fill_, 1.0),
+        "matmul": lambda: _product(MATMUL_SIZE, "cuda", torch.bfloat16),
+    },
 }
 
 
@@ -116,4 +110,4 @@ def rates(limits: dict[str, float]) -> tuple[float, float]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[1]))
-    print(best_seconds(_sgemm()))
+    print(best_seconds(LIMITS["cpu"]["sgemm"]()))

@@ -45,13 +45,9 @@ def measure(N: int, K: int, tokens: tuple[int, ...], threads: int) -> dict:
     extra: dict[str, dict[str, int] | str] = {}
     for name in PROVIDERS:
         command = [sys.executable, "-m", "bench.memory", name, f"{N}x{K}", str(threads)]
-        done = subprocess.run(
-            [*command, *map(str, sorted(tokens))],
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
+        command += map(str, sorted(tokens))
+        how = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
+        done = subprocess.run(command, **how)
         failed = done.returncode != 0
         lines = (done.stderr if failed else done.stdout).strip().splitlines()
         last = lines[-1] if lines else f"exit code {done.returncode}"
@@ -66,11 +62,6 @@ def _resident(field: str) -> int:
     """Bytes: "VmRSS" now, "VmHWM" the most since the last reset."""
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
-
-
-def _bytes_of(outputs: object) -> int:
-    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _case(op: str, N: int, K: int, M: int) -> Case:
@@ -93,7 +84,8 @@ def beyond_outputs(name: str, N: int, K: int, tokens: list[int]) -> dict[int, in
         with provider.context():
             outputs = call()
         y = 4 * M * N if op.endswith("fwd_bwd") else 0  # where backward starts
-        found[M] = max(0, _resident("VmHWM") - before - _bytes_of(outputs) - y)
+        made = sum(t.nbytes for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        found[M] = max(0, _resident("VmHWM") - before - made - y)
         del outputs
     return found
 

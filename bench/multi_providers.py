@@ -8,37 +8,15 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import multi_providers as shared
+from lowrank_kernels.benchmark import providers
 from lowrank_kernels.benchmark.case import MIX, Case
-from lowrank_kernels.benchmark.multi_providers import (
-    Pool,
-    adapters_of,
-    group_of,
-    loop_in_place,
-    many_lowrank,
-    planned,
-    pool_copies,
-    pool_of,
-    segments,
-    turns,
-    with_rows,
-    with_weights,
-    xy,
-)
-from lowrank_kernels.benchmark.providers import (
-    SCALING,
-    Calls,
-    Unavailable,
-    call_each,
-    lora_calls,
-    weights_4bit,
-    x_of,
-)
+from lowrank_kernels.benchmark.multi_providers import Pool, adapters_of, pool_of, turns, xy
+from lowrank_kernels.benchmark.providers import SCALING, Calls, call_each, weights_4bit, x_of
 from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
 
 
-def many_lowrank_padded(case: Case) -> Calls:
-    """This library with every adapter stored at the largest rank."""
-    return many_lowrank(case, max(MIX))
+many_lowrank_padded = functools.partial(shared.many_lowrank, rank=max(MIX))
 
 
 # -- y += each row's adapter -----------------------------------------------------------------------
@@ -55,10 +33,10 @@ def _stacked(pool: Pool, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _indexed(case: Case) -> list[tuple]:
     """(A and B of all adapters, the adapter of each row), for every turn."""
-    count = pool_copies(case, max(case.ranks))
+    count = shared.pool_copies(case, max(case.ranks))
     pool, rows = _stacked(pool_of(case), count), torch.tensor(case.rows)
     indices = [
-        torch.tensor(group_of(case, g)).repeat_interleave(rows).to(case.device)
+        torch.tensor(shared.group_of(case, g)).repeat_interleave(rows).to(case.device)
         for g in range(case.groups)
     ]
     return [(*pool[c], indices[group]) for c, group in turns(case, count)]
@@ -71,11 +49,13 @@ def _loop(y, x, adapters):
 
 
 def many_loop(case: Case) -> Calls:
-    return [functools.partial(_loop, *call) for call in xy(case, with_rows(case))]
+    return [functools.partial(_loop, *call) for call in xy(case, shared.with_rows(case))]
 
 
 def many_loop_in_place(case: Case) -> Calls:
-    return [functools.partial(loop_in_place, *call) for call in xy(case, with_rows(case))]
+    return [
+        functools.partial(shared.loop_in_place, *call) for call in xy(case, shared.with_rows(case))
+    ]
 
 
 def _gather_bmm(y, x, A, B, index):
@@ -109,7 +89,7 @@ def many_vllm_triton(case: Case) -> Calls:
     try:
         from . import vllm_triton
     except ImportError as error:
-        raise Unavailable(f"triton: {error}") from None
+        raise providers.Unavailable(f"triton: {error}") from None
     calls = []
     for y, x, (A, B, index) in xy(case, _indexed(case)):
         batch = vllm_triton.sorted_batch(index)
@@ -123,7 +103,7 @@ def many_linear_separate(case: Case) -> Calls:
     def both(x, pair):
         return lk.multi_lora_(lk.linear_4bit(x, pair[0]), x, *pair[1])
 
-    return call_each(case, both, x_of(case), with_weights(case, planned(case)))
+    return call_each(case, both, x_of(case), shared.with_weights(case, shared.planned(case)))
 
 
 # -- training: forward and the gradients of x and of every A and B ---------------------------------
@@ -158,15 +138,15 @@ def many_training_lowrank(case: Case) -> Calls:
         rest = {"w": layer.weight4bit, "plan": plan, "pages": bank[name]}
         parameters = [t for n in names for t in layer.adapter_parameters(n)]
         calls.append((functools.partial(multi_lora_linear_4bit, **rest), parameters))
-    return lora_calls(case, calls)
+    return providers.lora_calls(case, calls)
 
 
 def _training_calls(case: Case, forward) -> Calls:
     """``forward(x, w, triples)`` of every weight; a triple: rows, A, B."""
     parameters = _parameters(case)
-    triples = list(zip(segments(case), parameters[::2], parameters[1::2]))
+    triples = list(zip(shared.segments(case), parameters[::2], parameters[1::2]))
     layers = [lambda x, w=w: forward(x, w, triples) for w in weights_4bit(case)]
-    return lora_calls(case, [(layer, parameters) for layer in layers])
+    return providers.lora_calls(case, [(layer, parameters) for layer in layers])
 
 
 def many_training_one_by_one(case: Case) -> Calls:

@@ -9,28 +9,16 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import providers as shared
 from lowrank_kernels.benchmark.case import BLOCKSIZE, Case
-from lowrank_kernels.benchmark.providers import (
-    SCALING,
-    Calls,
-    adapter_of,
-    bitsandbytes,
-    bnb_dequantize,
-    bnb_modules,
-    bnb_weights,
-    dense_weights,
-    dy_of,
-    each,
-    weights_4bit,
-    x_of,
-)
+from lowrank_kernels.benchmark.providers import SCALING, Calls, dense_weights, each, weights_4bit
 from lowrank_kernels.codebooks import code_of, dynamic_code
 from lowrank_kernels.schema import ops
 
 
 def linear_bitsandbytes_training(case: Case) -> Calls:
     """Its module while training: it dequantizes and multiplies in the dtype of x, everywhere."""
-    return [functools.partial(module, x_of(case)) for module in bnb_modules(case)]
+    return [functools.partial(module, shared.x_of(case)) for module in shared.bnb_modules(case)]
 
 
 # -- the scheme of Unsloth -------------------------------------------------------------------------
@@ -56,11 +44,11 @@ def _addmm_calls(case: Case, weights: list[Callable[[], torch.Tensor]]) -> Calls
 
     Written out as its matmul_lora and LoRA_W do it, without autograd around it.
     """
-    A, B = (t.detach() for t in adapter_of(case))
-    pairs = each(case, x_of(case), weights)
+    A, B = (t.detach() for t in shared.adapter_of(case))
+    pairs = each(case, shared.x_of(case), weights)
     if case.op == "lora_linear_4bit":
         return [functools.partial(_addmm_forward, x, W, A, B) for x, W in pairs]
-    triples = each(case, dy_of(case), pairs)
+    triples = each(case, shared.dy_of(case), pairs)
     return [functools.partial(_addmm_both, x, dy, W, A, B) for dy, (x, W) in triples]
 
 
@@ -74,7 +62,9 @@ def lora_addmm_dequantize(case: Case) -> Calls:
 
 
 def lora_addmm_bitsandbytes(case: Case) -> Calls:
-    return _addmm_calls(case, [lambda w=w: bnb_dequantize(*w) for w in bnb_weights(case)])
+    return _addmm_calls(
+        case, [lambda w=w: shared.bnb_dequantize(*w) for w in shared.bnb_weights(case)]
+    )
 
 
 # -- quantize_4bit, dequantize_4bit ----------------------------------------------------------------
@@ -98,7 +88,7 @@ def quantize_operators(case: Case) -> Calls:
 
 
 def quantize_bitsandbytes(case: Case) -> Calls:
-    quantize = bitsandbytes(case.device).functional.quantize_4bit
+    quantize = shared.bitsandbytes(case.device).functional.quantize_4bit
     options = {"blocksize": BLOCKSIZE, "quant_type": "nf4", "compress_statistics": True}
     return [functools.partial(quantize, weight, **options) for weight in dense_weights(case)]
 
@@ -108,4 +98,6 @@ def dequantize_lowrank(case: Case) -> Calls:
 
 
 def dequantize_bitsandbytes(case: Case) -> Calls:
-    return [functools.partial(bnb_dequantize, *weight) for weight in bnb_weights(case)]
+    return [
+        functools.partial(shared.bnb_dequantize, *weight) for weight in shared.bnb_weights(case)
+    ]

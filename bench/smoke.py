@@ -25,8 +25,13 @@ def run(device: str, dtype: torch.dtype = torch.bfloat16) -> int:
         w = lk.quantize_4bit(torch.randn(N, K).to(dtype).to(device), double_quant=False)
         for M in TOKENS:
             check_layer(M, N, K, 8, device, dtype)
-            outputs = [*_many(w, M, dtype, device), lk.linear_4bit(torch.randn(M, K).to(w.packed.device, dtype), w)]
-            assert all(bool(out.cpu().isfinite().all()) for out in outputs), f"{N} x {K}, M = {M}: not finite"
+            outputs = [
+                *_many(w, M, dtype, device),
+                lk.linear_4bit(torch.randn(M, K).to(w.packed.device, dtype), w),
+            ]
+            assert all(bool(out.cpu().isfinite().all()) for out in outputs), (
+                f"{N} x {K}, M = {M}: not finite"
+            )
     return len(SHAPES) * len(TOKENS)
 
 

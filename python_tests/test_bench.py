@@ -243,10 +243,14 @@ def test_cases():
     """A shape's cases come together; 16-bit activations and hot caches have the first shape alone."""
     entries = suite.entries(suite.SIZES["cpu"])
     shapes = [(case.N, case.K) for case, _ in entries]
-    assert all(a == b or b not in shapes[: i + 1] for i, (a, b) in enumerate(zip(shapes, shapes[1:])))
+    assert all(
+        a == b or b not in shapes[: i + 1] for i, (a, b) in enumerate(zip(shapes, shapes[1:]))
+    )
     linear = [case for case, _ in entries if case.op == "linear_4bit"]
     assert len(linear) == 20
-    special = {(case.N, case.K) for case in linear if (case.dtype, case.cache) != ("float32", "cold")}
+    special = {
+        (case.N, case.K) for case in linear if (case.dtype, case.cache) != ("float32", "cold")
+    }
     assert special == {(4096, 4096)}
     of_many = [case for case, _ in entries if case.op.startswith("multi_lora")]
     assert len(of_many) == 22
@@ -277,7 +281,11 @@ def test_a_wrong_result_is_not_timed(op):
             return dataclasses.replace(output, absmax=output.absmax.flip(0))
         if WRONG[op] == "one":
             return (*output[:-1], output[-1] * 1.05)
-        spoil = {"twice": lambda y: 2 * y, "nan": lambda y: y * float("nan"), "transposed": lambda y: y.T}
+        spoil = {
+            "twice": lambda y: 2 * y,
+            "nan": lambda y: y * float("nan"),
+            "transposed": lambda y: y.T,
+        }
         return spoil[WRONG[op]](output)
 
     def wrong(case: Case) -> providers.Calls:
@@ -290,12 +298,16 @@ def test_a_wrong_result_is_not_timed(op):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("M, popularity, mixed", [(7, "zipf", False), (6, "distinct", True)])
-@pytest.mark.parametrize("op", ["multi_lora_", "multi_lora_linear_4bit", "multi_lora_linear_4bit_fwd_bwd"])
+@pytest.mark.parametrize(
+    "op", ["multi_lora_", "multi_lora_linear_4bit", "multi_lora_linear_4bit_fwd_bwd"]
+)
 def test_every_batch_has_its_own_adapters(op, M, popularity, mixed, dtype, monkeypatch):
     """Each call of each provider gives what its own adapters make of the rows, and not those of the next call."""
     monkeypatch.setattr(providers, "MAX_COPIES", 2)
     case = case_of_many(op, M, popularity, mixed, dtype)
-    of_op = next(p for c, p in suite.entries(TINY) if c.op == op and (c.mixed or op != "multi_lora_"))
+    of_op = next(
+        p for c, p in suite.entries(TINY) if c.op == op and (c.mixed or op != "multi_lora_")
+    )
     for name, provider in of_op.items():
         outputs = []
         for call in provider.calls(case):
@@ -349,11 +361,15 @@ def test_variants(monkeypatch):
     found = variants.of_linear(Case("linear_4bit", 96, 128, 1), calls)
     monkeypatch.undo()
     isas = {variants.named(isa) for isa in lk.backends.isas()[1:]}
-    assert {variants.named("bfloat16"), variants.thread_name(1), variants.INVARIANT, *isas} <= set(found)
+    assert {variants.named("bfloat16"), variants.thread_name(1), variants.INVARIANT, *isas} <= set(
+        found
+    )
     for name in (variants.named("scalar"), variants.thread_name(1)):
         result = harness.measure(Case("linear_4bit", 96, 128, 1), {name: found[name]}, 1e-6)
         assert "median_ms" in result[name] and (lk.backends.isa(), torch.get_num_threads()) == state
-        assert {"scalar": seen[-1][0], "1 thread": f"{seen[-1][1]} thread"}[name.split(", ")[1]] in name
+        assert {"scalar": seen[-1][0], "1 thread": f"{seen[-1][1]} thread"}[
+            name.split(", ")[1]
+        ] in name
     assert not variants.of_linear(Case("linear_4bit", 96, 128, 1, cache="hot"), calls)
     assert variants.named("scalar") not in variants.of_linear(Case("linear_4bit", 9, 9, 64), calls)
     assert [variants.counts_below(n) for n in (1, 2, 6, 8)] == [[], [1], [1, 2, 4], [1, 2, 4]]

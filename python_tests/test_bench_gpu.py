@@ -127,7 +127,9 @@ def test_results_in_a_graph(case, provider, monkeypatch):
     """Right as they are called and as they are replayed."""
     monkeypatch.setattr(timing, "GRAPH_SECONDS", 1e-5)
     monkeypatch.setattr(providers, "MAX_COPIES", 2)
-    case = dataclasses.replace(case, device="cpu", M=min(case.M, 8), popularity=case.popularity and "2")
+    case = dataclasses.replace(
+        case, device="cpu", M=min(case.M, 8), popularity=case.popularity and "2"
+    )
     calls = provider.calls(case)
     timed = timing.InGraph(calls, lambda outputs: check.verify(case, outputs), FakeDevice())
     assert timed.about == {"graph": True}
@@ -246,7 +248,11 @@ def test_steps_of_the_command(tmp_path):
     assert "python_tests/test_linear_4bit.py" in run and "python_tests/test_multi_lora_.py" in run
     assert "The tests before this run did not pass: 1 failed, 9 passed" in run
     assert (tmp_path / "logs/test.log").read_text() == "1 failed, 9 passed\n"
-    bound = [int(line.split("at most ")[1].split()[0]) for line in done.stdout.splitlines() if "at most" in line]
+    bound = [
+        int(line.split("at most ")[1].split()[0])
+        for line in done.stdout.splitlines()
+        if "at most" in line
+    ]
     assert sum(bound) <= 540 and len(bound) >= 5
 
 

@@ -82,24 +82,21 @@ def l2_bytes() -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size
 
 
-def _nvidia_smi(*fields: str) -> list[str] | None:
-    """What nvidia-smi says of the fields of the first device; None if it says nothing. Reads only."""
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}"]
+def gpu_state() -> dict[str, float] | None:
+    """Clocks, temperature and power as nvidia-smi reads them now; None where it does not tell."""
+    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    command = [
+        "nvidia-smi",
+        "--id=0",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    ]
     try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        values = [float(value) for value in done.stdout.split(",")]
+    except (OSError, subprocess.TimeoutExpired, ValueError):  # no such program, or "[N/A]"
         return None
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    return values if done.returncode == 0 and len(values) == len(fields) else None
-
-
-def gpu_state() -> dict[str, float | None] | None:
-    """Clocks, temperature and power as they are now; None where nvidia-smi does not tell."""
-    values = _nvidia_smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    numbers = [float(v) if re.fullmatch(r"[\d.]+", v) else None for v in values or ()]  # "[N/A]"
-    return dict(zip(("sm_mhz", "memory_mhz", "celsius", "watts"), numbers)) or None
+    return dict(zip(("sm_mhz", "memory_mhz", "celsius", "watts"), values))
 
 
 @functools.lru_cache(maxsize=1)
@@ -116,7 +113,7 @@ def gpu() -> dict[str, object]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
-        "driver": (_nvidia_smi("driver_version") or [None])[0],
+        "driver": cuda_library.status().driver,
         "cuda": torch.version.cuda,
         "architectures": architectures,
         "plan": os.environ.get("LOWRANK_CUDA_PLAN"),
