@@ -50,9 +50,12 @@ workers=$("$python" -c 'import xdist; print("-n 4")' 2>/dev/null)
 run test 120 env LOWRANK_TEST_DEVICE=cuda "$python" -m pytest -q --maxfail=30 -p no:cacheprovider $workers "${tests[@]}"
 note=$(tail -1 "$logs/test.log" 2>/dev/null)
 sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) || echo "compute-sanitizer was not found"
-for tool in ${sanitizer:+memcheck racecheck}; do # without torch's cache of memory, which would hide a step over a tensor's end
+# Tiles that fit, a ragged one and blocks that cross rows, with rows for each family of kernels; all results are checked.
+# Without torch's cache of memory, which would hide a step over a tensor's end.
+for tool in ${sanitizer:+memcheck racecheck}; do
     run "sanitize-$tool" 25 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        --report-api-errors no --print-limit 10 "$python" -m bench.smoke
+        --report-api-errors no --print-limit 10 "$python" -m lowrank_kernels bench --device cuda --hot --peers none \
+        --op linear,dx,lora,training,multi_lora --shape 256x512,136x192,33x70 --m 1,5,17,128 --rank 20 --seconds 1e-6
 done
 [[ " ${failed[*]} " == *" test "* ]] && told=(--note "The tests before this run did not pass: $note") || told=()
 run bench 180 "$python" -m bench --device cuda --budget 140 "${quick[@]}" "${told[@]}"

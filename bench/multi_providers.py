@@ -1,23 +1,21 @@
-"""What many adapters in one batch are compared with: torch's loops and gathers, vLLM's schemes, other calls of ours."""
+"""What many adapters in one batch are compared with: torch's loops and gathers, vLLM's scheme, other calls of ours."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
-from lowrank_kernels.benchmark import multi_providers as shared
-from lowrank_kernels.benchmark import providers
 from lowrank_kernels.benchmark.case import MIX, Case
-from lowrank_kernels.benchmark.multi_providers import Pool, adapters_of, pool_of, turns, xy
-from lowrank_kernels.benchmark.providers import SCALING, Calls, call_each, weights_4bit, x_of
+from lowrank_kernels.benchmark.multi_providers import (
+    Pool, adapters_of, group_of, loop_in_place, many_added, many_linear, planned, pool_copies, pool_of, segments, turns,
+    with_rows,
+)  # fmt: skip
+from lowrank_kernels.benchmark.providers import SCALING, Calls, lora_calls, weights_4bit
 from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
-
-
-many_lowrank_padded = functools.partial(shared.many_lowrank, rank=max(MIX))
-
 
 # -- y += each row's adapter -----------------------------------------------------------------------
 
@@ -33,29 +31,19 @@ def _stacked(pool: Pool, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _indexed(case: Case) -> list[tuple]:
     """(A and B of all adapters, the adapter of each row), for every turn."""
-    count = shared.pool_copies(case, max(case.ranks))
+    count = pool_copies(case, max(case.ranks))
     pool, rows = _stacked(pool_of(case), count), torch.tensor(case.rows)
     indices = [
-        torch.tensor(shared.group_of(case, g)).repeat_interleave(rows).to(case.device)
+        torch.tensor(group_of(case, g)).repeat_interleave(rows).to(case.device)
         for g in range(case.groups)
     ]
     return [(*pool[c], indices[group]) for c, group in turns(case, count)]
 
 
-def _loop(y, x, adapters):
+def _loop(y, x, *adapters):
     for rows, A, B in adapters:
         y[rows] += SCALING * (x[rows] @ A.T) @ B.T
     return y
-
-
-def many_loop(case: Case) -> Calls:
-    return [functools.partial(_loop, *call) for call in xy(case, shared.with_rows(case))]
-
-
-def many_loop_in_place(case: Case) -> Calls:
-    return [
-        functools.partial(shared.loop_in_place, *call) for call in xy(case, shared.with_rows(case))
-    ]
 
 
 def _gather_bmm(y, x, A, B, index):
@@ -63,15 +51,11 @@ def _gather_bmm(y, x, A, B, index):
     return y.add_(torch.bmm(B.index_select(0, index), s).squeeze(2), alpha=SCALING)
 
 
-def many_gather_bmm(case: Case) -> Calls:
-    return [functools.partial(_gather_bmm, y, x, *turn) for y, x, turn in xy(case, _indexed(case))]
-
-
 def _vllm_cpu(y, x, A, B, index):
-    """Shrink into a float32 buffer, expand into y; for prefill and decode alike.
+    """What vllm/lora/ops/torch_ops does, written here after its source, not run from it.
 
-    Each takes the adapter of every row out of the stack, which makes a copy, and casts that to the
-    dtype of what it writes.
+    Shrink into a float32 buffer, expand into y; for prefill and decode alike. Each takes the adapter of every row
+    out of the stack, which makes a copy, and casts that to the dtype of what it writes.
     """
     s = torch.zeros(len(x), A.shape[1], device=x.device)
     s[:] = SCALING * torch.einsum("bi,boi->bo", x.to(s.dtype), A[index].to(s.dtype))
@@ -79,31 +63,15 @@ def _vllm_cpu(y, x, A, B, index):
     return y
 
 
-def many_vllm_cpu(case: Case) -> Calls:
-    """What vllm/lora/ops/torch_ops does, written here after its source, not run from it."""
-    return [functools.partial(_vllm_cpu, y, x, *turn) for y, x, turn in xy(case, _indexed(case))]
-
-
-def many_vllm_triton(case: Case) -> Calls:
-    """The scheme of vllm/lora/ops/triton_ops at its default sizes, written here after its source."""
-    try:
-        from . import vllm_triton
-    except ImportError as error:
-        raise providers.Unavailable(f"triton: {error}") from None
-    calls = []
-    for y, x, (A, B, index) in xy(case, _indexed(case)):
-        batch = vllm_triton.sorted_batch(index)
-        calls.append(functools.partial(vllm_triton.add, y, x, A, B, batch, SCALING))
-    return calls
-
-
-def many_linear_separate(case: Case) -> Calls:
-    """The base, then its adapters, in two operators."""
-
-    def both(x, pair):
-        return lk.multi_lora_(lk.linear_4bit(x, pair[0]), x, *pair[1])
-
-    return call_each(case, both, x_of(case), shared.with_weights(case, shared.planned(case)))
+many_lowrank_padded = many_added(lk.multi_lora_, functools.partial(planned, rank=max(MIX)))
+many_loop = many_added(_loop, with_rows)
+many_loop_in_place = many_added(loop_in_place, with_rows)
+many_gather_bmm = many_added(_gather_bmm, _indexed)
+many_vllm_cpu = many_added(_vllm_cpu, _indexed)
+# The base, then its adapters, in two operators.
+many_linear_separate = many_linear(
+    lambda x, w, *turn: lk.multi_lora_(lk.linear_4bit(x, w), x, *turn), planned
+)
 
 
 # -- training: forward and the gradients of x and of every A and B ---------------------------------
@@ -138,34 +106,31 @@ def many_training_lowrank(case: Case) -> Calls:
         rest = {"w": layer.weight4bit, "plan": plan, "pages": bank[name]}
         parameters = [t for n in names for t in layer.adapter_parameters(n)]
         calls.append((functools.partial(multi_lora_linear_4bit, **rest), parameters))
-    return providers.lora_calls(case, calls)
+    return lora_calls(case, calls)
 
 
-def _training_calls(case: Case, forward) -> Calls:
+def _training(forward: Callable) -> Callable[[Case], Calls]:
     """``forward(x, w, triples)`` of every weight; a triple: rows, A, B."""
-    parameters = _parameters(case)
-    triples = list(zip(shared.segments(case), parameters[::2], parameters[1::2]))
-    layers = [lambda x, w=w: forward(x, w, triples) for w in weights_4bit(case)]
-    return providers.lora_calls(case, [(layer, parameters) for layer in layers])
 
+    def calls(case: Case) -> Calls:
+        parameters = _parameters(case)
+        triples = list(zip(segments(case), parameters[::2], parameters[1::2]))
+        layers = [lambda x, w=w: forward(x, w, triples) for w in weights_4bit(case)]
+        return lora_calls(case, [(layer, parameters) for layer in layers])
 
-def many_training_one_by_one(case: Case) -> Calls:
-    def forward(x, w, triples):
-        return torch.cat([lk.lora_linear_4bit(x[r], w, A, B, SCALING) for r, A, B in triples])
-
-    return _training_calls(case, forward)
+    return calls
 
 
 def _deltas(x: torch.Tensor, triples: list[tuple]) -> torch.Tensor:
     return torch.cat([SCALING * F.linear(F.linear(x[rows], A), B) for rows, A, B in triples])
 
 
-def many_training_loop(case: Case) -> Calls:
-    return _training_calls(case, lambda x, w, triples: lk.linear_4bit(x, w) + _deltas(x, triples))
+def _one_by_one(x, w, triples):
+    return torch.cat([lk.lora_linear_4bit(x[r], w, A, B, SCALING) for r, A, B in triples])
 
 
-def many_training_dequantize(case: Case) -> Calls:
-    def forward(x, w, triples):
-        return F.linear(x, w.dequantize(x.dtype)) + _deltas(x, triples)
-
-    return _training_calls(case, forward)
+many_training_one_by_one = _training(_one_by_one)
+many_training_loop = _training(lambda x, w, triples: lk.linear_4bit(x, w) + _deltas(x, triples))
+many_training_dequantize = _training(
+    lambda x, w, triples: F.linear(x, w.dequantize(x.dtype)) + _deltas(x, triples)
+)

@@ -16,9 +16,10 @@ from lowrank_kernels.codebooks import code_of, dynamic_code
 from lowrank_kernels.schema import ops
 
 
-def linear_bitsandbytes_training(case: Case) -> Calls:
-    """Its module while training: it dequantizes and multiplies in the dtype of x, everywhere."""
-    return [functools.partial(module, shared.x_of(case)) for module in shared.bnb_modules(case)]
+# Its module while training: it dequantizes and multiplies in the dtype of x, everywhere.
+linear_bitsandbytes_training = shared.provider(
+    lambda x, module: module(x), shared.x_of, shared.bnb_modules
+)
 
 
 # -- the scheme of Unsloth -------------------------------------------------------------------------
@@ -62,16 +63,15 @@ def lora_addmm_dequantize(case: Case) -> Calls:
 
 
 def lora_addmm_bitsandbytes(case: Case) -> Calls:
-    return _addmm_calls(
-        case, [lambda w=w: shared.bnb_dequantize(*w) for w in shared.bnb_weights(case)]
-    )
+    weights = shared.bnb_weights(case)
+    return _addmm_calls(case, [lambda w=w: shared.bnb_dequantize(*w) for w in weights])
 
 
 # -- quantize_4bit, dequantize_4bit ----------------------------------------------------------------
 
 
-def quantize_lowrank(case: Case) -> Calls:
-    return [functools.partial(lk.quantize_4bit, weight) for weight in dense_weights(case)]
+def _of(function: Callable, weights: Callable) -> Callable[[Case], Calls]:
+    return lambda case: [functools.partial(function, weight) for weight in weights(case)]
 
 
 def quantize_operators(case: Case) -> Calls:
@@ -90,14 +90,9 @@ def quantize_operators(case: Case) -> Calls:
 def quantize_bitsandbytes(case: Case) -> Calls:
     quantize = shared.bitsandbytes(case.device).functional.quantize_4bit
     options = {"blocksize": BLOCKSIZE, "quant_type": "nf4", "compress_statistics": True}
-    return [functools.partial(quantize, weight, **options) for weight in dense_weights(case)]
+    return _of(functools.partial(quantize, **options), dense_weights)(case)
 
 
-def dequantize_lowrank(case: Case) -> Calls:
-    return [functools.partial(w.dequantize, case.torch_dtype) for w in weights_4bit(case)]
-
-
-def dequantize_bitsandbytes(case: Case) -> Calls:
-    return [
-        functools.partial(shared.bnb_dequantize, *weight) for weight in shared.bnb_weights(case)
-    ]
+quantize_lowrank = _of(lk.quantize_4bit, dense_weights)
+dequantize_lowrank = _of(lambda w: w.dequantize(w.dtype), weights_4bit)
+dequantize_bitsandbytes = _of(lambda w: shared.bnb_dequantize(*w), shared.bnb_weights)

@@ -186,7 +186,7 @@ MANY = {
     "multi_lora_linear_4bit": "`multi_lora_linear_4bit`: base and adapters",
     "multi_lora_linear_4bit_fwd_bwd": "`multi_lora_linear_4bit`, forward and gradients of x and of every A, B",
 }
-GRID_PEERS = ("torch loop", "gather + bmm", "vLLM's CPU scheme", "vLLM's scheme")
+GRID_PEERS = ("torch loop", "gather + bmm", "vLLM's CPU scheme")
 MANY_WORDS = """\
 *Identical*: all rows have one adapter; *uniform*: ceil(sqrt(rows)) adapters, evenly; *zipf 1.5*: adapters with 1, 1.5,
 1.5², ... rows, rounded down; *distinct*: one row each (Punica's definitions and shape). Rows of one adapter are
@@ -194,9 +194,8 @@ adjacent. Pages and stacks have the dtype of the activations. *Mixed ranks*: 8, 
 case take turns over adapters of their own, so that one with few adapters does not find them in a cache. *torch loop*,
 for each adapter: `y[rows] += scaling * (x[rows] @ A.T) @ B.T`, the rows a slice; *addmm_*: the same in place.
 *gather + bmm*: A and B of every row by `index_select`, then two `bmm`. *vLLM's CPU scheme*: every row's adapter out of
-a stack padded to the largest rank, cast to the dtype of the result, `einsum`. *vLLM's scheme*, on a GPU: its two Triton
-kernels, A in slices of K that are summed by atomics. Both written here after their source, not run from it. *Padded to
-64*: this library with every adapter stored at rank 64.""".replace("\n", " ")
+a stack padded to the largest rank, cast to the dtype of the result, `einsum`; written here after its source, not run
+from it. *Padded to 64*: this library with every adapter stored at rank 64.""".replace("\n", " ")
 
 
 def _popularity(name: str) -> str:

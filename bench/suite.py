@@ -172,10 +172,7 @@ ADDED = {
     "torch loop": multi_providers.many_loop,
     "gather + bmm": multi_providers.many_gather_bmm,
 }
-SCHEMES = {
-    "cpu": {"vLLM's CPU scheme": multi_providers.many_vllm_cpu},
-    "cuda": {"vLLM's scheme": multi_providers.many_vllm_triton},
-}
+VLLM = {"vLLM's CPU scheme": multi_providers.many_vllm_cpu}
 LINEAR = {
     OURS: many.many_linear_lowrank,
     "linear_4bit, multi_lora_": multi_providers.many_linear_separate,
@@ -198,7 +195,7 @@ def multi_lora(sizes: Sizes) -> Entries:
         R, device = max(MIX) if mixed else RANK, sizes.device
         return Case(op, *sizes.shapes[0], M, dtype, "cold", R, device, popularity, mixed)
 
-    added = ADDED | SCHEMES[sizes.device]
+    added = ADDED | (VLLM if sizes.device == "cpu" else {})
     shape = dict(zip("NK", sizes.many_shape))
     for popularity, M in itertools.product(POPULARITIES, sizes.many_tokens):
         if M > 1 or popularity == "identical":  # of one row, all are the same

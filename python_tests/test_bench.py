@@ -17,7 +17,7 @@ import lowrank_kernels as lk
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `bench` is no part of the installed package
 
-from bench import limits, memory, multi_providers, report, suite, variants  # noqa: E402
+from bench import limits, memory, report, suite, variants  # noqa: E402
 from bench.__main__ import parse  # noqa: E402
 from lowrank_kernels.benchmark import check, harness, machine, providers  # noqa: E402
 from lowrank_kernels.benchmark import multi_providers as many  # noqa: E402
@@ -320,29 +320,6 @@ def test_every_batch_has_its_own_adapters(op, M, popularity, mixed, dtype, monke
         if case.groups > 1:
             with pytest.raises(check.Wrong):
                 check.verify(case, outputs[1:])
-
-
-VLLM_TRITON = """
-import sys
-sys.path.insert(0, "python_tests")
-from test_bench import case_of_many, check, multi_providers
-for case in (
-    case_of_many("multi_lora_", 5, "zipf", dtype="float16", cache="hot"),
-    case_of_many("multi_lora_", 6, "distinct", mixed=True, cache="hot"),
-    case_of_many("multi_lora_", 130, "2", dtype="float16", cache="hot"),
-):
-    check.verify(case, [call() for call in multi_providers.many_vllm_triton(case)])
-"""
-
-
-def test_the_triton_scheme():
-    pytest.importorskip("triton", reason="needs triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", VLLM_TRITON],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 # -- this library in other ways, memory --------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -83,12 +84,6 @@ def of_group(case: Case, group: int) -> list[tuple]:
     return [(rows, A.float(), B.float()) for rows, (A, B) in zip(segments(case), pairs)]
 
 
-def xy(case: Case, of_turns: list) -> list[tuple]:
-    """(y, x, turn) for every turn."""
-    y = torch.zeros(case.M, case.N, dtype=case.torch_dtype, device=case.device)
-    return [(y, x, turn) for y, (x, turn) in each(case, y, each(case, x_of(case), of_turns))]
-
-
 # -- this library ----------------------------------------------------------------------------------
 
 
@@ -117,11 +112,18 @@ def planned(case: Case, rank: int = 0) -> list[tuple]:
     return [(plans[group], bank[f"layer{c}"]) for c, group in turns(case, count)]
 
 
-def many_lowrank(case: Case, rank: int = 0) -> Calls:
-    return [
-        functools.partial(lk.multi_lora_, y, x, *turn)
-        for y, x, turn in xy(case, planned(case, rank))
-    ]
+def many_added(function: Callable, of_turns: Callable) -> Callable[[Case], Calls]:
+    """What makes the calls ``function(y, x, *turn)`` of a case, which add to y; one y per call on a GPU."""
+
+    def calls(case: Case) -> Calls:
+        y = torch.zeros(case.M, case.N, dtype=case.torch_dtype, device=case.device)
+        pairs = each(case, y, each(case, x_of(case), of_turns(case)))
+        return [functools.partial(function, y, x, *turn) for y, (x, turn) in pairs]
+
+    return calls
+
+
+many_lowrank = many_added(lk.multi_lora_, planned)
 
 
 # -- PyTorch ---------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def with_rows(case: Case) -> list[list[tuple]]:
     ]
 
 
-def loop_in_place(y: torch.Tensor, x: torch.Tensor, adapters: list[tuple]) -> torch.Tensor:
+def loop_in_place(y: torch.Tensor, x: torch.Tensor, *adapters: tuple) -> torch.Tensor:
     for rows, A, B in adapters:
         y[rows].addmm_(x[rows] @ A.T, B.T, alpha=SCALING)
     return y
@@ -159,17 +161,18 @@ def with_weights(case: Case, of_turns: list) -> list[tuple]:
     return list(itertools.islice(pairs, number))
 
 
-def many_linear_lowrank(case: Case) -> Calls:
-    """The layers' call, base and adapters in one operator."""
+def many_linear(function: Callable, of_turns: Callable) -> Callable[[Case], Calls]:
+    """What makes the calls ``function(x, w, *turn)`` of a case, turns and weights until both have all been there."""
 
-    def forward(x, pair):
-        return multi_lora_linear_4bit(x, pair[0], *pair[1])
+    def calls(case: Case) -> Calls:
+        pairs = with_weights(case, of_turns(case))
+        return call_each(case, lambda x, pair: function(x, pair[0], *pair[1]), x_of(case), pairs)
 
-    return call_each(case, forward, x_of(case), with_weights(case, planned(case)))
+    return calls
 
 
-def many_linear_loop(case: Case) -> Calls:
-    def forward(x, pair):
-        return loop_in_place(lk.linear_4bit(x, pair[0]), x, pair[1])
-
-    return call_each(case, forward, x_of(case), with_weights(case, with_rows(case)))
+# The layers' call, base and adapters in one operator; the base, then torch adapter by adapter.
+many_linear_lowrank = many_linear(multi_lora_linear_4bit, planned)
+many_linear_loop = many_linear(
+    lambda x, w, *adapters: loop_in_place(lk.linear_4bit(x, w), x, *adapters), with_rows
+)

@@ -130,6 +130,13 @@ def call_each(case: Case, function: Callable, activations: torch.Tensor, weights
     return [functools.partial(function, *pair) for pair in each(case, activations, weights)]
 
 
+def provider(
+    function: Callable, activations: Callable, weights: Callable
+) -> Callable[[Case], Calls]:
+    """What makes the calls ``function(activations, weight)`` of a case."""
+    return lambda case: call_each(case, function, activations(case), weights(case))
+
+
 # -- bitsandbytes ----------------------------------------------------------------------------------
 
 
@@ -182,22 +189,16 @@ def bnb_modules(case: Case) -> list[torch.nn.Module]:
     return [bnb_linear(w, case.torch_dtype) for w in weights_4bit(case)]
 
 
-# -- linear_4bit: y = x Wᵀ -------------------------------------------------------------------------
+# -- linear_4bit: y = x Wᵀ, and linear_4bit_dx: dx = dy W ------------------------------------------
 
-
-def linear_lowrank(case: Case) -> Calls:
-    return call_each(case, lk.linear_4bit, x_of(case), weights_4bit(case))
-
-
-def linear_torch(case: Case) -> Calls:
-    return call_each(case, F.linear, x_of(case), dense_weights(case))
-
-
-def linear_dequantize(case: Case) -> Calls:
-    def forward(x, w):
-        return F.linear(x, w.dequantize(x.dtype))
-
-    return call_each(case, forward, x_of(case), weights_4bit(case))
+linear_lowrank = provider(lk.linear_4bit, x_of, weights_4bit)
+linear_torch = provider(F.linear, x_of, dense_weights)
+linear_dequantize = provider(lambda x, w: F.linear(x, w.dequantize(x.dtype)), x_of, weights_4bit)
+dx_lowrank = provider(lambda dy, w: ops.linear_4bit_dx(dy, *w.op_args()), dy_of, weights_4bit)
+dx_torch = provider(torch.matmul, dy_of, dense_weights)
+dx_dequantize = provider(lambda dy, w: dy @ w.dequantize(dy.dtype), dy_of, weights_4bit)
+# The line that bitsandbytes' MatMul4Bit.backward consists of.
+dx_bitsandbytes = provider(lambda dy, w: dy @ bnb_dequantize(*w).to(dy.dtype), dy_of, bnb_weights)
 
 
 @functools.lru_cache(maxsize=1)
@@ -221,36 +222,6 @@ def linear_bitsandbytes(case: Case) -> Calls:
     return [functools.partial(m, x) for m in _bnb_inference(dataclasses.replace(case, M=1))]
 
 
-# -- linear_4bit_dx: dx = dy W ---------------------------------------------------------------------
-
-
-def dx_lowrank(case: Case) -> Calls:
-    def dx(dy, w):
-        return ops.linear_4bit_dx(dy, *w.op_args())
-
-    return call_each(case, dx, dy_of(case), weights_4bit(case))
-
-
-def dx_torch(case: Case) -> Calls:
-    return call_each(case, torch.matmul, dy_of(case), dense_weights(case))
-
-
-def dx_dequantize(case: Case) -> Calls:
-    def dx(dy, w):
-        return dy @ w.dequantize(dy.dtype)
-
-    return call_each(case, dx, dy_of(case), weights_4bit(case))
-
-
-def dx_bitsandbytes(case: Case) -> Calls:
-    """The line that bitsandbytes' MatMul4Bit.backward consists of."""
-
-    def dx(dy, w):
-        return dy @ bnb_dequantize(*w).to(dy.dtype)
-
-    return call_each(case, dx, dy_of(case), bnb_weights(case))
-
-
 # -- lora_linear_4bit: forward, or forward and all gradients ---------------------------------------
 
 
@@ -270,21 +241,24 @@ def lora_calls(case: Case, layers: list[tuple[Callable, list[torch.Tensor]]]) ->
     ]
 
 
-def lora_lowrank(case: Case) -> Calls:
-    A, B = adapter_of(case)
-    layers = [lambda x, w=w: lk.lora_linear_4bit(x, w, A, B, SCALING) for w in weights_4bit(case)]
-    return lora_calls(case, [(layer, [A, B]) for layer in layers])
+def _lora(forward: Callable) -> Callable[[Case], Calls]:
+    """``forward(x, w, A, B)`` of every 4-bit weight."""
+
+    def calls(case: Case) -> Calls:
+        A, B = adapter_of(case)
+        layers = [lambda x, w=w: forward(x, w, A, B) for w in weights_4bit(case)]
+        return lora_calls(case, [(layer, [A, B]) for layer in layers])
+
+    return calls
 
 
-def lora_dequantize(case: Case) -> Calls:
-    A, B = adapter_of(case)
+def _dequantize_forward(x, w, A, B):
+    delta = SCALING * F.linear(F.linear(x.to(A.dtype), A), B)
+    return F.linear(x, w.dequantize(x.dtype)) + delta.to(x.dtype)
 
-    def forward(x, w):
-        delta = SCALING * F.linear(F.linear(x.to(A.dtype), A), B)
-        return F.linear(x, w.dequantize(x.dtype)) + delta.to(x.dtype)
 
-    layers = [lambda x, w=w: forward(x, w) for w in weights_4bit(case)]
-    return lora_calls(case, [(layer, [A, B]) for layer in layers])
+lora_lowrank = _lora(lambda x, w, A, B: lk.lora_linear_4bit(x, w, A, B, SCALING))
+lora_dequantize = _lora(_dequantize_forward)
 
 
 def peft():
