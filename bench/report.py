@@ -16,24 +16,9 @@ from lowrank_kernels.benchmark import harness
 from lowrank_kernels.benchmark.case import Case
 from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import (
-    TITLES,
-    Rows,
-    cell,
-    digits,
-    group_name,
-    groups,
-    machine_of,
-    markdown,
-    median,
-    missing,
-    names_of,
-    of_limit,
-    plain,
-    ratio,
-    table,
-    times_faster,
-    title,
-)
+    TITLES, Rows, cell, digits, group_name, groups, machine_of, markdown, median, missing, names_of, of_limit, plain,
+    ratio, table, times_faster, title,
+)  # fmt: skip
 
 from . import variants
 from .suite import GROWTH, POPULARITIES
@@ -48,7 +33,6 @@ OPS = [op for op in TITLES if not op.startswith(("multi_lora", "model"))]
 PICTURES = {
     "time": "Time per call against the limit of the machine",
     "speedup": "How many times faster than others, by the number of tokens",
-    "limit": "Share of the limit of the machine, by the number of tokens",
 }
 Section = tuple[str, list[tuple[str, Rows]]]  # a title, and tables with their own
 
@@ -67,35 +51,27 @@ def machine_name(document: dict) -> str:
 
 def rates(document: dict) -> str:
     """The limits of the machine in words."""
+    words = {
+        "read_gbs": "memory read **{:.1f} GB/s**",
+        "copy_gbs": "copy **{:.0f} GB/s** (bytes read and written)",
+        "write_gbs": "write **{:.0f} GB/s**",
+        "sgemm_gflops": "float32 matrix product **{:.0f} GFLOP/s**",
+        "matmul_tflops": "bfloat16 matrix product **{:.0f} TFLOP/s** (random data)",
+    }
     limits = document["limits"]
-    if "gpu" in document:
-        return (
-            f"copies {limits['copy_gbs']:.0f} GB/s, writes {limits['write_gbs']:.0f} GB/s, "
-            f"bfloat16 matmul {limits['matmul_tflops']:.0f} TFLOP/s"
-        )
-    return (
-        f"reads {limits['read_gbs']:.1f} GB/s, float32 matmul {limits['sgemm_gflops']:.0f} GFLOP/s"
-    )
+    return ", ".join(words[name].format(limits[name]) for name in words if name in limits)
 
 
 # -- one adapter, or none --------------------------------------------------------------------------
 
 
-def isas_of(document: dict) -> list[str]:
-    """The ISA that ran by itself, then the vector ones that were forced."""
-    names = {name for case in document["cases"] for name in case["providers"]}
-    forced = [isa for isa in ("avx512", "avx2") if variants.named(isa) in names]
-    return [document["isa"], *forced]
-
-
-def share(document: dict, case: dict, isa: str) -> float | None:
+def _share(document: dict, case: dict, isa: str) -> float:
     """Of the limit, by the kernels for ``isa``; of AVX2 where it was forced, with the products that AVX2 can do."""
     limits, limit = document["limits"], case["limit_ms"]
-    ours = median(case, OURS if isa == document["isa"] else variants.named(isa))
-    if isa == "avx2" != document["isa"] and "sgemm_avx2_gflops" in limits:
+    if isa == "avx2" and "sgemm_avx2_gflops" in limits:
         seconds = case["bytes"] / limits["read_gbs"], case["flops"] / limits["sgemm_avx2_gflops"]
         limit = max(seconds) / 1e6
-    return limit / ours if ours else None
+    return limit / median(case, variants.named(isa))
 
 
 def _variant_cell(document: dict, case: dict, name: str) -> str:
@@ -110,7 +86,7 @@ def _variant_cell(document: dict, case: dict, name: str) -> str:
     elif name == variants.BASE:
         told = f"the adapter adds {ours / theirs - 1:.0%}"
     else:
-        told = f"{share(document, case, words):.0%}"
+        told = f"{_share(document, case, words):.0%}"
     return f"{cell(case, name)} ({told})"
 
 
@@ -284,49 +260,36 @@ def text(document: dict) -> str:
     return "\n".join(lines + missing(document))
 
 
-def _cpu_head(document: dict) -> list[str]:
-    cpu, limits = document["cpu"], document["limits"]
-    return [
-        f"## {cpu['model']}, {document['threads']} threads",
-        "",
-        f"{cpu['identity']}; {cpu['cores']} cores, last-level cache "
-        f"{cpu['last_level_cache_bytes'] / 2**20:.0f} MiB; kernels for {document['isa']}. "
-        f"Measured {document['date']} with {_installed(document)}.",
-        "",
-        f"Limits, same run: memory read **{limits['read_gbs']:.1f} GB/s**, "
-        f"float32 matrix product **{limits['sgemm_gflops']:.0f} GFLOP/s**.",
-    ]
-
-
-def _gpu_head(document: dict) -> list[str]:
-    gpu, limits = document["gpu"], document["limits"]
-    clocks = [state["sm_mhz"] for state in gpu["states"] if state.get("sm_mhz")]
+def _head(document: dict) -> list[str]:
+    cpu, gpu = document["cpu"], document.get("gpu")
+    versions = document["versions"].items()
+    installed = ", ".join(f"{name} {number}" for name, number in versions if number)
+    if gpu:
+        name, built = gpu["name"], ", ".join(gpu["architectures"] or ["unknown architectures"])
+        what = (
+            f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
+            f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}; kernels built "
+            f"for {built}, commit {document['commit'] or 'unknown'}"
+        )
+    else:
+        name = f"{cpu['model']}, {document['threads']} threads"
+        what = (
+            f"{cpu['identity']}; {cpu['cores']} cores, last-level cache "
+            f"{cpu['last_level_cache_bytes'] / 2**20:.0f} MiB; kernels for {document['isa']}"
+        )
+    clocks = [state["sm_mhz"] for state in (gpu or {}).get("states", ())]
     clock = f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it" if clocks else ""
-    lines = [
-        f"## {gpu['name']}",
-        "",
-        f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
-        f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}; kernels built "
-        f"for {', '.join(gpu['architectures'] or ['unknown architectures'])}. Measured {document['date']} at commit "
-        f"{document['commit'] or 'unknown'} with {_installed(document)}.",
-        "",
-        f"Limits, same run: copy **{limits['copy_gbs']:.0f} GB/s** (bytes read and written), write "
-        f"**{limits['write_gbs']:.0f} GB/s**, bfloat16 matrix product "
-        f"**{limits['matmul_tflops']:.0f} TFLOP/s** (random data){clock}.",
-    ]
+    lines = [f"## {name}", "", f"{what}. Measured {document['date']} with {installed}."]
+    lines += ["", f"Limits, same run: {rates(document)}{clock}."]
     if not document.get("complete", True):
         lines += ["", "**The run was cut short: cases are missing.**"]
     return [*lines, "", f"**{document['note']}**"] if document.get("note") else lines
 
 
-def _installed(document: dict) -> str:
-    return ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
-
-
 def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
     """One machine's part of docs/performance.md. ``plots``: their paths by plots.py's names."""
     plots = plots or {}
-    lines = _gpu_head(document) if "gpu" in document else _cpu_head(document)
+    lines = _head(document)
     for name, words in PICTURES.items():
         if name in plots:
             lines += ["", f"![{words}]({plots[name]})"]
@@ -335,7 +298,7 @@ def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
         if words.startswith("Growth") and "growth" in plots:
             lines += [
                 "",
-                f"![Time against the number of weights, and against threads]({plots['growth']})",
+                f"![Time against the number of weights]({plots['growth']})",
             ]
         for name, rows in tables:
             lines += ["", f"{name}:", "", markdown(rows)]

@@ -82,8 +82,8 @@ def test_documents(run, tmp_path):
     assert any("skipped" in line and "README.md" in line for line in done)
     text = page.read_text()
     assert text.startswith("by hand\n") and text.endswith("\nalso by hand\n")
-    assert "stale numbers" not in text and text.count("(benchmarks/tiny-") == 3
-    for name in ("speedup", "limit", "growth"):
+    assert "stale numbers" not in text and text.count("(benchmarks/tiny-") == 2
+    for name in ("speedup", "growth"):
         assert (docs / "benchmarks" / f"tiny-{name}.png").read_bytes().startswith(b"\x89PNG")
     readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
     report.write_documents(results, tmp_path)
