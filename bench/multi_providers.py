@@ -11,7 +11,17 @@ import torch.nn.functional as F
 import lowrank_kernels as lk
 from lowrank_kernels.benchmark.case import MIX, Case
 from lowrank_kernels.benchmark.multi_providers import (
-    Pool, adapters_of, group_of, loop_in_place, many_added, many_linear, planned, pool_copies, pool_of, segments, turns,
+    Pool,
+    adapters_of,
+    group_of,
+    loop_in_place,
+    many_added,
+    many_linear,
+    planned,
+    pool_copies,
+    pool_of,
+    segments,
+    turns,
     with_rows,
 )  # fmt: skip
 from lowrank_kernels.benchmark.providers import SCALING, Calls, lora_calls, weights_4bit

@@ -22,10 +22,7 @@ from lowrank_kernels.cli.pictures import (
 
 from . import peer_ggml, peer_openvino, report, variants
 
-TIMED = {
-    "linear_4bit": "y = x Wᵀ",
-    "lora_linear_4bit_fwd_bwd": "LoRA forward + backward, r = 16",
-}
+TIMED = {"linear_4bit": "y = x Wᵀ", "lora_linear_4bit_fwd_bwd": "LoRA forward + backward, r = 16"}
 # (label, slow, fast, color): what is how many times faster than what
 SPEEDUPS = (
     ("F.linear, float32", "torch", OURS, BLUE),

@@ -15,7 +15,6 @@ from lowrank_kernels.benchmark.providers import SCALING, Calls, dense_weights, e
 from lowrank_kernels.codebooks import code_of, dynamic_code
 from lowrank_kernels.schema import ops
 
-
 # Its module while training: it dequantizes and multiplies in the dtype of x, everywhere.
 linear_bitsandbytes_training = shared.provider(
     lambda x, module: module(x), shared.x_of, shared.bnb_modules

@@ -16,8 +16,23 @@ from lowrank_kernels.benchmark import harness
 from lowrank_kernels.benchmark.case import Case
 from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import (
-    TITLES, Rows, cell, digits, group_name, groups, machine_of, markdown, median, missing, names_of, of_limit, plain,
-    ratio, table, times_faster, title,
+    TITLES,
+    Rows,
+    cell,
+    digits,
+    group_name,
+    groups,
+    machine_of,
+    markdown,
+    median,
+    missing,
+    names_of,
+    of_limit,
+    plain,
+    ratio,
+    table,
+    times_faster,
+    title,
 )  # fmt: skip
 
 from . import variants
@@ -296,10 +311,7 @@ def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
     for words, tables in sections(document):
         lines += ["", f"### {words}"]
         if words.startswith("Growth") and "growth" in plots:
-            lines += [
-                "",
-                f"![Time against the number of weights]({plots['growth']})",
-            ]
+            lines += ["", f"![Time against the number of weights]({plots['growth']})"]
         for name, rows in tables:
             lines += ["", f"{name}:", "", markdown(rows)]
     return "\n".join(lines + missing(document))
