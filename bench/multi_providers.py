@@ -9,21 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
+from lowrank_kernels.benchmark import multi_providers as shared
 from lowrank_kernels.benchmark.case import MIX, Case
-from lowrank_kernels.benchmark.multi_providers import (
-    Pool,
-    adapters_of,
-    group_of,
-    loop_in_place,
-    many_added,
-    many_linear,
-    planned,
-    pool_copies,
-    pool_of,
-    segments,
-    turns,
-    with_rows,
-)  # fmt: skip
 from lowrank_kernels.benchmark.providers import SCALING, Calls, lora_calls, weights_4bit
 from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
 
@@ -31,23 +18,23 @@ from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
 
 
 @functools.lru_cache(maxsize=1)
-def _stacked(pool: Pool, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _stacked(pool: shared.Pool, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """A [adapters, R, K] and B [adapters, N, R] with R the largest rank, zeros past an adapter's own."""
     R = max(pool.ranks)
-    A = torch.stack([F.pad(A, (0, 0, 0, R - len(A))) for A, _ in adapters_of(pool)])
-    B = torch.stack([F.pad(B, (0, R - B.shape[1])) for _, B in adapters_of(pool)])
+    A = torch.stack([F.pad(A, (0, 0, 0, R - len(A))) for A, _ in shared.adapters_of(pool)])
+    B = torch.stack([F.pad(B, (0, R - B.shape[1])) for _, B in shared.adapters_of(pool)])
     return [(A.clone(), B.clone()) for _ in range(count)]
 
 
 def _indexed(case: Case) -> list[tuple]:
     """(A and B of all adapters, the adapter of each row), for every turn."""
-    count = pool_copies(case, max(case.ranks))
-    pool, rows = _stacked(pool_of(case), count), torch.tensor(case.rows)
+    count = shared.pool_copies(case, max(case.ranks))
+    pool, rows = _stacked(shared.pool_of(case), count), torch.tensor(case.rows)
     indices = [
-        torch.tensor(group_of(case, g)).repeat_interleave(rows).to(case.device)
+        torch.tensor(shared.group_of(case, g)).repeat_interleave(rows).to(case.device)
         for g in range(case.groups)
     ]
-    return [(*pool[c], indices[group]) for c, group in turns(case, count)]
+    return [(*pool[c], indices[group]) for c, group in shared.turns(case, count)]
 
 
 def _loop(y, x, *adapters):
@@ -73,14 +60,16 @@ def _vllm_cpu(y, x, A, B, index):
     return y
 
 
-many_lowrank_padded = many_added(lk.multi_lora_, functools.partial(planned, rank=max(MIX)))
-many_loop = many_added(_loop, with_rows)
-many_loop_in_place = many_added(loop_in_place, with_rows)
-many_gather_bmm = many_added(_gather_bmm, _indexed)
-many_vllm_cpu = many_added(_vllm_cpu, _indexed)
+many_lowrank_padded = shared.many_added(
+    lk.multi_lora_, functools.partial(shared.planned, rank=max(MIX))
+)
+many_loop = shared.many_added(_loop, shared.with_rows)
+many_loop_in_place = shared.many_added(shared.loop_in_place, shared.with_rows)
+many_gather_bmm = shared.many_added(_gather_bmm, _indexed)
+many_vllm_cpu = shared.many_added(_vllm_cpu, _indexed)
 # The base, then its adapters, in two operators.
-many_linear_separate = many_linear(
-    lambda x, w, *turn: lk.multi_lora_(lk.linear_4bit(x, w), x, *turn), planned
+many_linear_separate = shared.many_linear(
+    lambda x, w, *turn: lk.multi_lora_(lk.linear_4bit(x, w), x, *turn), shared.planned
 )
 
 
@@ -89,7 +78,7 @@ many_linear_separate = many_linear(
 
 def _parameters(case: Case) -> list[torch.Tensor]:
     """A and B of each adapter of the batch, in turn."""
-    adapters = adapters_of(pool_of(case))[: len(case.rows)]
+    adapters = shared.adapters_of(shared.pool_of(case))[: len(case.rows)]
     return [t.detach().clone().requires_grad_() for pair in adapters for t in pair]
 
 
@@ -124,7 +113,7 @@ def _training(forward: Callable) -> Callable[[Case], Calls]:
 
     def calls(case: Case) -> Calls:
         parameters = _parameters(case)
-        triples = list(zip(segments(case), parameters[::2], parameters[1::2]))
+        triples = list(zip(shared.segments(case), parameters[::2], parameters[1::2]))
         layers = [lambda x, w=w: forward(x, w, triples) for w in weights_4bit(case)]
         return lora_calls(case, [(layer, parameters) for layer in layers])
 

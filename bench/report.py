@@ -13,27 +13,10 @@ import sys
 
 from lowrank_kernels import files
 from lowrank_kernels.benchmark import harness
+from lowrank_kernels.benchmark import report as shared
 from lowrank_kernels.benchmark.case import Case
 from lowrank_kernels.benchmark.ops import OURS
-from lowrank_kernels.benchmark.report import (
-    TITLES,
-    Rows,
-    cell,
-    digits,
-    group_name,
-    groups,
-    machine_of,
-    markdown,
-    median,
-    missing,
-    names_of,
-    of_limit,
-    plain,
-    ratio,
-    table,
-    times_faster,
-    title,
-)  # fmt: skip
+from lowrank_kernels.benchmark.report import Rows, cell, median, names_of, of_limit
 
 from . import variants
 from .suite import GROWTH, POPULARITIES
@@ -43,13 +26,14 @@ RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
 GPU_PEERS = (*PEERS, "torch", "Unsloth's scheme")
-OPS = [op for op in TITLES if not op.startswith(("multi_lora", "model"))]
-# Picture -> what it shows to who cannot see it; "growth" stands with its table.
+OPS = [op for op in shared.TITLES if not op.startswith(("multi_lora", "model"))]
+# Picture -> what it shows to who cannot see it.
 PICTURES = {
     "time": "Time per call against the limit of the machine",
     "speedup": "How many times faster than others, by the number of tokens",
+    "growth": "Time against the number of weights",
 }
-Section = tuple[str, list[tuple[str, Rows]]]  # a title, and tables with their own
+Tables = list[tuple[str, Rows]]  # each with a title
 
 
 def machine_name(document: dict) -> str:
@@ -80,20 +64,13 @@ def rates(document: dict) -> str:
 # -- one adapter, or none --------------------------------------------------------------------------
 
 
-def _share(document: dict, case: dict, isa: str) -> float:
-    """Of the limit, by the kernels for ``isa``; of AVX2 where it was forced, with the products that AVX2 can do."""
-    limits, limit = document["limits"], case["limit_ms"]
-    if isa == "avx2" and "sgemm_avx2_gflops" in limits:
-        seconds = case["bytes"] / limits["read_gbs"], case["flops"] / limits["sgemm_avx2_gflops"]
-        limit = max(seconds) / 1e6
-    return limit / median(case, variants.named(isa))
-
-
 def _variant_cell(document: dict, case: dict, name: str) -> str:
-    theirs, ours = median(case, name), median(case, OURS)
+    """In parentheses what 16-bit activations and equal bits in every batch cost more, how many times faster all
+    threads are than fewer, and for an instruction set that was forced the share of its limit: AVX2's is another."""
+    theirs, ours, limits = median(case, name), median(case, OURS), document["limits"]
     if not (theirs and ours):
         return "-"
-    words = name.removeprefix(f"{OURS}, ")
+    words, limit = name.removeprefix(f"{OURS}, "), case["limit_ms"]
     if "thread" in words:
         told = f"{theirs / ours:.2f}x"
     elif words in variants.SIXTEEN_BITS or name == variants.INVARIANT:
@@ -101,16 +78,18 @@ def _variant_cell(document: dict, case: dict, name: str) -> str:
     elif name == variants.BASE:
         told = f"the adapter adds {ours / theirs - 1:.0%}"
     else:
-        told = f"{_share(document, case, words):.0%}"
+        if words == "avx2" and "sgemm_avx2_gflops" in limits:
+            bytes_s, flops_s = (
+                case["bytes"] / limits["read_gbs"],
+                case["flops"] / limits["sgemm_avx2_gflops"],
+            )
+            limit = max(bytes_s, flops_s) / 1e6
+        told = f"{limit / theirs:.0%}"
     return f"{cell(case, name)} ({told})"
 
 
-def variants_table(document: dict, group: list[dict]) -> Rows:
-    """A row per M of the cases of one table; nothing where none has variants.
-
-    In parentheses: what 16-bit activations and equal bits in every batch cost more, how many times
-    faster all threads are than fewer, and for an instruction set that was forced the share of its limit.
-    """
+def _variants_table(document: dict, group: list[dict]) -> Rows:
+    """A row per M of the cases of one table; nothing where none has variants."""
     names = [name for name in names_of(group) if variants.is_variant(name)]
     rows = [["M", OURS, "of limit", *(name.removeprefix(f"{OURS}, ") for name in names)]]
     for case in sorted(group, key=lambda case: case["M"]):
@@ -119,19 +98,17 @@ def variants_table(document: dict, group: list[dict]) -> Rows:
     return rows if names else []
 
 
-def _of_ops(document: dict) -> list[Section]:
-    found: dict[str, Section] = {}
-    on_gpu = "gpu" in document
-    for group in groups(document, OPS).values():
+def _of_ops(document: dict) -> dict[str, Tables]:
+    found: dict[str, Tables] = {}
+    unit, versus = (", microseconds", GPU_PEERS) if "gpu" in document else ("", PEERS)
+    for group in shared.groups(document, OPS).values():
         names = [name for name in names_of(group) if not variants.is_variant(name)]
         names.sort(key=lambda name: (name != OURS, name not in PEERS))
-        _, tables = found.setdefault(group[0]["op"], (title(group), []))
-        unit = ", microseconds" * on_gpu
-        versus = GPU_PEERS if on_gpu else PEERS
-        tables.append((f"{group_name(group)}{unit}", table(group, names, versus)))
-        if of_variants := variants_table(document, group):
-            tables.append((f"{group_name(group)}, {OURS} in other ways", of_variants))
-    return list(found.values())
+        title, of_op = shared.group_name(group), found.setdefault(shared.title(group), [])
+        of_op.append((f"{title}{unit}", shared.table(group, names, versus)))
+        if of_variants := _variants_table(document, group):
+            of_op.append((f"{title}, {OURS} in other ways", of_variants))
+    return found
 
 
 # -- memory, growth --------------------------------------------------------------------------------
@@ -139,7 +116,7 @@ def _of_ops(document: dict) -> list[Section]:
 
 def memory_table(document: dict) -> Rows:
     """MiB beyond the outputs, a column per M; nothing where it was not measured."""
-    extra = (document.get("memory") or {}).get("extra", {})
+    extra = document.get("memory", {}).get("extra", {})
     by_name = {name: by_m for name, by_m in extra.items() if isinstance(by_m, dict)}
     tokens = sorted({int(M) for by_m in by_name.values() for M in by_m})
     rows = [["", *(f"M = {M}" for M in tokens)]]
@@ -158,8 +135,9 @@ def growth(document: dict) -> dict[int, list[dict]]:
 
 def growth_table(document: dict) -> Rows:
     """A row per M and size; what of it all takes turns, so that a reader sees how cold it is."""
-    head = ["M", "W", OURS, "torch", "of limit", "limit", "ns / 1000 weights", "4-bit MiB in turn"]
-    rows = [head]
+    rows = [
+        ["M", "W", OURS, "torch", "of limit", "limit", "ns / 1000 weights", "4-bit MiB in turn"]
+    ]
     for case in (case for cases in growth(document).values() for case in cases):
         N, K, ours = case["N"], case["K"], case["providers"].get(OURS, {})
         weights = ours.get("copies", 0) * Case("", N, K, case["M"]).weight_bytes / 2**20
@@ -193,7 +171,7 @@ def _popularity(name: str) -> str:
     return "zipf 1.5" if name == "zipf" else name
 
 
-def _of_grid(document: dict) -> list[dict]:
+def _grid(document: dict) -> list[dict]:
     """The cases of the shape that has one of every popularity."""
     found: dict[tuple[int, int], list[dict]] = {}
     for case in document["cases"]:
@@ -203,21 +181,21 @@ def _of_grid(document: dict) -> list[dict]:
     return next(grids, [])
 
 
-def grid_table(grid: list[dict]) -> Rows:
+def _grid_table(grid: list[dict], peers: list[str]) -> Rows:
     """A row per M; per popularity our time, and how many times faster that is than each peer."""
-    by_place = {(case["M"], case["popularity"]): case for case in grid}
+
+    def of_case(case: dict | None) -> str:
+        if not (case and (ours := median(case, OURS))):
+            return "-"
+        unit = 1e3 if case["device"] == "cuda" else 1.0
+        ratios = (shared.times_faster(shared.ratio(case, name)) for name in peers)
+        return f"{shared.digits(ours * unit)} ({', '.join(ratios)})"
+
+    places = {(case["M"], case["popularity"]): case for case in grid}
     rows = [["rows", *map(_popularity, POPULARITIES)]]
-    for M in sorted({M for M, _ in by_place}):
-        cases = [by_place.get((M, popularity)) for popularity in POPULARITIES]
-        rows.append([str(M), *(_grid_cell(case) if case else "-" for case in cases)])
+    for M in sorted({M for M, _ in places}):
+        rows.append([str(M), *(of_case(places.get((M, name))) for name in POPULARITIES)])
     return rows
-
-
-def _grid_cell(case: dict) -> str:
-    ours = median(case, OURS)
-    unit = 1e3 if case["device"] == "cuda" else 1.0
-    ratios = [times_faster(ratio(case, name)) for name in GRID_PEERS if name in case["providers"]]
-    return f"{digits(ours * unit)} ({', '.join(ratios)})" if ours else "-"
 
 
 def _rest_table(cases: list[dict]) -> Rows:
@@ -232,68 +210,64 @@ def _rest_table(cases: list[dict]) -> Rows:
     return rows
 
 
-def _of_many(document: dict) -> list[Section]:
+def _of_many(document: dict) -> Tables:
     unit = "microseconds" if "gpu" in document else "milliseconds"
-    grid, found = _of_grid(document), []
+    grid, found = _grid(document), []
     if grid:
-        case, names = grid[0], names_of(grid)
-        peers = ", ".join(name for name in GRID_PEERS if name in names)
+        case, peers = grid[0], [name for name in GRID_PEERS if name in names_of(grid)]
         words = f"W {case['N']} x {case['K']}, r = {case['R']}, {case['dtype']}: {unit}"
-        found.append((f"{words} (times faster than {peers})", grid_table(grid)))
+        found.append((f"{words} (times faster than {', '.join(peers)})", _grid_table(grid, peers)))
     for op, words in MANY.items():
-        rest = [case for case in document["cases"] if case["op"] == op and case not in grid]
-        if rest:
+        if rest := [case for case in document["cases"] if case["op"] == op and case not in grid]:
             found.append((f"{words}, {unit}", _rest_table(rest)))
-    return [(f"Many adapters in one batch\n\n{MANY_WORDS}", found)] if found else []
+    return found
 
 
 # -- all of it -------------------------------------------------------------------------------------
 
 
-def sections(document: dict) -> list[Section]:
-    """Every table of a machine that there are results for."""
+def sections(document: dict) -> dict[str, Tables]:
+    """Title -> tables, of all that there are results for."""
     found = _of_ops(document)
     if rows := memory_table(document):
         where = f"W {document['memory']['N']} x {document['memory']['K']}, MiB"
-        found.append(("Memory of a call beyond its outputs", [(where, rows)]))
+        found["Memory of a call beyond its outputs"] = [(where, rows)]
     if rows := growth_table(document):
         words = "Growth with the size of the weight: y = x Wᵀ, float32, cold caches"
-        found.append((words, [("Milliseconds; the weights of a case take turns", rows)]))
-    return found + _of_many(document)
+        found[words] = [("Milliseconds; the weights of a case take turns", rows)]
+    if tables := _of_many(document):
+        found[f"Many adapters in one batch\n\n{MANY_WORDS}"] = tables
+    return found
 
 
 def text(document: dict) -> str:
     """All tables for a terminal."""
+    where = f"{shared.machine_of(document)}, {document['threads']} threads"
     unit = "microseconds" if "gpu" in document else "milliseconds"
-    lines = [
-        f"{machine_of(document)}, {document['threads']} threads: {rates(document)}",
-        f"{unit}, median ± half the interquartile range",
-    ]
-    for words, tables in sections(document):
+    lines = [f"{where}: {rates(document)}", f"{unit}, median ± half the interquartile range"]
+    for words, tables in sections(document).items():
         for name, rows in tables:
-            lines += ["", f"{words.splitlines()[0]}; {name}", "", plain(rows)]
-    return "\n".join(lines + missing(document))
+            lines += ["", f"{words.splitlines()[0]}; {name}", "", shared.plain(rows)]
+    return "\n".join(lines + shared.missing(document))
 
 
 def _head(document: dict) -> list[str]:
-    cpu, gpu = document["cpu"], document.get("gpu")
+    cpu, gpu, clock = document["cpu"], document.get("gpu"), ""
     versions = document["versions"].items()
     installed = ", ".join(f"{name} {number}" for name, number in versions if number)
     if gpu:
         name, built = gpu["name"], ", ".join(gpu["architectures"] or ["unknown architectures"])
         what = (
             f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
-            f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}; kernels built "
-            f"for {built}, commit {document['commit'] or 'unknown'}"
+            f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}; "
+            f"kernels built for {built}, commit {document['commit'] or 'unknown'}"
         )
+        if clocks := [state["sm_mhz"] for state in gpu["states"]]:
+            clock = f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it"
     else:
         name = f"{cpu['model']}, {document['threads']} threads"
-        what = (
-            f"{cpu['identity']}; {cpu['cores']} cores, last-level cache "
-            f"{cpu['last_level_cache_bytes'] / 2**20:.0f} MiB; kernels for {document['isa']}"
-        )
-    clocks = [state["sm_mhz"] for state in (gpu or {}).get("states", ())]
-    clock = f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it" if clocks else ""
+        cache = f"last-level cache {cpu['last_level_cache_bytes'] / 2**20:.0f} MiB"
+        what = f"{cpu['identity']}; {cpu['cores']} cores, {cache}; kernels for {document['isa']}"
     lines = [f"## {name}", "", f"{what}. Measured {document['date']} with {installed}."]
     lines += ["", f"Limits, same run: {rates(document)}{clock}."]
     if not document.get("complete", True):
@@ -303,18 +277,16 @@ def _head(document: dict) -> list[str]:
 
 def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
     """One machine's part of docs/performance.md. ``plots``: their paths by plots.py's names."""
-    plots = plots or {}
-    lines = _head(document)
-    for name, words in PICTURES.items():
-        if name in plots:
-            lines += ["", f"![{words}]({plots[name]})"]
-    for words, tables in sections(document):
+    pictures = {name: f"![{PICTURES[name]}]({path})" for name, path in (plots or {}).items()}
+    of_growth, lines = pictures.pop("growth", None), _head(document)  # stands with its table
+    for picture in pictures.values():
+        lines += ["", picture]
+    for words, tables in sections(document).items():
         lines += ["", f"### {words}"]
-        if words.startswith("Growth") and "growth" in plots:
-            lines += ["", f"![Time against the number of weights]({plots['growth']})"]
+        lines += ["", of_growth] if of_growth and words.startswith("Growth") else []
         for name, rows in tables:
-            lines += ["", f"{name}:", "", markdown(rows)]
-    return "\n".join(lines + missing(document))
+            lines += ["", f"{name}:", "", shared.markdown(rows)]
+    return "\n".join(lines + shared.missing(document))
 
 
 def readme_section(document: dict) -> str:
@@ -326,13 +298,13 @@ def readme_section(document: dict) -> str:
     shape = (document["cases"][0]["N"], document["cases"][0]["K"])
     rows = [["", "M", "bitsandbytes, ms", "lowrank_kernels, ms", "faster", "of limit"]]
     for op, words in wanted.items():
-        group = groups(document, wanted).get((op, *shape, "float32", "cold"), [])
+        group = shared.groups(document, wanted).get((op, *shape, "float32", "cold"), [])
         for case in sorted(group, key=lambda case: case["M"]):
             ours = median(case, OURS)
             peer = next((ms for name in PEERS if (ms := median(case, name))), None)
             if ours and peer:
-                times = [digits(peer), digits(ours), f"{peer / ours:.1f}x", of_limit(case)]
-                rows.append([words, str(case["M"]), *times])
+                times = [shared.digits(peer), shared.digits(ours), f"{peer / ours:.1f}x"]
+                rows.append([words, str(case["M"]), *times, of_limit(case)])
                 words = ""
     versions = document["versions"]
     words = (
@@ -342,60 +314,51 @@ def readme_section(document: dict) -> str:
         "bandwidth or float32 arithmetic of the machine allow, measured in the same run. "
         "All numbers: [docs/performance.md](docs/performance.md)."
     )
-    return f"{markdown(rows)}\n\n{words}"
+    return f"{shared.markdown(rows)}\n\n{words}"
 
 
-def replace_block(path: pathlib.Path, block: str) -> bool:
-    """Puts ``block`` between the markers of ``path``; False where there is no such file or marker."""
+def replace_block(path: pathlib.Path, block: str) -> str:
+    """Puts ``block`` between the markers of ``path``, if there are such a file and markers; what it did, in words."""
     content = path.read_text() if path.exists() else ""
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        return False
+        return f"skipped {path}: no {BEGIN} ... {END} in it"
     with files.written(path) as file:
         file.write(f"{before}{BEGIN}\n{block}\n{END}{after}".encode())
-    return True
-
-
-def _primary(documents: list[dict]) -> dict:
-    """The CPU that README.md shows: the newest result with bitsandbytes in it."""
-    with_peer = [d for d in documents if d["versions"].get("bitsandbytes")] or documents
-    return max(with_peer, key=lambda document: document["date"])
+    return f"wrote {path}"
 
 
 def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
-    """Rewrites the blocks and plots under ``root``; what it did, in words."""
+    """Rewrites the blocks and plots under ``root``; what it did, in words.
+
+    README.md shows the CPU with the newest result that has bitsandbytes in it.
+    """
     from . import plots
 
-    documents, parts, done = [], [], []
+    docs, documents, parts, done = root / "docs", [], [], []
     for path in sorted(results.glob("*.json")):
         document = harness.read(path)
-        pictures = plots.write(document, root / "docs" / "benchmarks", path.stem)
-        relative = {name: os.path.relpath(p, root / "docs") for name, p in pictures.items()}
+        pictures = plots.write(document, docs / "benchmarks", path.stem)
+        relative = {name: os.path.relpath(p, docs) for name, p in pictures.items()}
         parts.append(machine_section(document, relative))
         documents.append(document)
         done += [f"wrote {picture}" for picture in pictures.values()]
     if not documents:
         raise FileNotFoundError(f"no results in {results}: run python -m bench first")
-    blocks = {root / "docs" / "performance.md": "\n\n".join(parts)}
+    done.append(replace_block(docs / "performance.md", "\n\n".join(parts)))
     if of_cpus := [document for document in documents if "gpu" not in document]:
-        blocks[root / "README.md"] = readme_section(_primary(of_cpus))
-    for path, block in blocks.items():
-        written = replace_block(path, block)
-        done.append(f"wrote {path}" if written else f"skipped {path}: no {BEGIN} ... {END} in it")
+        first = max(of_cpus, key=lambda d: (bool(d["versions"].get("bitsandbytes")), d["date"]))
+        done.append(replace_block(root / "README.md", readme_section(first)))
     return done
 
 
-def main(argv: list[str] | None = None) -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     try:
         print("\n".join(write_documents(args.results, args.root)))
     except FileNotFoundError as error:
         sys.exit(f"bench.report: {error}")
-
-
-if __name__ == "__main__":
-    main()
