@@ -9,7 +9,6 @@ import sys
 import time
 
 import torch
-from tqdm import tqdm
 
 import lowrank_kernels as lk
 from lowrank_kernels import files
@@ -92,39 +91,27 @@ def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end
     sizes = suite.SIZES[args.device].chosen(args.shape, args.tokens)
     entries = suite.entries(sizes, args.op, args.k, args.quick)
     turns = limits.TURNS // 2 if args.quick else limits.TURNS
-    marks = [round(turn * len(entries) / (turns - 1)) for turn in range(turns)]
+    marks = [round(turn * len(entries) / (turns - 1)) for turn in range(turns)]  # cases before them
     best: dict[str, float] = {}
 
     def take_limits(turn: int) -> None:
         # AVX2's not every time, and only where kernels for AVX2 are not what runs by itself.
-        on_cpu = args.device == "cpu"
-        limits.measure(
-            args.device, best, on_cpu and turn % 2 == 0 and "avx2" in lk.backends.isas()[1:]
-        )
+        with_avx2 = args.device == "cpu" and turn % 2 == 0 and "avx2" in lk.backends.isas()[1:]
+        limits.measure(args.device, best, with_avx2)
         document["limits"] = limits.limits_of(best)
-        if not on_cpu and (state := machine.gpu_state()):
+        if args.device == "cuda" and (state := machine.gpu_state()):
             document["gpu"]["states"].append(state)
-        for case, measured in zip(entries, document["cases"]):
-            limit = case[0].limit_seconds(*limits.rates(document["limits"]))
-            measured["limit_ms"] = limit * 1e3
+        for (case, _), measured in zip(entries, document["cases"]):
+            measured["limit_ms"] = case.limit_seconds(*limits.rates(document["limits"])) * 1e3
 
-    with tqdm(total=passes * sum(len(p) for _, p in entries), unit="turn", disable=None) as bar:
-        for index, (case, of_case) in enumerate(entries):
-            if index in marks:
-                take_limits(marks.index(index))
-            if bar.disable:  # if it hangs, this line is the last one
-                print(case.id, file=sys.stderr, flush=True)
-
-            def turn(name: str, case=case) -> None:
-                bar.set_postfix_str(f"{case.id} {name}", refresh=False)
-                bar.update()
-
-            results = harness.measure(case, of_case, seconds, passes, end, turn)
-            document["cases"].append(case.document() | {"providers": results})
-            if args.device == "cuda":
-                torch.cuda.empty_cache()  # a graph's memory is no use to the next one
-                files.write_json(document, output)
-    take_limits(turns - 1)
+    take_limits(0)
+    for index, measured in enumerate(harness.run(entries, seconds, passes, end)):
+        document["cases"].append(measured)
+        if index + 1 in marks:
+            take_limits(marks.index(index + 1))
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # a graph's memory is no use to the next one
+            files.write_json(document, output)
 
 
 def _output(args: argparse.Namespace, document: dict) -> pathlib.Path:

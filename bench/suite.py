@@ -222,7 +222,7 @@ OPS = {
 def entries(
     sizes: Sizes, names: list[str] | None = None, only: str = "", quick: bool = False
 ) -> list[tuple[Case, dict[str, Provider]]]:
-    """All cases of the operators ``names`` whose id has ``only`` in it, a shape's together; quick: of the first shape."""
+    """Cases of the operators ``names`` whose id has ``only`` in it, a shape's together; quick: of the first shape."""
     found: dict[Case, dict[str, Provider]] = {}
     for name in names or OPS:
         for case, of_case in OPS[name](sizes):

@@ -113,6 +113,10 @@ class Case:
         """What a result document says of this case."""
         return dataclasses.asdict(self) | {"flops": self.flops, "bytes": self.bytes}
 
+    def rate(self, result: dict) -> dict[str, float]:
+        """What a result of this case has besides; see models.py."""
+        return {}
+
     def limit_seconds(self, gbs: float, gflops: float) -> float:
         """The time that memory bandwidth or arithmetic alone would take, whichever is longer."""
         return max(self.bytes / (gbs * 1e9), self.flops / (gflops * 1e9))

@@ -1,8 +1,9 @@
 """Measuring cases, and the result document: one JSON format, whoever measures.
 
-A document: ``schema``, ``date``, ``cpu``, ``gpu`` (of a GPU's results), ``isa``, ``backend``, ``threads``, ``versions``; in
-``cases`` what was measured, each with the fields of its case and ``providers``, a result by name: ``median_ms``, ``q1_ms``,
-``q3_ms``, ``rounds``, or ``{"unavailable": why}``, ``{"error": what}``. The suite adds ``limits`` and each case's ``limit_ms``.
+A document has ``schema``, ``date``, ``cpu``, ``gpu`` (of a GPU's results), ``isa``, ``backend``, ``threads``, ``versions``,
+and ``cases``: what was measured, each with the fields of its case and ``providers``, a result by name, ``median_ms``,
+``q1_ms``, ``q3_ms`` and ``rounds``, or ``{"unavailable": why}`` or ``{"error": what}``. The suite adds ``limits`` and to
+each case ``limit_ms``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 
 import torch
+from tqdm import tqdm
 
 import lowrank_kernels as lk
 
@@ -72,6 +75,27 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def run(
+    entries: Iterable[tuple[AnyCase, dict[str, Provider]]],
+    seconds: float,
+    passes: int = PASSES,
+    deadline: float = float("inf"),
+) -> Iterator[dict]:
+    """What :func:`measure` found of each case, as it stands in a document; a bar shows the progress."""
+    with tqdm(unit="turn", desc="Timing", disable=None) as bar:
+        for case, providers in entries:
+            words = where(case.document())
+            if bar.disable:  # if it hangs, this line is the last one
+                print(words, file=sys.stderr, flush=True)
+
+            def turn(name: str, words: str = words) -> None:
+                bar.set_postfix_str(f"{words} {name}", refresh=False)
+                bar.update()
+
+            results = measure(case, providers, seconds, passes, deadline, turn)
+            yield case.document() | {"providers": results}
+
+
 def measure(
     case: AnyCase,
     providers: dict[str, Provider],
@@ -92,11 +116,11 @@ def measure(
         turn(name)
         if name in failed:
             continue
-        if time.monotonic() > deadline:
-            if name not in taken:
-                failed[name] = {"unavailable": "no time was left"}
-            continue
         try:
+            if time.monotonic() > deadline:
+                if name in taken:
+                    continue
+                raise Unavailable("no time was left")
             with providers[name].entered():
                 if name not in timers:
                     timers[name] = providers[name].timer(case)
@@ -105,12 +129,10 @@ def measure(
             failed[name] = {"unavailable": str(reason)}
         except Exception as error:  # of any library: the results say so, the others go on
             failed[name] = {"error": first_line(error)}
-        if name in failed:
-            timers.pop(name, None)
-    done = {name: timing.summary(taken[name]) | timers[name].about for name in timers}
-    if isinstance(case, ModelCase):
-        done = {name: result | case.rate(result) for name, result in done.items()}
-    return {name: failed.get(name) or done[name] for name in providers}
+    found = {name: failed.get(name) or timing.summary(taken[name]) for name in providers}
+    for name in found.keys() - failed.keys():
+        found[name] |= timers[name].about | case.rate(found[name])
+    return found
 
 
 # -- the result document ---------------------------------------------------------------------------

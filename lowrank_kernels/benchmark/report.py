@@ -70,7 +70,7 @@ def ratio(case: dict, peer: str | None, ours: str = OURS) -> float | None:
 
 def of_limit(case: dict) -> str:
     ours = median(case, OURS)
-    return f"{case['limit_ms'] / ours:.0%}" if ours else "-"
+    return f"{case['limit_ms'] / ours:.0%}" if ours and "limit_ms" in case else "-"
 
 
 def cell(case: dict, name: str) -> str:

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from tqdm import tqdm
 
 import lowrank_kernels as lk
 
@@ -44,17 +43,9 @@ def run(args: argparse.Namespace) -> int:
         load = machine.load_average()
         if load is not None and load > machine.BUSY:
             print(f"load average {load:.1f}: other programs disturb the result", file=sys.stderr)
-    document = harness.header(device) | {"cases": []}
+    document = harness.header(device)
     entries = _of_model(args, device, ours) if args.model else _of_operators(args, device, ours)
-    with tqdm(unit="turn", desc="Timing", disable=None) as bar:
-        for case, providers in entries:
-
-            def turn(name: str, case: AnyCase = case) -> None:
-                bar.set_postfix_str(f"{harness.where(case.document())} {name}", refresh=False)
-                bar.update()
-
-            results = harness.measure(case, providers, args.seconds, turn=turn)
-            document["cases"].append(case.document() | {"providers": results})
+    document["cases"] = list(harness.run(entries, args.seconds))
     print(report.text(document))
     if args.json:
         files.write_json(document, args.json)

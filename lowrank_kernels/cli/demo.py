@@ -205,12 +205,8 @@ def compare(base, model, tokenizer, rank: int) -> dict[str, dict[str, float] | s
     batch = corpus.batch(tokenizer, rows[:BATCH])
     calls = model_providers(contenders(base, rank, PEERS, model), batch)
     providers = {name: harness.Provider(of_case) for name, of_case in calls.items()}
-    measured = []
-    with tqdm(desc="Timing", unit="turn") as bar:
-        for case in cases("model", batch, "float32", rank, "cpu"):
-            deadline = time.monotonic() + SPEED_SECONDS / 3  # of three phases
-            results = harness.measure(case, providers, 1.0, 3, deadline, lambda name: bar.update())
-            measured.append(case.document() | {"providers": results})
+    entries = [(case, providers) for case in cases("model", batch, "float32", rank, "cpu")]
+    measured = list(harness.run(entries, 1.0, deadline=time.monotonic() + SPEED_SECONDS))
     names = report.names_of(measured)
     print(report.plain(report.table(measured, names, names)))
     print("\n".join(report.missing({"cases": measured})))
