@@ -16,7 +16,7 @@ from lowrank_kernels.benchmark.case import MIX, Case
 from lowrank_kernels.benchmark.harness import Provider
 from lowrank_kernels.benchmark.ops import OURS
 
-from . import multi_providers, peer_ggml, peer_openvino, variants
+from . import peer_ggml, peer_openvino, variants
 from . import providers as others
 
 Shapes = tuple[tuple[int, int], ...]
@@ -78,23 +78,12 @@ class Sizes:
 
 
 # Attention and MLP of a 7B model; on a GPU MLPs of an 8B and of a 70B model.
-M_OF_CPU = (1, 4, 16, 64, 512)
+CPU_SHAPES, CPU_TOKENS = ((4096, 4096), (11008, 4096)), (1, 4, 16, 64, 512)
+CUDA_SHAPES, CUDA_TOKENS = ((4096, 4096), (14336, 4096), (28672, 8192)), (1, 4, 16, 64, 256, 4096)
+GROWTH_SHAPES = growth_shapes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 SIZES = {
-    "cpu": Sizes(
-        "cpu",
-        ((4096, 4096), (11008, 4096)),
-        M_OF_CPU,
-        M_OF_CPU,
-        ("float32", "bfloat16"),
-        growth_shapes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
-    ),
-    "cuda": Sizes(
-        "cuda",
-        ((4096, 4096), (14336, 4096), (28672, 8192)),
-        (1, 4, 16, 64, 256, 4096),
-        (512, 4096),
-        ("bfloat16",),
-    ),
+    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16"), GROWTH_SHAPES),
+    "cuda": Sizes("cuda", CUDA_SHAPES, CUDA_TOKENS, (512, 4096), ("bfloat16",)),
 }
 
 
@@ -169,23 +158,23 @@ def growth(sizes: Sizes) -> Entries:
 
 ADDED = {
     OURS: many.many_lowrank,
-    "torch loop": multi_providers.many_loop,
-    "gather + bmm": multi_providers.many_gather_bmm,
+    "torch loop": others.many_loop,
+    "gather + bmm": others.many_gather_bmm,
 }
-VLLM = {"vLLM's CPU scheme": multi_providers.many_vllm_cpu}
+VLLM = {"vLLM's CPU scheme": others.many_vllm_cpu}
 LINEAR = {
     OURS: many.many_linear_lowrank,
-    "linear_4bit, multi_lora_": multi_providers.many_linear_separate,
+    "linear_4bit, multi_lora_": others.many_linear_separate,
     "linear_4bit, torch loop": many.many_linear_loop,
 }
 TRAINING = {
-    OURS: multi_providers.many_training_lowrank,
-    "lora_linear_4bit per adapter": multi_providers.many_training_one_by_one,
-    "linear_4bit, torch loop": multi_providers.many_training_loop,
-    "dequantize, torch loop": multi_providers.many_training_dequantize,
+    OURS: others.many_training_lowrank,
+    "lora_linear_4bit per adapter": others.many_training_one_by_one,
+    "linear_4bit, torch loop": others.many_training_loop,
+    "dequantize, torch loop": others.many_training_dequantize,
 }
-IN_PLACE = {"torch loop, addmm_": multi_providers.many_loop_in_place}
-PADDED = {"padded to 64": multi_providers.many_lowrank_padded}
+IN_PLACE = {"torch loop, addmm_": others.many_loop_in_place}
+PADDED = {"padded to 64": others.many_lowrank_padded}
 
 
 def multi_lora(sizes: Sizes) -> Entries:

@@ -102,26 +102,6 @@ def test_committed_documents_are_those_of_the_committed_results(path):
     assert report.readme_section(newest) in (ROOT / "README.md").read_text()
 
 
-def test_numbers_of_the_tables():
-    """Of a committed run, by hand."""
-    document = harness.read(report.RESULTS / "intel-xeon-amx-2threads.json")
-    page = " ".join(report.machine_section(document).split())
-    for row in (
-        # y = x Wᵀ, M = 16: 3.366 ms of bitsandbytes, 1.673 ms of ours, at least 1.217 ms
-        "| 16 | 1.67 ±4% | 3.37 ±1% | 6.8 ±5% | 6.9 ±15% |",
-        "| 2.0x | 73% |",
-        # AVX2 against the 242 GFLOP/s that it can do, one thread against two, float32 against bfloat16
-        "| 16 | 1.67 ±4% | 73% | 1.4 ±4% (-16%) | 1.61 ±3% (-4%) | 3.35 ±3% (2.00x) |",
-        "3.15 ±1% (70%) |",
-        "0.504 ±7% (the adapter adds 10%) |",
-        "| dequantize + matmul | 171.8 | 172.0 |",
-        "| 1 | 512 x 512 | 0.0361 ±5% | 0.0445 ±3% | 11% | 0.00411 | 138 | 600 |",
-        "| 4 | 0.0831 (1.1x, 4.4x, 6.4x) | 0.115 (1.4x, 3.5x, 5.0x) |",
-        "| 64 | distinct, mixed ranks | 3.07 ±2% |",
-    ):
-        assert row in page, row
-
-
 def test_what_is_missing_is_named():
     document = harness.read(RESULTS[0])
     document["cases"][0]["providers"] |= {

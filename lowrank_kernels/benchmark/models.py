@@ -1,4 +1,4 @@
-"""A whole model as a case, in training, prefill and decode: dense, with bitsandbytes, with this library, all with LoRA."""
+"""A whole model as a case, in training, prefill and decode: dense, with bitsandbytes and ours, all with LoRA."""
 
 from __future__ import annotations
 
