@@ -1,8 +1,8 @@
 """Measuring cases, and the result document: one JSON format, whoever measures.
 
-A document says where and when (:func:`header`). Each of its ``cases`` has the fields of the case and, by the name of each
-provider, ``median_ms``, ``q1_ms``, ``q3_ms`` and ``rounds``, or ``{"unavailable": why}``, or ``{"error": what}``. The suite
-in bench/ adds ``limits``, and to each case ``limit_ms``.
+A document says where and when (:func:`header`). Each of its ``cases`` has the fields of the case and, by the name of
+each provider, ``median_ms``, ``q1_ms``, ``q3_ms`` and ``rounds``, or ``{"unavailable": why}``, or ``{"error": what}``.
+The suite in bench/ adds ``limits``, and to each case ``limit_ms``.
 """
 
 from __future__ import annotations
