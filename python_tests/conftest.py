@@ -1,7 +1,7 @@
 """Fixtures: the backend, seeds, threads; and which tests run by default.
 
 Every operator runs its cases on every instruction set of this CPU and on the emulator (``each_case``): the edges of
-the kernels and the large problems on all of them, of the rest one third on each, so that each case meets one of them.
+the kernels and the large problems on all of them; the rest is shared out, so that each case meets one of them.
 ``LOWRANK_TEST_FULL=1`` runs everything everywhere, and what is marked ``slow``, which otherwise does not run.
 ``LOWRANK_TEST_SHARD=0/4`` runs a quarter of all tests, those whose names have that checksum.
 A test marked ``large_memory(gigabytes)`` runs when twice that much memory is available.
@@ -57,7 +57,6 @@ else:
     # Those of this CPU, the simplest first; test_dispatch.py names the others.
     KERNELS = (*(f"cpu-{isa}" for isa in reversed(lk.backends.isas())), "emulator")
 ISAS = tuple(name.removeprefix("cpu-") for name in KERNELS if name.startswith("cpu-"))
-PARTS = 3
 
 
 def each_case(
@@ -66,11 +65,11 @@ def each_case(
     edges_of: Callable[[str], Sequence[cases.Case]] = lambda isa: (),
 ) -> pytest.MarkDecorator:
     """Parametrizes ``case`` and ``backend``: ``everywhere`` runs on each of ``KERNELS``, and so do the edges of its
-    instruction set; of ``shared`` each runs one of ``PARTS``, in turn, so that all run on some instruction set.
+    instruction set; ``shared`` is shared out among the instruction sets, and the emulator runs the part of the first.
 
     Neighbours have one case, so that its reference is computed once (``tolerance.problem``).
     """
-    parts = min(PARTS, len(ISAS)) if ISAS and not FULL else 1
+    parts = 1 if FULL else max(1, len(ISAS))
     backends_of: dict[cases.Case, list[str]] = {}
     for number, backend in enumerate(KERNELS):
         part = [case for i, case in enumerate(shared) if i % parts == number % parts]
