@@ -118,7 +118,7 @@ def build(tree: pathlib.Path, file: str, isa: str) -> None:
 
 
 def run_tests(tree: pathlib.Path, tests: tuple[str, ...], word: str) -> tuple[int, str]:
-    """pytest's exit status and output; of the tests only those whose names have the word."""
+    """pytest's exit status and output; of the tests only those whose names fit the expression ``word``."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += [f"python_tests/{test}" for test in tests] + (["-k", word] if word else [])
     variables = {"PYTHONPATH": str(tree), "LOWRANK_EMULATOR": str(tree / EMULATOR)}
@@ -127,7 +127,8 @@ def run_tests(tree: pathlib.Path, tests: tuple[str, ...], word: str) -> tuple[in
 
 
 def word_of(fault: Fault, isa: str) -> str:
-    return isa or ("emulator" if fault.file.startswith("csrc/cuda/") else "")
+    """What the names of tests must have to run the fault: test_cuda_*.py are the emulator's in any case."""
+    return isa or ("emulator or cuda" if fault.file.startswith("csrc/cuda/") else "")
 
 
 def plant(fault: Fault, isa: str) -> tuple[str, str]:

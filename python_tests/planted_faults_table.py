@@ -54,8 +54,8 @@ CPU = [
     Fault(
         f"{KERNELS}gemm.inl",
         "for (int64_t j = 0; j < columns; ++j) row[j] *= scale;",
-        "for (int64_t j = 0; j < min64(columns, 64); ++j) row[j] *= scale;",
-        "gradients beyond 64 columns are not scaled",
+        "for (int64_t j = 0; j < min64(columns, kMicroColumns); ++j) row[j] *= scale;",
+        "gradients beyond the first panel of a strip are not scaled",
         LORA_BACKWARD, each_isa=True,
     ),
     Fault(
@@ -91,7 +91,7 @@ CPU = [
         "float* micro_tile = dst + i0 * x.cols + k0 * rows;",
         "float* micro_tile = dst + i0 * x.cols + k0 * height;",
         "the last rows of x, fewer than the others, are interleaved like those",
-        FORWARD, each_isa=True,
+        FORWARD,  # on AVX-512: elsewhere as many rows as skinny takes are one tile
     ),
     Fault(
         f"{KERNELS}gemv.inl",
