@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapter import check_adapter, check_adapter_name
+from ..adapter import AdapterSettings, check_adapter_name
 from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES, check_blocksize, code_of
 
 METHOD = "lowrank_kernels"
@@ -133,7 +133,9 @@ def check_adapters(adapters: object) -> None:
             )
         try:
             check_adapter_name(entry["name"])
-            check_adapter(entry["r"], entry["lora_alpha"], entry["lora_dropout"], True, None)
+            AdapterSettings(
+                entry["r"], entry["lora_alpha"], entry["lora_dropout"], entry["use_rslora"]
+            )
         except ValueError as error:
             raise ValueError(f"adapters: {error}") from None
 
