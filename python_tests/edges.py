@@ -69,7 +69,12 @@ def _sizes(isa: str) -> tuple[list[int], list[int], list[int]]:
     """(M, N, K) at and around which a kernel of a linear operator changes; K in whole blocks of 32."""
     c = constants(isa)
     rows = around(
-        c["kMaxGemv"], c["kMicroRows"], c["kSkinnyRows"], c["kMaxSkinny"], c["kSkinnyWide"], c["kWhole"]
+        c["kMaxGemv"],
+        c["kMicroRows"],
+        c["kSkinnyRows"],
+        c["kMaxSkinny"],
+        c["kSkinnyWide"],
+        c["kWhole"],
     )
     rows += [c["kRows"], c["kRows"] + 1]
     if isa == "amx":
@@ -167,12 +172,20 @@ def many_adapters(isa: str) -> list[Case]:
     c = constants(isa)
     ranks = around(c["kDotRanks"], c["kRanksAtOnce"]) + [2 * c["kRanksAtOnce"] + 1]
     columns = around(c["kDotDepth"], c["kStripWidth"], step=32)
-    rows = [c["kDotRows"] + 1, c["kMaxGemv"], 4 * c["kMicroRows"] + 1, *around(16, c["kMaxTileRows"])]
+    rows = [
+        c["kDotRows"] + 1,
+        c["kMaxGemv"],
+        4 * c["kMicroRows"] + 1,
+        *around(16, c["kMaxTileRows"]),
+    ]
     kinds, turns = _kinds(), [Turns(rows), Turns(columns, 1), Turns(columns, 2), Turns(ranks)]
     count = 2 * max(map(len, (ranks, columns, rows)))
     sizes = [[turn.take() for turn in turns] for _ in range(count)]
     found = [_case(kinds, M, N, K)._replace(R=R) for M, N, K, R in sizes]
-    for shape in ((5, c["kDepth"] + 1, c["kStripWidth"] + 32), (c["kMaxGemv"], 33, c["kDotDepth"] + 32)):
+    for shape in (
+        (5, c["kDepth"] + 1, c["kStripWidth"] + 32),
+        (c["kMaxGemv"], 33, c["kDotDepth"] + 32),
+    ):
         found.append(_case(kinds, *shape))
     return found
 
