@@ -316,9 +316,9 @@ def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
 def use_kernel(name: str) -> Iterator[None]:
     """Within the block the product with the frozen base runs on this CPU kernel. For tuning.
 
-    It holds for the whole process, and blocks may overlap, as those of :func:`use`. ``name`` is one of :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``few`` takes 4 rows, ``small``
-    as many as shown there) runs on panels. Raises ValueError if ``name`` is unknown, or the instruction set in use
-    has no such kernel.
+    It holds for the whole process, and blocks may overlap, as those of :func:`use`. ``name`` is one of :data:`KERNELS`;
+    what it cannot compute (see :func:`kernels`; ``few`` takes 4 rows, ``small`` as many as shown there) runs on
+    panels. Raises ValueError if ``name`` is unknown, or the instruction set in use has no such kernel.
     """
     if name not in KERNELS:
         raise ValueError(f"name: expected one of {KERNELS}, got {name!r}")

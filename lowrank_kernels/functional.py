@@ -172,7 +172,10 @@ def wants_grad(x: torch.Tensor, w: Weight4bit | None, *others: torch.Tensor | No
 
 
 def _refuse_tangents(tensors: Sequence[torch.Tensor | None]) -> None:
+    functorch = torch._C._functorch
     for tensor in tensors:
+        while tensor is not None and functorch.is_batchedtensor(tensor):  # of vmap
+            tensor = functorch.get_unwrapped(tensor)
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
                 "forward-mode derivatives (torch.func.jvp, jacfwd, linearize, torch.autograd.forward_ad) are not "

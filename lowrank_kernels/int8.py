@@ -38,7 +38,8 @@ def int8_activations() -> Iterator[None]:
     It holds for the calling thread alone, all of its asyncio tasks included. Blocks may overlap in any order: the
     thread rounds until the last of them has ended. Code under torch.compile obeys the thread's state when it runs.
 
-    Raises RuntimeError where a block ends in another thread than the one that entered it; and, where a layer runs within the block:
+    Raises RuntimeError where a block ends in another thread than the one that entered it. Raises where a layer runs
+    within the block:
         RuntimeError: something requires a gradient and gradients are enabled; a tensor that is not on the CPU, or
             another backend than "cpu"; no AVX512-VNNI or AVX-VNNI beside the instruction set in use
             (``backends.report()["int8"]``).

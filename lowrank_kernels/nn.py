@@ -256,7 +256,8 @@ class LoRALinear4bit(Linear4bit):
         under = self.in_force(entries) if (entries := in_force.entries) else None
         w = self.weight4bit
         if under is not None:
-            self._require_unmerged("forward under a plan")
+            if self._unmerged is not None:
+                self._require_unmerged("forward under a plan")
             return multi(taken(x, w), w, *under, bias, self.training)
         if self._disabled and self._unmerged is not None:
             w = self._unmerged
@@ -281,7 +282,8 @@ class LoRALinear4bit(Linear4bit):
                         "forward under a plan: this asyncio task began in a block `with bank.using(plan)` that has "
                         "ended since; enter a block in the task itself"
                     )
-                pages.check_order(entry.plan)
+                if pages.routed:
+                    pages.check_order(entry.plan)
                 found = entry.plan, pages
                 break
         for entry in entries:

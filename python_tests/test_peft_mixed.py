@@ -271,7 +271,8 @@ def test_adapters_of_several_dtypes_in_a_batch(model, calls):
     one.backward()
     assert {n for n in mixed if ".b." in n} and all("lora" in n for n in mixed)
     for name, gradient in mixed.items():
-        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=0.02, atol=1e-3)
+        expected = model.get_parameter(name).grad
+        assert (gradient - expected).norm() <= 0.01 * expected.norm(), name  # sums in bfloat16
 
 
 def test_dropout_of_a_layer_in_training_mode():

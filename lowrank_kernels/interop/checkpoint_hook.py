@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -50,7 +50,7 @@ def _install(checkpoint: ModuleType) -> None:
 class _Record:
     """What layers tell where a checkpointed function runs (see in_force.py)."""
 
-    pages: dict = {}  # noqa: RUF012
+    pages: ClassVar[dict] = {}
     plan, ended, records = None, False, True
 
 

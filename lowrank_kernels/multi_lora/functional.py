@@ -11,7 +11,6 @@ from ..functional import (
     autocast,
     check_weight,
     differentiable_once,
-    dropout_seed,
     linear,
     wants_grad,
 )
@@ -19,41 +18,38 @@ from ..schema import check_device, check_float, check_linear, check_shape, check
 from .pages import ModulePages
 from .plan import Plan
 
+# What a forward read: a plan, pages, the slots of adapters that live in the pages; and how often, by then, the plan had
+# been updated and parameters of each slot been moved in.
+Read = tuple[Plan, ModulePages, list[int], int, tuple[int, ...]]
 
-class _Read:
-    """What a forward read: a plan and pages, and the slots of the adapters that live in the pages."""
 
-    def __init__(self, plan: Plan, pages: ModulePages, slots: list[int]):
-        self.plan, self.pages, self.slots = plan, pages, slots
-        self.args = *plan.args, *pages.args
-        self.version, self.moves = plan.version, [pages.moves[slot] for slot in slots]
-
-    def check_unchanged(self) -> None:
-        """Raises RuntimeError unless plan and pages still hold what the forward read."""
-        if torch.compiler.is_compiling():
-            return
-        self.plan.check_current()
-        if self.plan.version != self.version:
-            raise RuntimeError(
-                "plan: expected the backward before Plan.update, which has put another batch in its place"
-            )
-        if [self.pages.moves[slot] for slot in self.slots] != self.moves:
-            raise RuntimeError(
-                "pages: expected the adapters of the forward, but since then other parameters took their place in "
-                "the layer"
-            )
+def _check_unchanged(read: Read) -> None:
+    """Raises RuntimeError unless plan and pages still hold what the forward read."""
+    plan, pages, slots, version, moves = read
+    if torch.compiler.is_compiling():
+        return
+    plan.check_current()
+    if plan.version != version:
+        raise RuntimeError(
+            "plan: expected the backward before Plan.update, which has put another batch in its place"
+        )
+    if tuple(map(pages.moves.get, slots)) != moves:
+        raise RuntimeError(
+            "pages: expected the adapters of the forward, but since then other parameters took their place in the "
+            "layer"
+        )
 
 
 class _Gradients:
     """Where the operators leave the gradients of the adapters that want some.
 
-    ``needed``: for each A and B of ``read.slots``, which are the last inputs of the function, in pairs.
+    ``needed``: for each A and B of the adapters of ``read``, which are the last inputs of the function, in pairs.
     """
 
-    def __init__(self, read: _Read, needed: tuple[bool, ...]):
-        read.check_unchanged()
-        pages = read.pages
-        pairs = zip(read.slots, needed[::2], needed[1::2], strict=True)
+    def __init__(self, read: Read, needed: tuple[bool, ...]):
+        _check_unchanged(read)
+        _, pages, slots, *_ = read
+        pairs = zip(slots, needed[::2], needed[1::2], strict=True)
         self.pairs = [(slot, need_A, need_B) for slot, need_A, need_B in pairs]
         wanted = tuple(slot for slot, *needs in self.pairs if any(needs))
         self.first, self.rank = pages.grad_layout(wanted)
@@ -73,7 +69,7 @@ class _Gradients:
 class _MultiLoRALinear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, seed, read, weight, *parameters):
-        y, s = ops.multi_lora_linear_4bit(x, *weight, *read.args, seed, bias)
+        y, s = ops.multi_lora_linear_4bit(x, *weight, *read[0].args, *read[1].args, seed, bias)
         # The parameters for their version: a step of an optimizer before the backward is an error.
         ctx.save_for_backward(x, bias, seed, s, *weight[:6], *parameters)
         ctx.rest = read, weight[6:]
@@ -88,7 +84,17 @@ class _MultiLoRALinear4bit(torch.autograd.Function):
         need_dx, need_dbias = ctx.needs_input_grad[:2]
         gradients = _Gradients(read, ctx.needs_input_grad[5:])
         dx, dA, dB, dbias = ops.multi_lora_linear_4bit_backward(
-            dy, x, s, *weight, *read.args, seed, bias, *gradients.args, need_dx, need_dbias
+            dy,
+            x,
+            s,
+            *weight,
+            *read[0].args,
+            *read[1].args,
+            seed,
+            bias,
+            *gradients.args,
+            need_dx,
+            need_dbias,
         )
         return (
             dx if need_dx else None,
@@ -101,7 +107,7 @@ class _MultiLoRALinear4bit(torch.autograd.Function):
 class _MultiLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, seed, read, *parameters):
-        s = ops.multi_lora_(y, x, *read.args, seed)
+        s = ops.multi_lora_(y, x, *read[0].args, *read[1].args, seed)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, seed, s, *parameters)
         ctx.rest = read
@@ -114,7 +120,9 @@ class _MultiLoRA(torch.autograd.Function):
         read = ctx.rest
         need_dx = ctx.needs_input_grad[1]
         gradients = _Gradients(read, ctx.needs_input_grad[4:])
-        dx, dA, dB = ops.multi_lora_backward(dy, x, s, *read.args, seed, *gradients.args, need_dx)
+        dx, dA, dB = ops.multi_lora_backward(
+            dy, x, s, *read[0].args, *read[1].args, seed, *gradients.args, need_dx
+        )
         return (
             dy if ctx.needs_input_grad[0] else None,
             dx if need_dx else None,
@@ -176,10 +184,10 @@ def multi(
         plan = plan.for_shape(x.shape)
     if plan.is_base_only:
         return linear(x, w, bias)
-    seed = dropout_seed(pages.dropout(plan), x.device) if dropout else None
+    seed = pages.seed(plan) if dropout else None
     slots, parameters = pages.parameters(plan)
     if wants_grad(x, w, bias, *parameters):
-        read = _Read(plan, pages, slots)
+        read = plan, pages, slots, plan.version, tuple(map(pages.moves.get, slots))
         y = _MultiLoRALinear4bit.apply(rows, bias, seed, read, w.op_args(), *parameters)
     else:
         y, _ = ops.multi_lora_linear_4bit(rows, *w.op_args(), *plan.args, *pages.args, seed, bias)
@@ -234,10 +242,11 @@ def multi_lora_(
             f"{tuple(y.shape)}"
         ) from None
     x_rows = x.reshape(rows, K)
-    seed = dropout_seed(pages.dropout(plan) if dropout else 0.0, x.device)
+    seed = pages.seed(plan) if dropout else None
     slots, parameters = pages.parameters(plan)
     if wants_grad(x, None, y, *parameters):
-        _MultiLoRA.apply(y_rows, x_rows, seed, _Read(plan, pages, slots), *parameters)
+        read = plan, pages, slots, plan.version, tuple(map(pages.moves.get, slots))
+        _MultiLoRA.apply(y_rows, x_rows, seed, read, *parameters)
     else:
         ops.multi_lora_(y_rows, x_rows, *plan.args, *pages.args, seed)
     return y

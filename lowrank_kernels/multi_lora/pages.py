@@ -68,9 +68,14 @@ class ModulePages:
     def rank(self, slot: int) -> int:
         return self._ranks[slot]
 
-    def dropout(self, plan: Plan) -> float:
-        """The largest dropout probability of the plan's adapters: 0.0 if none has any."""
-        return max([0.0, *[self._dropout[slot] for slot in plan.slots]])
+    def seed(self, plan: Plan) -> torch.Tensor | None:
+        """A fresh key for the dropout of the plan's adapters (see functional.dropout_seed); None if none has any."""
+        for slot in plan.slots:
+            if self._dropout[slot]:
+                return torch.randint(
+                    -(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=self.device
+                )
+        return None
 
     def covers(self, plan: Plan) -> bool:
         """Whether an adapter of the plan changes this module's output."""
