@@ -15,6 +15,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 JOBS := $(shell nproc 2>/dev/null || echo 2)
 
+# Of every C++ compilation, also of those in setup.py.
+COMMON_FLAGS := $(shell grep -v '^\#' csrc/flags)
+
 # Folders are in the list too: their time changes when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -106,7 +109,7 @@ wheel-check: $(VENV)/.wheel ## verify the wheels of dist/, in clean environments
 		$(PYTHONS:%=--python %) $(TORCH:%=--torch %) $(ARGS)
 
 clean: ## remove what was built (rm -r .venv removes the environment as well)
-	@rm -rf build dist *.egg-info lowrank_kernels/*.so lowrank_kernels/*.so.new
+	@rm -rf build dist *.egg-info compile_commands.json lowrank_kernels/*.so lowrank_kernels/*.so.new
 
 # ---- The environment: a stamp for each step, made again when what it depends on changes ----
 
@@ -191,14 +194,13 @@ build/transformers-oldest: | $(VENV)/.requirements
 # with what the Python module binds ----
 
 # (Without -Wuninitialized: with sanitizers, g++ 12 warns of its own immintrin.h.)
-ASAN_FLAGS := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-	-fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-uninitialized \
-	-Wno-maybe-uninitialized -Icsrc -pthread
+ASAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	$(COMMON_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 ASAN_TESTS := build/asan/selftest build/asan/selftest_host
 ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/cpu/*.cpp csrc/cpu/isa/*.cpp))
 ASAN_HOST_OBJECTS := $(patsubst %,build/asan/csrc/host/%.o,page_pool planner selftest)
 
-build/asan/%.o: %.cpp Makefile
+build/asan/%.o: %.cpp Makefile csrc/flags
 	@echo '[asan] compile $<'
 	@mkdir -p $(@D)
 	@$(CXX) $(ASAN_FLAGS) -MMD -MP -c $< -o $@
@@ -221,8 +223,7 @@ EMULATOR_ASAN_TESTS ?= python_tests/test_emulator.py \
 # Python links neither: AddressSanitizer must come first, and libstdc++ before it looks for throw.
 ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 
-EMULATOR_COMMON := -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall \
-	-Wextra -Wno-unknown-pragmas -DLOWRANK_EMULATOR -Icsrc/cuda/emulator/include -Icsrc
+EMULATOR_COMMON := $(COMMON_FLAGS) -Wno-unknown-pragmas -DLOWRANK_EMULATOR -Icsrc/cuda/emulator/include
 EMULATOR_FLAGS := -O2 $(EMULATOR_COMMON)
 EMULATOR_ASAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -Wno-maybe-uninitialized $(EMULATOR_COMMON)
@@ -230,12 +231,12 @@ EMULATOR_SOURCES := $(wildcard csrc/cuda/launch/*.cu csrc/cuda/emulator/*.cpp)
 EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%=build/emulator/%.o)
 EMULATOR_ASAN_OBJECTS := $(EMULATOR_SOURCES:%=build/emulator-asan/%.o)
 
-build/emulator/%.o: % Makefile
+build/emulator/%.o: % Makefile csrc/flags
 	@echo '[emulator] compile $<'
 	@mkdir -p $(@D)
 	@$(CXX) $(EMULATOR_FLAGS) -MMD -MP -x c++ -c $< -o $@
 
-build/emulator-asan/%.o: % Makefile
+build/emulator-asan/%.o: % Makefile csrc/flags
 	@echo '[emulator-asan] compile $<'
 	@mkdir -p $(@D)
 	@$(CXX) $(EMULATOR_ASAN_FLAGS) -MMD -MP -x c++ -c $< -o $@

@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 _on_import("transformers.quantizers.auto", _transformers.register)
+_on_import("transformers.modeling_utils", _transformers.register_models)
 
 if typing.TYPE_CHECKING:
     from .interop.transformers_quantizer import LowRankConfig, pretrained_config

@@ -23,7 +23,7 @@ from torch import nn
 from .adapter import AdapterLayer, check_adapter_name
 from .nn import PREFIX, LoRALinear4bit, lora_layers
 from .schema import FLOAT_DTYPES
-from .targets import matches
+from .targets import BoundedPatterns, is_end, matches
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -271,36 +271,31 @@ def _read_config(file: Path) -> dict:
         value = config.setdefault(field, default)
         if not check(value):
             raise ValueError(f"{file}: {field}: expected {words}, got {value!r}")
-    targets = config["target_modules"]
-    regexes = [("target_modules", targets)] if isinstance(targets, str) else []
+    # Matched in bounded time: the file may be a stranger's.
+    patterns = config["patterns"] = BoundedPatterns(str(file))
     for field in ("rank_pattern", "alpha_pattern"):
-        regexes += ((field, _end_of_path(pattern)) for pattern in config[field])
-    for field, regex in regexes:
-        try:
-            re.compile(regex)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"{file}: {field}: expected regular expressions, got {regex!r}: {error}"
-            ) from None
+        for pattern in config[field]:
+            patterns.check(pattern, field)
+    if isinstance(config["target_modules"], str):
+        patterns.check(config["target_modules"], "target_modules")
     return config
 
 
-def _end_of_path(pattern: str) -> str:
-    """PEFT's rule: the pattern matches a whole path, or an end of it that follows a dot."""
-    return rf"(.*\.)?({pattern})$"
-
-
-def _lookup(patterns: dict, path: str, default):
-    for pattern, value in patterns.items():
-        if re.match(_end_of_path(pattern), path):
+def _lookup(config: dict, field: str, path: str, default):
+    """PEFT's rule: the first pattern that matches the path, or an end of it that follows a dot."""
+    for pattern, value in config[field].items():
+        if config["patterns"].matches_end(pattern, path):
             return value
     return default
 
 
-def _is_targeted(path: str, targets: list[str] | str | None) -> bool:
+def _is_targeted(path: str, config: dict) -> bool:
+    targets = config["target_modules"]
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return True
-    return matches(path, targets)
+    if isinstance(targets, str):
+        return config["patterns"].fullmatch(targets, path)
+    return any(is_end(path, target) for target in targets)
 
 
 def _match(
@@ -322,11 +317,11 @@ def _match(
             got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"{where}: expected a matrix, got {got}")
         if path not in loaded:
-            _check_layer(where, model, layers, path, config["target_modules"])
-            r = _lookup(config["rank_pattern"], path, config["r"])
+            _check_layer(where, model, layers, path, config)
+            r = _lookup(config, "rank_pattern", path, config["r"])
             loaded[path] = AdapterLayer(
                 r or max(1, tensor.shape["AB".index(part)]),
-                _lookup(config["alpha_pattern"], path, config["lora_alpha"]),
+                _lookup(config, "alpha_pattern", path, config["lora_alpha"]),
                 float(config["lora_dropout"]),
                 config["use_rslora"],
             )
@@ -352,7 +347,7 @@ def _match(
     return loaded
 
 
-def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str, targets) -> None:
+def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str, config) -> None:
     if path not in layers:
         modules = {} if model is None else dict(model.named_modules())
         module = modules.get(path, modules.get(PREFIX + path))
@@ -362,10 +357,10 @@ def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str
         )
     if layers[path].weight.is_meta:
         raise ValueError(f"{where}: {path}: expected a layer with data, got one on the meta device")
-    if not _is_targeted(path, targets):
+    if not _is_targeted(path, config):
         raise ValueError(
-            f"{where}: expected a layer of target_modules in {CONFIG_FILE} ({targets!r}), "
-            f"got {path}"
+            f"{where}: expected a layer of target_modules in {CONFIG_FILE} "
+            f"({config['target_modules']!r}), got {path}"
         )
 
 

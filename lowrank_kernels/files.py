@@ -8,8 +8,10 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO
+
+_MAX_REPORT = 64 << 20
 
 
 def sync(file: BinaryIO) -> None:
@@ -43,9 +45,45 @@ def written(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def write_json(document: dict, path: pathlib.Path) -> None:
-    """As :func:`written`; one object, indented."""
+    """As :func:`written`; one object, indented. A pipe or device stays what it is and is written to."""
+    data = (json.dumps(document, indent=2) + "\n").encode()
+    if is_stream(path):
+        with open(path, "wb") as file:
+            file.write(data)
+        return
     with written(path) as file:
-        file.write((json.dumps(document, indent=2) + "\n").encode())
+        file.write(data)
+
+
+def is_stream(path: pathlib.Path) -> bool:
+    """Whether there is a pipe, a terminal or another device of that name."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_replaceable(path: pathlib.Path, keys: Iterable[str]) -> None:
+    """Raises ValueError unless a JSON file with ``keys`` may be written to ``path``, now.
+
+    There may be nothing of that name, a pipe or a device, an empty file, or an earlier file of the same kind.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: expected an existing folder {folder}")
+    if path.is_dir():
+        raise ValueError(f"{path}: expected the name of a file, got a folder")
+    if is_stream(path):
+        return
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{path}: not writable")
+    if path.exists() and path.stat().st_size and not _is_json_with(path, keys):
+        raise ValueError(f"{path}: exists already and is no such report, not replaced")
+
+
+def _is_json_with(path: pathlib.Path, keys: Iterable[str]) -> bool:
+    try:
+        document = json.loads(path.read_bytes()) if path.stat().st_size < _MAX_REPORT else None
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and document.keys() >= set(keys)
 
 
 def publish(new: pathlib.Path, folder: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear, taken
+from .quant_state import KEYS_IN_WORDS
 from .schema import FLOAT_DTYPES
 
 # Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
@@ -381,6 +382,6 @@ class Linear4bit(nn.Linear):
             got = f"{dense.dtype} of shape {tuple(dense.shape)}"
         raise ValueError(
             f"{key}: expected a float32, bfloat16 or float16 weight of shape {shape}, or packed "
-            f"bytes with {key}.absmax, .quant_map and .quant_state.bitsandbytes__<nf4|fp4>, "
+            f"bytes with {key}.absmax, .quant_map and .{KEYS_IN_WORDS}, "
             f"got {got} alone"
         )

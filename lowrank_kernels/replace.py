@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from . import tables
+from .dense_layers import (
+    OF_THE_CODE,
+    PART,
+    DenseLayers,
+    SkippedLayer,
+    is_adapter_layer,
+    stacks,
+    warning_of_stacks,
+)
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
-from .targets import matches, read_patterns
+from .targets import check_all_match, matches, read_patterns
 
 _HOOKS = (
     "_forward_hooks",
@@ -26,6 +37,7 @@ _HOOKS = (
 )
 _MIB = 2**20
 _UNTARGETED = "not in target_modules"
+DEFAULT_EXCLUDED = ("lm_head",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +49,6 @@ class ReplacedLayer:
     bytes_before: int
     bytes_after: int
     adapter_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class SkippedLayer:
-    """One layer left as it was, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def _row(name: str, shape: str, sizes: ReplacedLayer | ReplaceReport) -> tuple[s
 def replace_linear(
     model: nn.Module,
     target_modules: str | Iterable[str] = "all-linear",
-    exclude_modules: str | Iterable[str] | None = ("lm_head",),
+    exclude_modules: str | Iterable[str] | None = DEFAULT_EXCLUDED,
     r: int = 16,
     lora_alpha: float = 32,
     lora_dropout: float = 0.0,
@@ -113,7 +117,9 @@ def replace_linear(
         target_modules: "all-linear"; or names, each matching the module path it equals or ends with
             (``"q_proj"`` matches ``"layers.0.q_proj"``); or a regular expression for the full path.
             These are PEFT's rules.
-        exclude_modules: names or a regular expression, by the same rules; None excludes nothing.
+        exclude_modules: names or a regular expression, by the same rules; None excludes nothing. Each
+            has to match a layer (but for the default, where the model may have no ``lm_head``); what is in
+            a part of the model is excluded by an expression such as ``r"vision_tower\\..*"``.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_name, adapter_dtype:
             see :meth:`LoRALinear4bit.add_adapter`.
         quant_type, blocksize, double_quant, quant_storage: see :func:`quantize_4bit`. Not used for
@@ -121,12 +127,18 @@ def replace_linear(
         progress: show a progress bar.
 
     Left alone, and listed in the report with the reason: layers that are not targeted or are
-    excluded, layers whose weight another module shares (tied embeddings), and subclasses of
-    nn.Linear, whose forward may differ.
+    excluded; layers whose weight another module shares (tied embeddings), is computed from other
+    parameters (pruning, weight_norm), is read by the model's code instead of calling the layer (torch's
+    encoder layers, Mamba's ``dt_proj``), is kept in float32 by the model (``wo`` of T5) or is offloaded;
+    subclasses of nn.Linear, whose forward may differ; and stacks of experts, which are no layers. Of
+    PEFT's LoRA layers r = 0 replaces the base; their adapters and copies of modules stay as they are.
+
+    If all targeted layers have to stay dense because of the model's code, a warning says so, and the model
+    is as it was. A warning says, too, if experts outweigh what has been replaced.
 
     Raises:
-        ValueError: a target matches nothing, nothing can be replaced, or an argument is out of
-            range; the model is as it was. Also for a NaN or infinity in a weight: the message names
+        ValueError: a target or an exclusion matches nothing, nothing can be replaced, or an argument is
+            out of range; the model is as it was. Also for a NaN or infinity in a weight: the message names
             the layer, and those before it are replaced.
         TypeError: model is no module or is an nn.Linear, or a targeted weight is not float32,
             bfloat16 or float16; the model is as it was.
@@ -156,6 +168,8 @@ def replace_linear(
     cls, arguments = (LoRALinear4bit, quant | adapter) if r > 0 else (Linear4bit, quant)
     cls(1, 1, device="meta", **arguments)  # raises for a bad argument before anything changes
     groups, skipped = _plan(model, target_modules, exclude_modules, r)
+    if not groups:
+        return _nothing_replaced(target_modules, skipped)
 
     replaced = []
     for names in tqdm(groups, desc="Quantizing", unit="layer", disable=not progress):
@@ -165,7 +179,32 @@ def replace_linear(
         for parameter in model.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
-    return ReplaceReport(replaced, skipped)
+    _tell_transformers(model)
+    everything = isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+    message = warning_of_stacks(model, (layer.shape for layer in replaced))
+    if everything and message:
+        warnings.warn(message, stacklevel=2)
+    return ReplaceReport(replaced, skipped + stacks(model))
+
+
+def _nothing_replaced(target_modules, skipped: list[SkippedLayer]) -> ReplaceReport:
+    """A warning where the model's code is why; else ValueError, since something else was meant."""
+    skipped.sort(key=lambda layer: layer.reason == _UNTARGETED)
+    reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
+    if not any(layer.reason.startswith(OF_THE_CODE) for layer in skipped):
+        raise ValueError(
+            f"target_modules: expected a linear layer to replace, got {target_modules!r} on a "
+            f"model with {reasons or 'no torch.nn.Linear'}"
+        )
+    warnings.warn(f"nothing was replaced: {reasons}", stacklevel=3)
+    return ReplaceReport([], skipped)
+
+
+def _tell_transformers(model: nn.Module) -> None:
+    """As from_pretrained does with quantized models: some code of transformers then asks no weight for its dtype."""
+    for module in model.modules():
+        if hasattr(type(module), "_keep_in_fp32_modules") and hasattr(module, "config"):
+            module.config._is_quantized = True
 
 
 def _lora_layers(model: nn.Module) -> Iterator[LoRALinear4bit]:
@@ -189,11 +228,14 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
         new = cls.from_linear(old, **arguments)
     except ValueError as error:
         raise ValueError(f"{names[0]}: {error}") from error
+    wrapper = _wrapper(model, names[0])
     for hook in _HOOKS:  # the same dictionaries, so that the handles of the hooks still remove them
         setattr(new, hook, getattr(old, hook))
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
+    if wrapper is not None:
+        adapter_layers.adopt(wrapper)
     adapter_bytes = 0
     if isinstance(new, LoRALinear4bit):
         adapter_bytes = sum(p.numel() * p.element_size() for p in _adapter_parameters(new))
@@ -204,6 +246,56 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
 # -- which layers ----------------------------------------------------------------------------------
 
 
+class _AdapterLayers(Protocol):
+    """What replace_linear has to know of a library whose layers wrap others."""
+
+    def why_not(self, layer: nn.Module) -> str | None:
+        """Why the base of such a layer cannot become a Linear4bit; None if it can."""
+
+    def adopt(self, layer: nn.Module) -> None:
+        """Its base has become one."""
+
+
+adapter_layers: _AdapterLayers | None = None  # interop puts PEFT's here
+
+
+def _without_base(names: list[str]) -> list[str]:
+    """``names``, and those of the wrapped layers: who writes "q_proj" means the base of its adapter."""
+    plain = (name.replace(".base_layer", "").replace(".original_module", "") for name in names)
+    return list(dict.fromkeys([*names, *plain]))
+
+
+def _wrapper(model: nn.Module, name: str) -> nn.Module | None:
+    """PEFT's layer around the layer ``name``, if it is the base of one."""
+    parent, _, child = name.rpartition(".")
+    found = model.get_submodule(parent)
+    return found if child == "base_layer" and is_adapter_layer(found) else None
+
+
+def _why_wrapped(wrapper: nn.Module, r: int) -> str | None:
+    """Why the base of an adapter stays dense."""
+    what = f"the base of PEFT's {type(wrapper).__name__}"
+    if r > 0:
+        return f"{what}, which has adapters already; r=0 replaces it"
+    why = "PEFT is not registered" if adapter_layers is None else adapter_layers.why_not(wrapper)
+    return why and f"{what}: {why}; call replace_linear before adapters are added"
+
+
+def _unique_modules(model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, list[str]]]:
+    """The modules but for parts of LoRALinear4bit, and all the names that each goes by."""
+    modules: dict[int, nn.Module] = {}
+    names_of: dict[int, list[str]] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in inside:
+            continue
+        modules[id(module)] = module
+        names_of.setdefault(id(module), []).append(name)
+        if isinstance(module, LoRALinear4bit):
+            inside |= {id(part) for part in module.modules()} - {id(module)}
+    return modules, names_of
+
+
 def _plan(
     model: nn.Module, target_modules, exclude_modules, r: int
 ) -> tuple[list[list[str]], list[SkippedLayer]]:
@@ -211,71 +303,47 @@ def _plan(
     targets = read_patterns("target_modules", target_modules)
     excluded = read_patterns("exclude_modules", () if exclude_modules is None else exclude_modules)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
-
-    names_of: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    owners: dict[int, list[str]] = {}
-    inside: set[int] = set()  # parts of adapters, which are not targets themselves
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside:
-            continue
-        if id(module) not in modules:
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append(name)
-        names_of.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-        if isinstance(module, LoRALinear4bit):
-            inside |= {id(part) for part in module.modules()} - {id(module)}
+    modules, names_of = _unique_modules(model)
+    rule = DenseLayers(model)
 
     def is_target(module: nn.Module, names: list[str]) -> bool:
         if everything:
             return isinstance(module, nn.Linear)
         return any(matches(name, targets) for name in names)
 
-    _check_targets(modules, names_of, targets, everything)
+    named = {key: _without_base(names) for key, names in names_of.items()}
+    linears = [n for key, m in modules.items() if isinstance(m, nn.Linear) for n in named[key]]
+    if not everything:
+        every_name = [name for names in named.values() for name in names]
+        check_all_match("target_modules", targets, every_name, "module", linears)
+    targeted = [n for key, m in modules.items() if is_target(m, named[key]) for n in named[key]]
+    silent = excluded if tuple(excluded) == DEFAULT_EXCLUDED else ()
+    check_all_match("exclude_modules", excluded, [*linears, *targeted], "layer", silent=silent)
+
     groups, skipped = [], []
     for key, module in modules.items():
         names = names_of[key]
-        weight = module._parameters.get("weight")
-        if not is_target(module, names):
-            if isinstance(module, nn.Linear):
-                skipped.append(SkippedLayer(names[0], _UNTARGETED))
-        elif any(matches(name, excluded) for name in names):
-            skipped.append(SkippedLayer(names[0], "in exclude_modules"))
-        elif type(module) not in (nn.Linear, Linear4bit):
-            if weight is not None:
-                skipped.append(SkippedLayer(names[0], f"of type {type(module).__name__}"))
-        elif type(module) is Linear4bit and r == 0:
-            skipped.append(SkippedLayer(names[0], "in 4 bits already"))
-        elif len(owners[id(weight)]) > 1:
-            other = next(name for name in owners[id(weight)] if name != names[0])
-            skipped.append(SkippedLayer(names[0], f"weight shared with {other}"))
-        else:
+        known = named[key]
+        why = rule.why(names[0], module)
+        if why == PART:
+            continue
+        if not is_target(module, known):
+            why = _UNTARGETED if isinstance(module, nn.Linear) else ""
+        elif any(matches(name, excluded) for name in known):
+            why = "in exclude_modules"
+        elif type(module) not in rule.linear and not (module._parameters or module._buffers):
+            why = ""  # a container
+        elif why is None and type(module) is Linear4bit and r == 0:
+            why = "in 4 bits already"
+        elif why is None and (wrapper := _wrapper(model, names[0])) is not None:
+            why = _why_wrapped(wrapper, r)
+        if why:
+            skipped.append(SkippedLayer(names[0], why))
+        elif why is None:
+            weight = module.weight
             if type(module) is nn.Linear and weight.dtype not in FLOAT_DTYPES:
                 raise TypeError(
                     f"{names[0]}.weight: expected float32, bfloat16 or float16, got {weight.dtype}"
                 )
             groups.append(names)
-    if not groups:
-        skipped.sort(key=lambda layer: layer.reason == _UNTARGETED)
-        reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
-        raise ValueError(
-            f"target_modules: expected a linear layer to replace, got {target_modules!r} on a "
-            f"model with {reasons or 'no torch.nn.Linear'}"
-        )
     return groups, skipped
-
-
-def _check_targets(modules, names_of, targets: str | list[str], everything: bool) -> None:
-    if everything:
-        return
-    every_name = [name for names in names_of.values() for name in names]
-    for target in [targets] if isinstance(targets, str) else targets:
-        pattern = target if isinstance(targets, str) else [target]
-        if not any(matches(name, pattern) for name in every_name):
-            linears = [names_of[k][0] for k, m in modules.items() if isinstance(m, nn.Linear)]
-            raise ValueError(
-                f"target_modules: {target!r} matches no module; linear layers here: "
-                f"{', '.join(linears[:8]) or 'none'}{', ...' if len(linears) > 8 else ''}"
-            )

@@ -17,7 +17,7 @@ import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels import Weight4bit, backends
-from lowrank_kernels.codebooks import BLOCKSIZES, code_of, dynamic_code
+from lowrank_kernels.codebooks import BLOCKSIZES, QUANT_TYPES, code_of, dynamic_code
 from lowrank_kernels.schema import NESTED_BLOCKSIZE, RANK_STEP, ceil_div, ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -63,7 +63,7 @@ NK_VALUES = (
 FACTORS = {
     "M": M_VALUES,
     "NK": NK_VALUES,
-    "quant_type": ("nf4", "fp4"),
+    "quant_type": QUANT_TYPES,
     "blocksize": BLOCKSIZES,
     "double_quant": (False, True),
     "dtype": (F32, BF16, F16),
@@ -163,13 +163,13 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
     """The kernel family that runs; only within one are the bits of a row promised to be equal.
 
     CPU: one to four rows against a 4-bit weight whose blocks do not cross rows are decoded in registers
-    ("gemv"); everything else goes through register tiles ("panel"), with AMX many rows through its own
-    ("tiles", where ``backend`` is "cpu-amx" and that is in use). GPU: see _gpu_family.
+    ("gemv"); everything else goes through micro tiles ("gemm"), with AMX many rows through tile registers
+    ("amx", where ``backend`` is "cpu-amx" and that is in use). GPU: see _gpu_family.
     """
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
     if backend in ("emulator", "cuda"):
         return _gpu_family(op, case, fits)
-    if backend == "triton":  # as in lowrank_kernels/triton/product.py
+    if backend == "triton":  # as in lowrank_kernels/triton/matmul.py
         return (
             f"tile of up to {min(limit for limit in (16, 32, 64, 2**31) if limit >= case.M)} rows"
         )
@@ -177,9 +177,9 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
         return "gemv"
     if backend == "cpu-amx":
         product = "dx" if "dx" in op or "backward" in op else "forward"
-        if backends.kernels()[product]["tiles"][0] <= case.M:
-            return "tiles"
-    return "panel"
+        if backends.kernels()[product]["amx"][0] <= case.M:
+            return "amx"
+    return "gemm"
 
 
 def _gpu_family(op: str, case: Case, fits: bool) -> str:
@@ -191,14 +191,14 @@ def _gpu_family(op: str, case: Case, fits: bool) -> str:
     rows, columns = case.M, case.N if backward else case.K  # of what meets the weight
     on_tensor_cores = fits and case.dtype != F32 and columns % 8 == 0
     if on_tensor_cores and not backward and case.blocksize >= 64 and rows <= 64:
-        return "decode"
+        return "gemv"
     fused_rows = 320 if on_tensor_cores else 64
     if "4bit" not in op or rows > fused_rows:
         return f"matmul of {rows} rows"
     if not on_tensor_cores:
         return "simt"
     bucket = min(limit for limit in (16, 64, 128, 256, 512) if limit >= rows)
-    return f"tile of up to {bucket} rows"
+    return f"mma of up to {bucket} rows"
 
 
 # -- tensors ---------------------------------------------------------------------------------------

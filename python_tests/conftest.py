@@ -47,7 +47,7 @@ elif ONLY_TRITON:
 elif ON_GPU:
     KERNELS = ("cuda",)
 else:
-    KERNELS = ("cpu-scalar", "cpu-avx2", "cpu-avx512", "cpu-amx", "emulator")
+    KERNELS = (*(f"cpu-{isa}" for isa in reversed(lk.backends.isas(compiled=True))), "emulator")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowrank_kernels.cli as cli
-from lowrank_kernels.cli import checkpoint, files
+from lowrank_kernels import files
+from lowrank_kernels.cli import checkpoint
 from lowrank_kernels.cli.quantize import STATE
 from test_cli_quantize import ROOT, contents, edit, llama, quantize, refused, tensors_of
 

@@ -282,7 +282,7 @@ def test_backends_kernels_and_invariance_overlap():
     )
     assert seen == ["cpu"] and lk.backends.active() == active
     overlap(
-        lk.backends.use_kernel("panels"),
+        lk.backends.use_kernel("gemm"),
         lk.batch_invariant(),
         lambda: seen.append(lk.backends.report()["kernel"]),
     )

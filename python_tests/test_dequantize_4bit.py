@@ -153,3 +153,19 @@ def test_the_defect_of_bitsandbytes_is_still_there(shape, bnb):
     packed, state, w = bitsandbytes_pair(bnb, shape, "nf4", 64)
     theirs = bnb.dequantize_4bit(packed, state)
     assert not torch.equal(theirs, reference_bytes((*w.op_args(), torch.float32)))
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "message"),
+    [
+        (2**62, 4, r"N: expected a size of 0..2.48, got 4611686018427387904"),
+        (2**40, 2**40, r"N, K: expected sizes whose product fits 64 bits"),
+        (2**32, 2**31, r"N \* K: expected a size of 0..2.48, got 9223372036854775808|product fits"),
+        (-1, 64, r"N: expected a size of 0..2.48, got -1"),
+    ],
+)
+def test_sizes_that_overflow_are_refused(N, K, message):
+    """A product that wraps around would agree with tensors of a few bytes."""
+    empty, code = torch.zeros(0, dtype=torch.uint8), torch.zeros(16)
+    with pytest.raises(RuntimeError, match=message):
+        ops.dequantize_4bit(empty, torch.zeros(0), code, None, None, None, N, K, 64, torch.float32)

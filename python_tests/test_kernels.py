@@ -27,7 +27,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "amx"])
+@pytest.fixture(params=backends.isas(compiled=True) if backends.KERNELS else [])
 def isa(request):
     if request.param not in backends.isas():
         pytest.skip(f"this CPU has no kernels for {request.param}")
@@ -47,7 +47,7 @@ def test_the_ranges_cover_every_number_of_rows(isa):
             assert last is not None and first == last + 1 and (end is None or end >= first)
             last = end
         assert last is None
-        assert ("tiles" in ranges) == (isa == "amx")
+        assert ("amx" in ranges) == (isa == "amx")
 
 
 @pytest.mark.parametrize("op", MATRIX_OPS)
@@ -55,7 +55,7 @@ def test_the_ranges_cover_every_number_of_rows(isa):
 @pytest.mark.parametrize("kernel", [*backends.KERNELS, "invariant"])
 def test_each_kernel_keeps_the_bound(op, case, kernel, isa):
     args = cases.make(op, case)
-    if kernel == "tiles" and isa != "amx":
+    if kernel == "amx" and isa != "amx":
         return
     with lk.batch_invariant() if kernel == "invariant" else backends.use_kernel(kernel):
         assert backends.report()["kernel"] == kernel
@@ -68,16 +68,16 @@ def test_each_kernel_keeps_the_bound(op, case, kernel, isa):
 def test_a_forced_kernel_is_other_code(isa):
     args = cases.make("linear_4bit", cases.Case(4, 300, 1024))
     chosen = run("linear_4bit", args)[0]
-    with backends.use_kernel("few"):
+    with backends.use_kernel("gemv"):
         assert torch.equal(run("linear_4bit", args)[0], chosen)
-    with backends.use_kernel("panels"):
-        panels = run("linear_4bit", args)[0]
-    with backends.use_kernel("small"):
-        assert torch.equal(run("linear_4bit", args)[0], panels)
-    assert not torch.equal(panels, chosen)
+    with backends.use_kernel("gemm"):
+        gemm = run("linear_4bit", args)[0]
+    with backends.use_kernel("skinny"):
+        assert torch.equal(run("linear_4bit", args)[0], gemm)
+    assert not torch.equal(gemm, chosen)
     if isa == "amx":
-        with backends.use_kernel("tiles"):
-            assert not torch.equal(run("linear_4bit", args)[0], panels)
+        with backends.use_kernel("amx"):
+            assert not torch.equal(run("linear_4bit", args)[0], gemm)
 
 
 def test_unknown_and_missing_kernels_are_refused():
@@ -86,10 +86,29 @@ def test_unknown_and_missing_kernels_are_refused():
             pass
     with (
         backends.use_isa("scalar"),
-        pytest.raises(ValueError, match="'scalar', has no kernel 'tiles'"),
+        pytest.raises(ValueError, match="'scalar', has no kernel 'amx'"),
     ):
-        with backends.use_kernel("tiles"):
+        with backends.use_kernel("amx"):
             pass
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("few", "gemv"), ("small", "skinny"), ("panels", "gemm"), ("tiles", "amx")]
+)
+def test_the_names_of_earlier_versions_warn(old, new):
+    if new == "amx" and backends.isa() != "amx":
+        pytest.skip(f"{backends.isa()} has no kernel 'amx'")
+    message = f"name: the kernel '{old}' is called '{new}' now"
+    with pytest.warns(DeprecationWarning, match=message) as warnings, backends.use_kernel(old):
+        assert backends.report()["kernel"] == new
+    assert warnings[0].filename == __file__, "the warning points at the caller"
+
+
+def test_the_names_of_kernels_are_the_librarys():
+    names = backends.host_module().kernel_names()
+    assert list(backends.KERNELS) == names == ["gemv", "skinny", "gemm", "amx"]
+    with pytest.raises(ValueError, match="unknown kernel few"):
+        backends.host_module().kernel_set("few")
 
 
 @pytest.mark.parametrize("op", MATRIX_OPS)
@@ -132,7 +151,7 @@ def test_batch_invariance_is_of_the_cpu():
 @pytest.mark.parametrize("kernel", backends.KERNELS)
 def test_extreme_numbers_concern_their_row_alone(op, kernel, number, isa):
     """Tile registers know neither infinities of ours, nor subnormal numbers, nor the largest ones."""
-    if kernel == "tiles" and isa != "amx":
+    if kernel == "amx" and isa != "amx":
         return
     case = cases.Case(40, 33, 320, "nf4", 64, bias=None, R=4)
     x, *rest = cases.make(op, case)

@@ -25,7 +25,7 @@ def test_empty_dimensions(shape, backend):
     tolerance.assert_same_bits("y", y, bias.expand(M, N) if K == 0 else torch.empty(M, N))
 
 
-# M = 3 is the decode kernel, M = 6 the register-tile kernel; K = 130 has blocks that cross rows.
+# M = 3 runs on gemv, M = 6 on skinny or gemm; K = 130 has blocks that cross rows.
 EXTREME = [cases.Case(M, 21, K, "nf4", 64) for M in (3, 6) for K in (128, 130)]
 
 

@@ -7,7 +7,7 @@ import cases
 import tolerance
 from lowrank_kernels.schema import ops
 
-# M = 3 is the decode kernel, M = 6 the register-tile kernel; K = 130 has blocks that cross rows.
+# M = 3 runs on gemv, M = 6 on skinny or gemm; K = 130 has blocks that cross rows.
 EXTREME = [cases.Case(M, 21, K, "nf4", 64) for M in (3, 6) for K in (128, 130)]
 
 

@@ -16,7 +16,7 @@ from lowrank_kernels.schema import ops
 FORWARD = ["lora_linear_4bit", "lora_linear"]
 BACKWARD = [f"{op}_backward" for op in FORWARD]
 OP = BACKWARD[0]
-# M = 3 is the decode kernel, M = 6 the register-tile kernel; K = 130 has blocks that cross rows.
+# M = 3 runs on gemv, M = 6 on skinny or gemm; K = 130 has blocks that cross rows.
 EXTREME = [cases.Case(M, 21, K, "nf4", 64, R=12) for M in (3, 6) for K in (128, 130)]
 
 

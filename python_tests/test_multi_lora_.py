@@ -200,7 +200,8 @@ def test_indices_are_checked_on_a_cpu():
         broken(tiles=spoiled(tiles, (-1, 3), 1000)), broken(tiles=spoiled(tiles, (0, 1), -1)),
         broken(page_ids=spoiled(page_ids, 0, 10_000)), broken(page_ids=spoiled(page_ids, 0, -1)),
         broken(rows=spoiled(rows, 0, 20)), broken(tile_of_row=spoiled(tile_of_row, 0, 99)),
-        broken(max_rank=0),
+        broken(max_rank=0), broken(tiles=spoiled(tiles, (0, 1), 2**31 - 1)),
+        broken(tiles=spoiled(tiles, (-1, 3), 2**31 - 1)),
     ]  # fmt: skip
     for arguments in bad:
         with pytest.raises(RuntimeError, match="plan: its indices do not fit"):

@@ -261,6 +261,18 @@ def test_attributes_are_read_only():
         ([0], [1], {"tile_rows": -16}, "tile_rows: expected 16, 32, 64, 128 or 0, got -16"),
         ([0], [1], {"tile_capacity": -1}, "tile_capacity: expected 0 or more, got -1"),
         ([0], [1], {"page_capacity": -1}, "page_capacity: expected 0 or more, got -1"),
+        (
+            [0],
+            [1],
+            {"tile_capacity": 2**62},
+            "tile_capacity: expected at most 2147483647, got 4611686018427387904",
+        ),
+        (
+            [0],
+            [1],
+            {"page_capacity": 2**31},
+            "page_capacity: expected at most 2147483647, got 2147483648",
+        ),
     ],
 )
 def test_errors(slots, tokens, options, message):

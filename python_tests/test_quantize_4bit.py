@@ -9,10 +9,9 @@ import cases
 import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import reference
-from lowrank_kernels.codebooks import BLOCKSIZES, code_of
+from lowrank_kernels.codebooks import BITSANDBYTES_CODES, BLOCKSIZES, QUANT_TYPES, code_of
 from lowrank_kernels.schema import ops
 
-QUANT_TYPES = ("nf4", "fp4")
 DTYPES = cases.FACTORS["dtype"]
 
 
@@ -71,7 +70,7 @@ def test_ties_and_their_neighbours(quant_type, absmax, backend):
 def test_the_padding_nibble_is_the_code_of_zero(quant_type, size, backend):
     packed, absmax = check(torch.randn(1, size), quant_type, 64)
     assert packed.shape == ((size + 1) // 2, 1) and absmax.shape == (math.ceil(size / 64),)
-    zero = {"nf4": 7, "fp4": 0}[quant_type]
+    zero = {"nf4": 7, "fp4": 0, "int4": 8}[quant_type]
     assert size % 2 == 0 or int(packed[-1]) & 15 == zero
 
 
@@ -186,8 +185,8 @@ BAD_ARGUMENTS = {
     "weight: expected float32, bfloat16 or float16, got torch.int8": (torch.zeros(2, 2).char(),),
     "weight: expected a matrix [N, K], got shape (4,)": (torch.zeros(4),),
     "weight: expected a matrix [N, K], got shape (1, 2, 3)": (torch.zeros(1, 2, 3),),
-    "quant_type: expected 'nf4' or 'fp4', got 'int4'": (torch.zeros(2, 2), "int4"),
-    "quant_type: expected 'nf4' or 'fp4', got ['nf4']": (torch.zeros(2, 2), ["nf4"]),
+    f"quant_type: expected one of {QUANT_TYPES}, got 'int3'": (torch.zeros(2, 2), "int3"),
+    f"quant_type: expected one of {QUANT_TYPES}, got ['nf4']": (torch.zeros(2, 2), ["nf4"]),
     f"blocksize: expected one of {BLOCKSIZES}, got 63": (torch.zeros(2, 2), "nf4", 63),
     f"blocksize: expected one of {BLOCKSIZES}, got 16": (torch.zeros(2, 2), "nf4", 16),
     f"blocksize: expected one of {BLOCKSIZES}, got 8192": (torch.zeros(2, 2), "nf4", 8192),
@@ -228,10 +227,32 @@ def test_more_than_2_31_elements():
     assert packed[:-K].eq(0x77).all()
 
 
+# -- symmetric integers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int4_is_symmetric_quantization(dtype, backend):
+    """By its formula in float64, without any table: q = round(7 w / absmax), w = absmax q / 7."""
+    weight = torch.randn(40, 96).to(dtype)
+    packed, absmax = ops.quantize_4bit(weight, code_of("int4"), 32)
+    q = torch.stack((packed >> 4, packed & 15), -1).flatten().double() - 8
+    scaled = 7 * weight.double().view(-1, 32) / absmax.double()[:, None]
+    exact = torch.ceil(scaled.flatten() - 0.5)  # halves go to the lower integer
+    near_half = ((scaled.flatten() + 0.5) % 1 - 0.5).abs() > 0.5 - 1e-5
+    different = q.clamp(min=-7) != exact
+    assert (different <= near_half).all() and near_half.sum() < len(q) / 100
+    w = lk.quantize_4bit(weight, "int4", 32, double_quant=False)
+    levels = (q.clamp(min=-7) / 7).float().double()
+    expected = (levels.view(-1, 32) * absmax.double()[:, None]).float().view(40, 96)
+    tolerance.assert_same_bits("dequantized", w.dequantize(torch.float32), expected)
+    largest = weight.abs().view(-1, 32).amax(1).float()  # the largest of a block is exact
+    assert torch.equal(w.dequantize(torch.float32).abs().view(-1, 32).amax(1), largest)
+
+
 # -- bitsandbytes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", BITSANDBYTES_CODES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("shape", [(16, 4096), (64, 96), (33, 63), (3, 5), (20, 1000), (9, 62)])
 def test_same_bytes_as_bitsandbytes(quant_type, blocksize, shape, backend):

@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers", reason="an optional dependenc
 pytest.importorskip("accelerate", reason="transformers needs it for device maps")
 bnb = pytest.importorskip("bitsandbytes", reason="it loads what is saved for it")
 
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
 import tiny_models  # noqa: E402
 from tiny_models import auto, layers, load, logits  # noqa: E402
 
@@ -39,7 +41,8 @@ def test_what_a_user_asks_of_a_model(dense, monkeypatch):
     want = logits(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(copied), want)
-        assert copied.num_parameters.args[0] is copied.hf_quantizer.model is copied
+        assert copied.hf_quantizer.model is copied
+        assert copied.num_parameters() == model.num_parameters()
     assert model.generate(tiny_models.TOKENS[:, :4], max_new_tokens=3, do_sample=False).shape == (
         2,
         7,
@@ -57,12 +60,15 @@ def test_dequantize(dense, name, tmp_path):
     weights = {name: layer.dequantize() for name, layer in quantized.items()}
     assert model.dequantize() is model and not layers(model)
     for key, weight in weights.items():
-        assert type(model.get_submodule(key)) is torch.nn.Linear
-        assert torch.equal(model.get_parameter(f"{key}.weight"), weight)
+        layer = model.get_submodule(key)
+        assert type(layer) is (Conv1D if name == "gpt2" else torch.nn.Linear)
+        assert torch.equal(layer.weight, weight.T if name == "gpt2" else weight)
     torch.testing.assert_close(logits(model), want)
     assert not model.is_quantized and not hasattr(model, "is_loaded_in_4bit")
     assert model.num_parameters() == sum(p.numel() for p in model.parameters())
     assert not hasattr(model.config, "quantization_config")
+    model.save_pretrained(tmp_path)  # loads in any installation of transformers
+    assert torch.equal(logits(auto(name).from_pretrained(tmp_path)), logits(model))
     assert model.half() is model
 
 
@@ -97,8 +103,9 @@ def test_sharded_files(dense, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "neox", "gpt2", "bert"])
 def test_save_as_bitsandbytes(dense, name, tmp_path):
     """Stock transformers and bitsandbytes load it, without a word of ours."""
-    skip = ["lm_head", "cls", "embed_out", "layers.0"]
-    config = lk.LowRankConfig(skip_modules=skip, save_as="bitsandbytes")
+    parts = {"llama": "layers.0", "neox": "layers.0", "gpt2": "h.0", "bert": "cls"}
+    head = "cls" if name == "bert" else "lm_head"
+    config = lk.LowRankConfig(skip_modules=[head, parts[name]], save_as="bitsandbytes")
     model = load(dense(name), name, config)
     assert config.bitsandbytes is None, "the user's object is as it was"
     model.save_pretrained(tmp_path)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from .. import __version__
-from ..codebooks import BLOCKSIZES, DTYPES, STORAGES
+from ..codebooks import BLOCKSIZES, DTYPES, QUANT_TYPES, STORAGES
 
 
 def _positive(text: str) -> int:
@@ -108,7 +108,7 @@ def _add_quantize(commands) -> None:
     )
     quantize.add_argument("out", type=pathlib.Path, metavar="OUT", help="the folder to make")
     quantize.add_argument(
-        "--quant-type", choices=("nf4", "fp4"), default="nf4", help="default: nf4"
+        "--quant-type", choices=QUANT_TYPES, default="nf4", help="default: %(default)s"
     )
     quantize.add_argument(
         "--blocksize",

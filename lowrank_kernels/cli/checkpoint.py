@@ -12,7 +12,9 @@ from typing import BinaryIO, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..dense_layers import SkippedLayer
 from ..files import sync
+from ..quant_state import KEY
 from . import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -23,8 +25,11 @@ DTYPES = {
 }  # fmt: skip
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_COPIED = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
-_COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+_WEIGHTS = (
+    *_PICKLES, ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".gguf", ".ot",
+    ".mlmodel", ".mlpackage", ".npz", ".npy", ".xml",
+)  # fmt: skip
+_CODE = (".py", ".pyc", ".so", ".sh", ".ipynb", ".dll", ".dylib", ".exe", ".js")
 _MAX_JSON, _MAX_COPIED = 64 << 20, 256 << 20
 _REOPEN_BYTES = 64 << 20
 
@@ -96,7 +101,7 @@ class Source:
                 raise UserError(f"{folder / INDEX}: {key} is not in {name}")
         if not self.entries:
             raise UserError(f"{folder}: no tensors")
-        if packed := next((k for k in self.entries if ".quant_state.bitsandbytes__" in k), None):
+        if packed := next((k for k in self.entries if f".{KEY}" in k), None):
             raise UserError(f"{folder}: in 4 bits already ({packed})")
 
     def _check_dense(self) -> None:
@@ -175,27 +180,50 @@ class Source:
         stats = [(name, (self.folder / name).stat()) for name in ["config.json", *self.files]]
         return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
-    def small_files(self) -> list[pathlib.Path]:
-        """Tokenizer, generation config, licence and the like: what goes along. No code, no weights.
+    def other_files(self) -> tuple[list[pathlib.Path], list[SkippedLayer]]:
+        """(what goes along, what does not and why): everything but the weights and hidden files, no code.
 
+        Tokenizers, generation config, licences, and the folders of pipelines, with their own safetensors.
         A link may point into the folder, or where the cache of the Hugging Face hub keeps files.
         """
-        folders = [self.folder, self.folder / "additional_chat_templates"]
-        found = []
-        for path in sorted(
-            path for folder in folders if folder.is_dir() for path in folder.iterdir()
-        ):
-            known = path.suffix in _COPIED or path.name.upper().startswith(_COPIED_NAMES)
-            skipped = path.name == "config.json" or path.name.endswith(".index.json")
-            if not known or skipped or path.name.startswith(".") or not path.is_file():
+        found, left = [], []
+        weights = {"config.json", *self.files}
+        for path in sorted(_walk(self.folder)):
+            name = str(path.relative_to(self.folder))
+            if name in weights or (name.endswith(".safetensors.index.json") and "/" not in name):
+                continue
+            if why := self._why_left(path):
+                left.append(SkippedLayer(name, why))
                 continue
             inside = self.folder.resolve(), self.folder.resolve().parent.parent / "blobs"
             if not any(path.resolve().is_relative_to(place) for place in inside):
                 raise UserError(f"{path}: a link out of the folder")
-            if path.stat().st_size > _MAX_COPIED:
-                raise UserError(f"{path}: larger than {_MAX_COPIED >> 20} MiB")
             found.append(path)
-        return found
+        return found, left
+
+    def _why_left(self, path: pathlib.Path) -> str | None:
+        if path.suffix.lower() in _CODE:
+            return "code"
+        if path.suffix.lower() in _WEIGHTS or path.name.endswith(".bin.index.json"):
+            return "weights in another format"
+        if path.suffix == ".safetensors" and path.parent == self.folder:
+            return "weights that the index does not name"
+        if not path.is_file():
+            return "a link to nothing" if path.is_symlink() else "not a file"
+        if path.stat().st_size > _MAX_COPIED:
+            return f"larger than {_MAX_COPIED >> 20} MiB"
+        return None
+
+
+def _walk(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """All files below, but for hidden ones; folders that are links are not entered."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+        else:
+            yield path
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from ..replace import SkippedLayer
+from ..dense_layers import DenseLayers, SkippedLayer
+from ..replace import DEFAULT_EXCLUDED
 from ..schema import FLOAT_DTYPES
-from ..targets import matches
+from ..targets import check_all_match, matches
 from . import UserError, models
 from .checkpoint import Entry, Source
 
@@ -29,6 +30,7 @@ class Plan:
     skipped: list[SkippedLayer]
     dense: list[str]
     uncast: set[str]
+    warning: str | None = None
 
 
 def meta_model(source: Source) -> nn.Module:
@@ -125,19 +127,19 @@ def plan(
             raise UserError(
                 f"{key}: expected shape {tuple(sizes[name].shape)} by config.json, got {entries[key].shape}"
             )
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    rule = DenseLayers(model, (nn.Linear,))
     fp32 = _kept_in_float32(model)
     layers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
-    for target in targets or ():
-        if not any(matches(name, [target]) for name in layers):
-            few = ", ".join(list(layers)[:8])
-            raise UserError(f"--target-modules: {target!r} matches no linear layer; here are {few}")
+    try:
+        check_all_match("--target-modules", targets or [], layers, "linear layer")
+        silent = excluded if tuple(excluded) == DEFAULT_EXCLUDED else ()
+        check_all_match("--exclude", excluded, layers, "linear layer", silent=silent)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
     def reason(name: str, module: nn.Module) -> str | None:
         """Why a layer stays dense; None if it need not."""
@@ -148,10 +150,8 @@ def plan(
             return "not in --target-modules"
         if matches(name, excluded):
             return "in --exclude"
-        if others := [o for o in owners[id(module.weight)] if o != weight]:
-            return f"weight shared with {others[0].removesuffix('.weight')}"
-        if any(part in fp32 for part in name.split(".")):
-            return "kept in float32 by the model"
+        if (why := rule.why(name, module)) is not None:
+            return why
         if weight not in plain:
             made = weight in converted.values()
             return _CONVERTED if made else "not in the checkpoint"
@@ -163,12 +163,28 @@ def plan(
     _heed_loader(reasons, fp32)
     quantized = {plain[f"{name}.weight"]: name for name, why in reasons.items() if why is None}
     skipped = [SkippedLayer(name, why) for name, why in reasons.items() if why is not None]
-    skipped += _other_tensors(entries, plain, converted, layers)
+    others = list(_other_tensors(entries, plain, converted, layers))
+    skipped += [SkippedLayer(key.removesuffix(".weight"), why) for key, why in others]
     if not quantized:
         few = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
         raise UserError(f"nothing to quantize: {few or 'the model has no linear layer'}")
-    uncast = {key for name, key in plain.items() if any(part in fp32 for part in name.split("."))}
-    return Plan(quantized, skipped, _patterns(reasons), uncast)
+    uncast = {key for name, key in plain.items() if rule.keeps_in_float32(name)}
+    warning = _warning(entries, quantized, [key for key, _ in others])
+    return Plan(quantized, skipped, _patterns(reasons), uncast, warning)
+
+
+def _warning(
+    entries: Mapping[str, Entry], quantized: Iterable[str], others: list[str]
+) -> str | None:
+    """What to say where most of the model stays dense for other reasons than that someone asked for it."""
+    dense = sum(entries[key].nbytes for key in others)
+    if dense <= sum(entries[key].nbytes for key in quantized):
+        return None
+    whole = sum(entry.nbytes for entry in entries.values())
+    return (
+        f"most of this model stays dense: {len(others)} tensors, {dense / 2**20:.1f} MiB of {whole / 2**20:.1f}, "
+        f"are no linear layers as they are loaded, as experts of mixtures ({others[0]}, ...)"
+    )
 
 
 def _other_tensors(
@@ -176,15 +192,15 @@ def _other_tensors(
     plain: Mapping[str, str],
     converted: Mapping[str, str],
     layers: Mapping[str, nn.Module],
-) -> Iterator[SkippedLayer]:
-    """Matrices and stacks of matrices that are large for other reasons than a linear layer: experts, above all."""
+) -> Iterator[tuple[str, str]]:
+    """(key, why it stays dense) of matrices, and stacks of them, that are no linear layer: experts, above all."""
     for key, name in converted.items():
         module = name.removesuffix(".weight")
         if len(entries[key].shape) >= 2 and module not in layers:
-            yield SkippedLayer(key.removesuffix(".weight"), _CONVERTED)
+            yield key, _CONVERTED
     for key in plain.values():
         if len(entries[key].shape) > 2:
-            yield SkippedLayer(key.removesuffix(".weight"), "not a matrix")
+            yield key, "not a matrix"
 
 
 def _patterns(reasons: dict[str, str | None]) -> list[str]:

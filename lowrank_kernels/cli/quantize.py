@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 
@@ -23,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__, files
-from ..codebooks import DTYPES, STORAGES
+from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES
 from ..formats import Weight4bit, quantize_4bit
+from ..quant_state import KEYS
 from ..schema import FLOAT_DTYPES
 from . import UserError, layers
 from .checkpoint import INDEX, SINGLE, Entry, Source, Writer, read_json
@@ -80,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         errors=args.report is not None,
     )
     out = pathlib.Path(os.path.abspath(args.out))
+    if not out.name:
+        raise UserError(f"OUT {args.out}: expected the name of a folder to make")
     partial = out.with_name(f"{out.name}.partial")
     with _readable(out):
         if args.resume and (out / STATE).exists():  # ended between the last two steps
@@ -92,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         plan = layers.plan(
             layers.meta_model(source), source.entries, options.target_modules, options.exclude
         )
+        if plan.warning:
+            print(f"warning: {plan.warning}", file=sys.stderr)
         run = _Run(source, plan, options, partial, quiet=args.quiet)
         run.check_space()
         with run.locked(resume=args.resume):
@@ -101,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
         (out / STATE).unlink()
         before = sum(entry.nbytes for entry in source.entries.values())
         after = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        report = Report(rows, plan.skipped, before, after, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        report = Report(rows, plan.skipped, run.left, before, after, seconds)
         if args.report is not None:
             files.write_json(
                 {"options": dataclasses.asdict(options)} | report.document(), args.report
@@ -139,9 +146,24 @@ def _check_places(
         raise UserError(
             f"{partial}: left by a run that was interrupted; --resume goes on, --force starts again"
         )
-    for path in [out, *([args.report] if args.report else [])]:
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: expected an existing folder {path.absolute().parent}")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: expected an existing folder {out.parent}")
+    if args.report:
+        _check_report(args.report, source, (out, partial))
+
+
+def _check_report(report: pathlib.Path, source: Source, folders: tuple[pathlib.Path, ...]) -> None:
+    """The report can be written, and is no file of a model."""
+    place = report.resolve()
+    for folder in (source.folder, *folders):
+        if place.is_relative_to(folder.resolve()):
+            raise UserError(f"--report {report}: expected a file outside of {folder}")
+    if report.is_file() and any(report.samefile(source.folder / name) for name in source.files):
+        raise UserError(f"--report {report}: is a file of {source.folder}")
+    try:
+        files.check_replaceable(report, ("options", "quantized"))
+    except ValueError as error:
+        raise UserError(f"--report {error}") from None
 
 
 class _Run:
@@ -153,6 +175,7 @@ class _Run:
         self.source, self.plan, self.options, self.folder = source, plan, options, folder
         self.quiet = quiet
         self.names = self._split()
+        self.small, self.left = source.other_files()
         self.state = {
             "version": __version__,
             "options": dataclasses.asdict(options),
@@ -242,7 +265,7 @@ class _Run:
         rows, keys = [], []
         room = [e.key for e in entries]
         # A quantized weight becomes up to six tensors.
-        room += [f"{e.key}.quant_state.bitsandbytes__nf4" for e in entries for _ in range(5)]
+        room += [f"{e.key}.{max(KEYS, key=len)}" for e in entries for _ in range(5)]
         with files.written(self.folder / name) as file:
             writer = Writer(file, room)
             for entry, tensor in self.source.tensors(entries):
@@ -296,15 +319,15 @@ class _Run:
             weight_map = {key: name for name in self.names for key in done[name]["keys"]}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             files.write_json(index, self.folder / INDEX)
-        for path in self.source.small_files():
+        for path in self.small:
             target = self.folder / path.relative_to(self.source.folder)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with files.written(target) as file, open(path, "rb") as original:
                 shutil.copyfileobj(original, file)
         files.write_json(self._config(), self.folder / "config.json")
 
     def _config(self) -> dict:
-        """The source's config.json with what BitsAndBytesConfig writes. It has no blocksize: quant states do."""
+        """The source's config.json with what BitsAndBytesConfig writes, or LowRankConfig for a code of ours alone."""
         config = dict(self.source.config)
         field = "torch_dtype" if "torch_dtype" in config else "dtype"
         if self.options.dtype:
@@ -312,11 +335,22 @@ class _Run:
         first = next(iter(self.plan.quantized))
         stored = self.options.stored(self.source.entries[first], self.plan)
         compute = config.get(field)
-        config["quantization_config"] = {
+        if self.options.quant_type not in BITSANDBYTES_CODES:
+            config["quantization_config"] = {
+                "quant_method": "lowrank_kernels",
+                "quant_type": self.options.quant_type,
+                "blocksize": self.options.blocksize,
+                "double_quant": self.options.double_quant,
+                "quant_storage": self.options.quant_storage,
+                "skip_modules": self.plan.dense,
+                "save_as": "lowrank_kernels",
+            }
+            return config
+        config["quantization_config"] = {  # it has no blocksize: quant states do
             "_load_in_4bit": True,
             "_load_in_8bit": False,
             "bnb_4bit_compute_dtype": compute
-            if compute in DTYPES
+            if isinstance(compute, str) and compute in DTYPES
             else str(stored).removeprefix("torch."),
             "bnb_4bit_quant_storage": self.options.quant_storage,
             "bnb_4bit_quant_type": self.options.quant_type,

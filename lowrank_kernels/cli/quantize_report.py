@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 
 from .. import tables
-from ..replace import SkippedLayer
+from ..dense_layers import SkippedLayer
 
 MIB = 2**20
 
@@ -26,10 +26,14 @@ class QuantizedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The layers of a model and what became of them; bytes and seconds of the whole. ``str``: as ReplaceReport's."""
+    """The layers and other files of a model, and what became of them; bytes and seconds of the whole.
+
+    ``str``: as ReplaceReport's.
+    """
 
     quantized: list[QuantizedLayer]
     skipped: list[SkippedLayer]
+    not_copied: list[SkippedLayer]
     bytes_before: int
     bytes_after: int
     seconds: float
@@ -49,7 +53,9 @@ class Report:
         )
 
     def __str__(self) -> str:
-        return "\n".join([_table(self.quantized), *_grouped(self.skipped)])
+        left = [f"{file.name}  {file.reason}" for file in self.not_copied]
+        head = [f"\nnot copied: {len(left)}"] if left else []
+        return "\n".join([_table(self.quantized), *_grouped(self.skipped), *head, *left])
 
 
 def _table(rows: list[QuantizedLayer]) -> str:

@@ -6,6 +6,7 @@ import sys
 import warnings
 from types import ModuleType
 
+from .. import replace
 from ..linear4bit import Linear4bit
 from .on_import import on_import
 
@@ -26,7 +27,22 @@ def _install(lora_model: ModuleType) -> None:
         )
     elif default.__module__ != __name__:
         lora_model.dispatch_default = _before(default)
+        replace.adapter_layers = _AdapterLayers()
         _refuse_copies(sys.modules["peft.utils.other"].ModulesToSaveWrapper)
+
+
+class _AdapterLayers:
+    """For replace_linear on a model that has PEFT's layers already."""
+
+    def why_not(self, layer) -> str | None:
+        from .peft_layer import why_not
+
+        return why_not(layer)
+
+    def adopt(self, layer) -> None:
+        from .peft_layer import adopt
+
+        adopt(layer)
 
 
 def _expected() -> str:

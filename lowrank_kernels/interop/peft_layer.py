@@ -227,6 +227,22 @@ class PeftLinear4bit(peft_lora.Linear):
         return bias
 
 
+def why_not(layer: nn.Module) -> str | None:
+    """Why an existing LoRA layer of PEFT cannot go over to a Linear4bit as its base; None if it can."""
+    if type(layer) is not peft_lora.Linear:
+        return "only PEFT's LoRA layers over torch.nn.Linear go over to a Linear4bit"
+    for name, variant in layer.lora_variant.items():
+        if not isinstance(variant, DoraLinearVariant):
+            return f"adapter {name!r} is a {type(variant).__name__}"
+    return None
+
+
+def adopt(layer: peft_lora.Linear) -> None:
+    """Makes a :class:`PeftLinear4bit` of a LoRA layer whose base has become a Linear4bit; its adapters stay."""
+    layer.__class__ = PeftLinear4bit
+    layer._mixed_pages = layer._bias_aside = None
+
+
 def _is_bare(module: nn.Module) -> bool:
     """Calling ``module`` runs its class's forward and nothing else: no hooks, of accelerate either."""
     return not (

@@ -9,10 +9,14 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..codebooks import STORAGES, check_blocksize, code_of
+from ..adapter import check_adapter, check_adapter_name
+from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES, check_blocksize, code_of
 
 METHOD = "lowrank_kernels"
 _SAVE_AS = (METHOD, "bitsandbytes")
+ADAPTER_FIELDS = (
+    "name", "r", "lora_alpha", "lora_dropout", "use_rslora", "dtype", "active", "layers",
+)  # fmt: skip
 
 
 class LowRankConfig(QuantizationConfigMixin):
@@ -23,7 +27,8 @@ class LowRankConfig(QuantizationConfigMixin):
     ``BitsAndBytesConfig``: names from the start or the end, or regular expressions; None stands for
     the output embeddings and whatever the architecture keeps in float32, which a list replaces.
     Tied weights stay dense always. ``save_as`` names the library that ``config.json`` will ask
-    for; "bitsandbytes" makes a checkpoint that transformers and bitsandbytes load by themselves.
+    for; "bitsandbytes" makes a checkpoint that transformers and bitsandbytes load by themselves,
+    of a quant_type that they have.
 
     Raises ValueError naming the argument. Source: QLoRA (Dettmers et al. 2023).
     """
@@ -39,6 +44,7 @@ class LowRankConfig(QuantizationConfigMixin):
         *,
         quant_method: str = METHOD,
         bitsandbytes: dict[str, Any] | None = None,
+        adapters: list[dict[str, Any]] | None = None,
     ) -> None:
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
@@ -65,10 +71,17 @@ class LowRankConfig(QuantizationConfigMixin):
             raise ValueError(f"skip_modules: expected a list of strings, got {skip_modules!r}")
         if save_as not in _SAVE_AS:
             raise ValueError(f"save_as: expected one of {_SAVE_AS}, got {save_as!r}")
+        if save_as == "bitsandbytes" and quant_type not in BITSANDBYTES_CODES:
+            raise ValueError(
+                f"quant_type: expected one of {BITSANDBYTES_CODES} in a checkpoint for bitsandbytes, got {quant_type!r}"
+            )
         self.quant_method = METHOD
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.quant_storage, self.skip_modules, self.save_as = storage, skip_modules, save_as
         self.bitsandbytes = copy.deepcopy(bitsandbytes)
+        if adapters is not None:
+            check_adapters(adapters)
+        self.adapters = adapters  # of a checkpoint that has some: transformers_save.py
 
     @property
     def quantize_args(self) -> tuple:
@@ -87,12 +100,42 @@ class LowRankConfig(QuantizationConfigMixin):
         ).to_dict()
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into ``config.json``: for a bitsandbytes checkpoint, what was there."""
+        """What goes into ``config.json``: for a bitsandbytes checkpoint, what was there.
+
+        Adapters are nothing that bitsandbytes' loader knows, so with them it is always this library's.
+        """
         if self.bitsandbytes is not None:
-            return copy.deepcopy(self.bitsandbytes)
+            theirs = copy.deepcopy(self.bitsandbytes)
+            if self.adapters is None:
+                return theirs
+            return {"quant_method": METHOD, "bitsandbytes": theirs, "adapters": self.adapters}
         fields = copy.deepcopy(self.__dict__)
-        del fields["bitsandbytes"]
-        return fields
+        return {
+            k: v for k, v in fields.items() if k != "bitsandbytes" and (k, v) != ("adapters", None)
+        }
+
+
+def check_adapters(adapters: object) -> None:
+    """Raises ValueError for what transformers_save.py cannot have written."""
+    if not isinstance(adapters, list):
+        raise ValueError(f"adapters: expected a list, got {type(adapters).__name__}")
+    for entry in adapters:
+        if not isinstance(entry, dict) or entry.keys() != set(ADAPTER_FIELDS):
+            raise ValueError(
+                f"adapters: expected objects with {', '.join(ADAPTER_FIELDS)}, got {entry!r}"
+            )
+        names = entry["layers"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"adapters: layers: expected a list of strings, got {names!r}")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(
+                f"adapters: dtype: expected one of {list(DTYPES)}, got {entry['dtype']!r}"
+            )
+        try:
+            check_adapter_name(entry["name"])
+            check_adapter(entry["r"], entry["lora_alpha"], entry["lora_dropout"], True, None)
+        except ValueError as error:
+            raise ValueError(f"adapters: {error}") from None
 
 
 def _checked(quantization_config: object) -> BitsAndBytesConfig:

@@ -15,11 +15,18 @@ def register(module) -> None:
         importlib.import_module(".transformers_quantizer", __package__)  # registers itself
 
 
+def register_models(module) -> None:
+    """When transformers.modeling_utils has been imported: saving and counting of models with 4-bit layers."""
+    if not versions.below(versions.TESTED[0]):
+        importlib.import_module(".transformers_save", __package__).install(module)
+
+
 def public(name: str):
     """What ``lowrank_kernels.<name>`` is, for one of ``NAMES``; ImportError if it cannot be had."""
-    if versions.below(versions.TESTED[0]):
+    if (found := versions.version()) is None or versions.below(versions.TESTED[0]):
         raise ImportError(
             f"{name}: expected transformers >= {versions.TESTED[0]}, < {versions.TESTED[1]}, "
-            f"got {versions.version()}"
+            f"got {found or 'none: it is not installed'}",
+            name="transformers",
         )
     return getattr(importlib.import_module(".transformers_quantizer", __package__), name)

@@ -13,12 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from ..formats import Weight4bit, quantize_4bit
-from ..nn import Linear4bit
+from ..nn import Linear4bit, LoRALinear4bit
+from ..quant_state import KEYS
+from . import transformers_save as saved
 
 # Longest first: up to transformers 5.22 the first that a key begins with takes it.
 _ENTRIES = (
-    "weight.quant_state.bitsandbytes__nf4",
-    "weight.quant_state.bitsandbytes__fp4",
+    *sorted((f"weight.{key}" for key in KEYS), key=len, reverse=True),
     "weight.nested_quant_map",
     "weight.nested_absmax",
     "weight.quant_map",
@@ -37,17 +38,18 @@ def _install(
     """Puts a Linear4bit around ``weight``, the parameter ``name``, in place of the dense layer."""
     path = name.rpartition(".")[0]
     old = model.get_submodule(path)
-    if isinstance(old, Conv1D):
-        shape = (old.nf, old.nx)
-    elif isinstance(old, nn.Linear):
-        shape = (old.out_features, old.in_features)
-    else:
+    if not isinstance(old, (nn.Linear, Conv1D)):
         raise ValueError(f"{name}: expected a weight of a linear layer, got a {type(old).__name__}")
+    shape = saved.shape_of(old)
     if isinstance(old.weight, DTensor):
         raise ValueError(f"{name}: 4-bit weights cannot be loaded with tensor parallelism")
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
-    new = Linear4bit.from_weight(weight, old.bias).train(old.training)
+    saved.check_present(path, old, missing)
+    kind = LoRALinear4bit if hasattr(old, "lora_A") else Linear4bit
+    new = kind.from_weight(weight, old.bias).train(old.training)
+    if kind is LoRALinear4bit:
+        saved.take_over(new, old)
     # transformers initialises what no file had; it must not touch the bytes.
     new._is_hf_initialized = f"{path}.bias" not in missing
     # It also replaces every non-persistent buffer by an empty one; until after_loading we have none.
@@ -89,8 +91,8 @@ class Deserialize(ConversionOps):
 
     hf_quantizer = True  # for transformers: what this reads must not be cast
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, adapters: Collection[str] = ()) -> None:
+        self.dtype, self.adapters = dtype, adapters  # names of parameters, which keep their dtype
 
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=(), **kwargs):
         name = full_layer_name
@@ -102,6 +104,8 @@ class Deserialize(ConversionOps):
 
     def _cast(self, dense: torch.Tensor, model, name: str) -> torch.Tensor:
         # Where this class has its way, transformers does not cast the weights of norms and embeddings either.
+        if name in self.adapters:
+            return dense
         if not dense.is_floating_point():
             if isinstance(model.get_submodule(name.rpartition(".")[0]), (nn.Linear, Conv1D)):
                 raise ValueError(
@@ -116,8 +120,8 @@ class Deserialize(ConversionOps):
         return dense.to(dtype)
 
 
-def deserializer(dtype: torch.dtype) -> WeightConverter:
-    return WeightConverter(list(_ENTRIES), "weight", [Deserialize(dtype)])
+def deserializer(dtype: torch.dtype, adapters: Collection[str]) -> WeightConverter:
+    return WeightConverter(list(_ENTRIES), "weight", [Deserialize(dtype, adapters)])
 
 
 def reverts(conversion, names: Collection[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 
 import torch
@@ -11,9 +10,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..dense_layers import DenseLayers, SkippedLayer, stacks, warning_of_stacks
 from ..nn import Linear4bit, LoRALinear4bit
+from ..targets import BoundedPatterns
+from . import transformers_save as saved
 from . import transformers_version as versions
 from .transformers_config import METHOD, LowRankConfig, pretrained_config
 
@@ -37,6 +38,10 @@ class LowRankQuantizer(HfQuantizer):
         self.targets: set[str] = set()
         self.dtype = torch.get_default_dtype()
         self.model: nn.Module | None = None
+        self.skipped: list[SkippedLayer] = []
+        self.conv1d: set[str] = set()
+        self.readers: dict[str, str] = {}
+        self.adapters: set[str] = set()  # names of the parameters of adapters that are read
 
     # -- before loading ----------------------------------------------------------------------------
 
@@ -83,25 +88,48 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         config = self.quantization_config
-        in_float32 = [
-            *(model._keep_in_fp32_modules or ()),
-            *(model._keep_in_fp32_modules_strict or ()),
-            *(
-                key.removesuffix(".weight")
-                for pair in model.all_tied_weights_keys.items()
-                for key in pair
-            ),
-        ]
-        dense = self.get_modules_to_not_convert(model, config.skip_modules, in_float32)
+        rule = DenseLayers(model, (nn.Linear, Conv1D))
+        tied = {
+            key.removesuffix(".weight")
+            for pair in model.all_tied_weights_keys.items()
+            for key in pair
+        }
+        skipped = self.get_modules_to_not_convert(model, config.skip_modules)
+        if not self.pre_quantized and config.skip_modules is not None:
+            self._check_skip_modules(model)
+        patterns = BoundedPatterns("quantization_config: skip_modules")
+        self.skipped = stacks(model)
         for name, module in model.named_modules():
-            if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, dense):
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                continue
+            why = rule.why(name, module)
+            if name in tied:
+                why = "its weight is tied"
+            elif why is None and any(_skips(patterns, entry, name) for entry in skipped):
+                why = "in skip_modules"
+            if why is None:
                 self.targets.add(name)
+            else:
+                self.skipped.append(SkippedLayer(name, why))
+        self.conv1d = {n for n, m in model.named_modules() if type(m) is Conv1D}
+        self.readers = rule.readers
+        if self.pre_quantized and config.adapters is not None:
+            self.adapters = saved.prepare(model, config.adapters)
         storage = getattr(torch, config.quant_storage)
         if self.pre_quantized and storage.is_floating_point:
             # transformers 5.20 casts a floating tensor to the dtype of the parameter it is for.
             for name in self.targets:
                 module = model.get_submodule(name)
                 module.weight = nn.Parameter(module.weight.to(storage), requires_grad=False)
+
+    def _check_skip_modules(self, model) -> None:
+        patterns = BoundedPatterns("skip_modules")
+        names = [name for name, _ in model.named_modules() if name]
+        for entry in self.quantization_config.skip_modules:
+            if entry != "lm_head" and not any(_skips(patterns, entry, name) for name in names):
+                raise ValueError(
+                    f"skip_modules: {entry!r} matches no module of {type(model).__name__}"
+                )
 
     # -- loading -----------------------------------------------------------------------------------
 
@@ -113,7 +141,7 @@ class LowRankQuantizer(HfQuantizer):
     def get_weight_conversions(self):
         from .transformers_load import deserializer
 
-        return [deserializer(self.dtype)] if self.pre_quantized else []
+        return [deserializer(self.dtype, self.adapters)] if self.pre_quantized else []
 
     # -- after loading -----------------------------------------------------------------------------
 
@@ -124,11 +152,16 @@ class LowRankQuantizer(HfQuantizer):
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
         for layer in layers.values():
             after_loading(layer)
-        if not self.pre_quantized:
-            for name in self.targets:  # what no file had was initialised dense
-                layer = model.get_submodule(name)
-                if type(layer) is nn.Linear:
-                    _replace(model, name, Linear4bit.from_linear(layer, *config.quantize_args))
+        if self.pre_quantized:
+            saved.finish(model, config.adapters or [])
+            self._warn_of_readers(layers)
+        else:
+            # What no file had was initialised: a new head, which is there to be trained.
+            new = sorted(self.targets - layers.keys())
+            self.skipped += [SkippedLayer(name, "not in the checkpoint") for name in new]
+            shapes = (layer.weight4bit.shape for layer in layers.values())
+            if message := warning_of_stacks(model, shapes):
+                warnings.warn(message, stacklevel=2)
         names = [f"{name}.weight" for name in layers]
         # transformers undoes these when it saves. For packed bytes there is nothing to undo: such
         # layers are saved under the names that the model has for them.
@@ -136,11 +169,20 @@ class LowRankQuantizer(HfQuantizer):
         if config.save_as == "bitsandbytes" and config.bitsandbytes is None:
             dense = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
             config.write_as_bitsandbytes(self.dtype, dense)
-        # PEFT and TRL ask for this. transformers then counts parameters with bitsandbytes' help.
+        # PEFT and TRL ask for this.
         model.is_loaded_in_4bit = True
-        model.num_parameters = functools.partial(_num_parameters, model)
         self.model = model
         return model
+
+    def _warn_of_readers(self, layers) -> None:
+        read = [name for name in layers if name in self.readers]
+        if read:
+            warnings.warn(
+                f"{len(read)} layers are in 4 bits in this checkpoint whose weight the model's code reads instead "
+                f"of calling the layer ({read[0]}: {self.readers[read[0]]}, ...): that code may fail; quantize the "
+                "model again to have them dense",
+                stacklevel=2,
+            )
 
     def is_serializable(self, **kwargs) -> bool:
         return True
@@ -159,14 +201,17 @@ class LowRankQuantizer(HfQuantizer):
                     f"dequantize: {name}: expected a layer without adapters, got {list(layer.r)}"
                 )
         for name, layer in layers.items():
-            dense = nn.Linear(
-                layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype
-            )
-            dense.weight = nn.Parameter(layer.dequantize().to(dtype))  # as bitsandbytes rounds
+            weight = layer.dequantize().to(dtype)  # as bitsandbytes rounds
+            if name in self.conv1d:
+                dense, weight = Conv1D(layer.out_features, layer.in_features), weight.T.contiguous()
+            else:
+                shape = layer.in_features, layer.out_features
+                dense = nn.Linear(*shape, bias=False, device="meta", dtype=dtype)
+            dense.weight = nn.Parameter(weight)
             if layer.bias is not None:
                 dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
             _replace(model, name, dense.train(layer.training))
-        del model.is_loaded_in_4bit, model.num_parameters
+        del model.is_loaded_in_4bit
         self.model = None
         return model
 
@@ -182,19 +227,9 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     model.set_submodule(name, new)
 
 
-def _num_parameters(model, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """``PreTrainedModel.num_parameters``; a 4-bit weight counts as the matrix that it stands for."""
-    modules = list(model.modules())
-    packed = {
-        id(m.weight): m.weight4bit.shape.numel() for m in modules if isinstance(m, Linear4bit)
-    }
-    embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
-    return sum(
-        packed.get(id(p), p.numel())
-        for p in model.parameters()
-        if (p.requires_grad or not only_trainable)
-        and not (exclude_embeddings and id(p) in embeddings)
-    )
+def _skips(patterns: BoundedPatterns, entry: str, name: str) -> bool:
+    """transformers' rule (should_convert_module), in bounded time: a start of the name, or its end."""
+    return name.endswith(entry) or patterns.matches_start(entry, name)
 
 
 auto.register_quantization_config(METHOD)(LowRankConfig)

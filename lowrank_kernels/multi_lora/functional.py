@@ -180,7 +180,7 @@ def multi(
     """:func:`multi_lora_linear_4bit` of arguments that were checked, all but the rows of x; the plan is current."""
     N, K = w.shape
     rows = x.reshape(math.prod(x.shape[:-1]), K)
-    if rows.shape[0] != plan.args[2].shape[0]:
+    if rows.shape[0] != plan.args.tile_of_row.shape[0]:
         plan = plan.for_shape(x.shape)
     if plan.is_base_only:
         return linear(x, w, bias)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..schema import ceil_div
+from ..arguments import PlanArgs, ceil_div
 from .in_force import entered, in_force
 
 # Of plans that must fit any later batch: decode steps have few rows per adapter.
@@ -42,7 +42,7 @@ class Plan:
         self.max_rank: int = largest if max_rank is None else max_rank
         self._buffer = torch.from_numpy(self._arrays.buffer).to(bank.device, copy=fixed)
         # The arguments PLAN of the operators (see schema.py).
-        self.args: tuple = (*self._views(), self.tile_rows, self.max_rank)
+        self.args = PlanArgs(*self._views(), self.tile_rows, self.max_rank)
         self._step: Plan | None = None
         self.version = 0  # how often it was updated
         self._uses: list[Use] = []
@@ -135,7 +135,7 @@ class Plan:
         """
         rows = shape[:-1].numel()
         # self.tokens, but torch.compile takes the size of a tensor as it comes.
-        if rows == self.args[2].shape[0]:
+        if rows == self.args.tile_of_row.shape[0]:
             return self
         sequences = len(self.names)
         if len(shape) < 3 or not rows == shape[0] == sequences:

@@ -1,0 +1,197 @@
+"""``save_pretrained`` of a model with 4-bit layers, whoever made them: ``config.json`` says what the tensors are.
+
+Adapters of :class:`LoRALinear4bit` go along: their tensors are in the state dict, and the quantization_config has an
+entry for each kind of adapter, ``{"name", "r", "lora_alpha", "lora_dropout", "use_rslora", "dtype", "active",
+"layers"}``, from which from_pretrained makes the layers again.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..adapter import lora_scaling
+from ..codebooks import DTYPES
+from ..linear4bit import Linear4bit
+from ..nn import LoRALinear4bit
+from .transformers_config import ADAPTER_FIELDS, LowRankConfig
+
+
+def install(modeling_utils) -> None:
+    """When transformers.modeling_utils has been imported."""
+    cls = modeling_utils.PreTrainedModel
+    save, count = cls.save_pretrained, cls.num_parameters
+    if getattr(save, "_of_lowrank_kernels", False):
+        return
+
+    @functools.wraps(save)
+    def save_pretrained(self, *args, **kwargs):
+        describe(self)
+        return save(self, *args, **kwargs)
+
+    @functools.wraps(count)
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        if any(isinstance(module, Linear4bit) for module in self.modules()):
+            return _num_parameters(self, only_trainable, exclude_embeddings)
+        return count(self, only_trainable, exclude_embeddings)
+
+    save_pretrained._of_lowrank_kernels = True
+    cls.save_pretrained, cls.num_parameters = save_pretrained, num_parameters
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
+    """A 4-bit weight counts as the matrix that it stands for."""
+    modules = list(model.modules())
+    packed = {
+        id(m.weight): m.weight4bit.shape.numel() for m in modules if isinstance(m, Linear4bit)
+    }
+    embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
+    return sum(
+        packed.get(id(p), p.numel())
+        for p in model.parameters()
+        if (p.requires_grad or not only_trainable)
+        and not (exclude_embeddings and id(p) in embeddings)
+    )
+
+
+def describe(model: nn.Module) -> None:
+    """Puts into ``model.config`` what from_pretrained has to know of the model's 4-bit layers, if it has any.
+
+    Raises ValueError if another library's quantization_config is there, RuntimeError for a merged adapter.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    if not layers or getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # PEFT saves the adapter alone
+        return
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        first = next(iter(layers.values()))
+        dense = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+        config = LowRankConfig(
+            first.quant_type,
+            first.blocksize,
+            first.double_quant,
+            first.weight.dtype,
+            skip_modules=[f"{re.escape(name)}$" for name in dense if ".lora_" not in name],
+        )
+        _forget_conversions(model, layers)
+    elif not isinstance(config, LowRankConfig):
+        raise ValueError(
+            f"save_pretrained: {next(iter(layers))} is a Linear4bit of lowrank_kernels in a model with a "
+            f"quantization_config of type {type(config).__name__}, and a checkpoint has one; save "
+            "model.state_dict() instead"
+        )
+    config.adapters = adapters_of(layers) or None
+    model.config.quantization_config = config
+
+
+def _forget_conversions(model: nn.Module, layers: Iterable[str]) -> None:
+    """transformers undoes its conversions as it saves, which packed bytes do not survive: see transformers_load."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    from .transformers_load import reverts
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # as transformers takes them for a model that it did not load
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
+    names = [f"{name}.weight" for name in layers]
+    model._weight_conversions = [c for c in conversions if reverts(c, names)] or None
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+def adapters_of(layers: dict[str, Linear4bit]) -> list[dict]:
+    """The adapters of a model's layers, for config.json."""
+    groups: dict[tuple, list[str]] = {}
+    for path, layer in layers.items():
+        if not isinstance(layer, LoRALinear4bit):
+            continue
+        if layer.merged:
+            raise RuntimeError(
+                f"save_pretrained: {path} is merged; call unmerge_adapter() first, or save the adapter alone"
+            )
+        for name in layer.r:
+            A, _ = layer.whole_adapter(name)
+            settings = (name, layer.r[name], layer.lora_alpha[name], layer.lora_dropout[name])
+            flags = (layer.use_rslora[name], str(A.dtype).removeprefix("torch."))
+            key = (*settings, *flags, layer.active_adapter == name)
+            groups.setdefault(key, []).append(path)
+    return [dict(zip(ADAPTER_FIELDS, (*key, paths))) for key, paths in groups.items()]
+
+
+def prepare(model: nn.Module, adapters: list[dict]) -> set[str]:
+    """Gives the dense layers of ``model``, which is on the meta device, places for the adapters that are read.
+
+    The names of their parameters.
+    """
+    places = set()
+    for entry in adapters:
+        for path in entry["layers"]:
+            layer = dict(model.named_modules()).get(path)
+            if type(layer) not in (nn.Linear, Conv1D):
+                raise ValueError(
+                    f"quantization_config: adapters: {path}: expected a linear layer of the model, "
+                    f"got {'none' if layer is None else type(layer).__name__}"
+                )
+            rows, columns = shape_of(layer)
+            name, r = entry["name"], entry["r"]
+            factory = {"bias": False, "device": "meta", "dtype": DTYPES[entry["dtype"]]}
+            for part, sizes in (("lora_A", (columns, r)), ("lora_B", (r, rows))):
+                if part not in layer._modules:
+                    setattr(layer, part, nn.ModuleDict())
+                getattr(layer, part)[name] = nn.Linear(*sizes, **factory)
+                places.add(f"{path}.{part}.{name}.weight")
+    return places
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out_features, in_features) of an nn.Linear or a Conv1D."""
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
+def check_present(path: str, layer: nn.Module, missing: Collection[str]) -> None:
+    """Raises ValueError if the checkpoint lacks a matrix of an adapter of ``layer``."""
+    for part in ("lora_A", "lora_B"):
+        for name in getattr(layer, part, ()):
+            if (key := f"{path}.{part}.{name}.weight") in missing:
+                raise ValueError(f"{key}: in quantization_config, but not in the checkpoint")
+
+
+def take_over(new: LoRALinear4bit, old: nn.Module) -> None:
+    """The places of :func:`prepare`, filled or yet to be, become those of the 4-bit layer."""
+    new.lora_A, new.lora_B = old.lora_A, old.lora_B
+
+
+def finish(model: nn.Module, adapters: list[dict]) -> None:
+    """After loading: the settings of the adapters."""
+    for entry in adapters:
+        name = entry["name"]
+        for path in entry["layers"]:
+            layer = model.get_submodule(path)
+            if not isinstance(layer, LoRALinear4bit):
+                raise ValueError(
+                    f"quantization_config: adapters: {path}: expected a layer in 4 bits in the checkpoint, "
+                    f"got a {type(layer).__name__}"
+                )
+            layer.r[name], layer.lora_alpha[name] = entry["r"], entry["lora_alpha"]
+            layer.lora_dropout[name] = float(entry["lora_dropout"])
+            layer.use_rslora[name] = bool(entry["use_rslora"])
+            layer.scaling[name] = lora_scaling(entry["r"], entry["lora_alpha"], entry["use_rslora"])
+    actives = {p: e["name"] for e in adapters if e["active"] for p in e["layers"]}
+    for path in {path for entry in adapters for path in entry["layers"]}:
+        layer = model.get_submodule(path)
+        for name in layer.r:
+            for parameter in layer.adapter_parameters(name):
+                parameter.requires_grad_(False)
+        if path in actives:
+            layer.set_adapter(actives[path])
