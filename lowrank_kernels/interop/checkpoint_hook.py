@@ -99,7 +99,7 @@ class _Repetition(_Record):
         before = next(self.expected.get(layer, iter(())), state)
         if before != state:
             raise RuntimeError(
-                "torch.utils.checkpoint: expected a backward with the state of the forward (active adapter, disabled, "
-                f"merged, probability of dropout), {before}, got {state}; run backward before the active adapter, "
+                "torch.utils.checkpoint: expected a backward with the state of the forward (adapter, disabled, merged, "
+                f"probability of dropout), {before}, got {state}; run backward before the active adapter, "
                 "disable_adapters, merge or train() changes"
             )

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..adapter_files import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
+from ..multi_lora.in_force import in_force
 from ..multi_lora.pages import save_plainly
 from ..nn import LoRALinear4bit
 from .peft_mixed import Parts, can_move, mixed_batch
@@ -74,11 +75,26 @@ class PeftLinear4bit(peft_lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype, adapters of any dtype."""
+        if entries := in_force.entries:
+            state = self._state(kwargs.get("adapter_names"))
+            for entry in entries:
+                if entry.records:
+                    entry.note(self, state)
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             parts = self.plain_parts(self.active_adapters)
             if parts is not None:
                 return self._fused(x, [*parts.values()])
         return super().forward(x, *args, **kwargs)
+
+    def _state(self, adapter_names: list[str] | None) -> tuple:
+        """What decides about y beside tensors: the adapters of the batch, disabled, merged, probability of dropout."""
+        names = tuple(self.active_adapters if adapter_names is None else adapter_names)
+        dropout = {
+            name: module.p
+            for name, module in self.lora_dropout.items()
+            if name in names and isinstance(module, nn.Dropout) and module.training
+        }
+        return names, self.disable_adapters, tuple(self.merged_adapters), dropout
 
     def _mixed_batch_forward(self, x, *args, adapter_names: list[str], **kwargs):
         if not args and all(value is None for value in kwargs.values()):
