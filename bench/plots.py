@@ -8,7 +8,7 @@ from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import groups, machine_of, median
 from lowrank_kernels.cli import pictures as p
 
-from . import peer_ggml, peer_openvino, report, variants
+from . import peer_ggml, peer_openvino, report, suite
 
 TIMED = {"linear_4bit": "y = x Wᵀ", "lora_linear_4bit_fwd_bwd": "LoRA forward + backward, r = 16"}
 # (label, slow, fast, color): what is how many times faster than what
@@ -18,7 +18,7 @@ SPEEDUPS = (
     ("bitsandbytes, training", "bitsandbytes, training", OURS, p.GREY),
     (peer_openvino.NAME, peer_openvino.NAME, OURS, p.GREEN),
     (peer_ggml.NAME, peer_ggml.NAME, OURS, p.VIOLET),
-    ("int8 activations against ggml's", peer_ggml.NAME, variants.INT8, p.VIOLET),
+    ("int8 activations against ggml's", peer_ggml.NAME, suite.INT8, p.VIOLET),
 )
 
 
@@ -28,7 +28,6 @@ def write(document: dict, folder: pathlib.Path, stem: str) -> dict[str, pathlib.
         drawings = {"time": ("Time per call", _time(document))}
     else:
         drawings = {"speedup": ("How many times faster: y = x Wᵀ", _speedup(document))}
-        drawings |= {"growth": ("Growth: y = x Wᵀ", _growth(document))}
     first = document["cases"][0]
     where = f"{machine_of(document)}, {document['threads']} threads; {report.rates(document)}"
     paths = {}
@@ -65,21 +64,8 @@ def _speedup(document: dict) -> list[p.Panel]:
         for label, slow, fast, color in SPEEDUPS:
             pairs = [(c["M"], median(c, slow), median(c, fast)) for c in group]
             if points := [(M, a / b) for M, a, b in pairs if a and b]:
-                style = "o--" if fast == variants.INT8 else "o-"
+                style = "o--" if fast == suite.INT8 else "o-"
                 lines.append(p.Line(label, *map(list, zip(*points)), style, color))
         axes = (f"W {N} x {K}", "tokens M", "times faster than")
         panels.append(p.Panel(*axes, lines, tokens, yscale="log"))
-    return panels
-
-
-def _growth(document: dict) -> list[p.Panel]:
-    """A panel per M over the number of weights."""
-    panels = []
-    for M, group in report.growth(document).items():
-        sizes = [case["N"] * case["K"] for case in group]
-        lines = [p.Line("limit", sizes, [case["limit_ms"] for case in group], "--", "black")]
-        for name, color in ((OURS, p.RED), ("torch", p.BLUE)):
-            lines += p.of_provider(list(zip(sizes, group)), name, color)
-        axes = (f"M = {M}", "weights N·K", "milliseconds per call")
-        panels.append(p.Panel(*axes, lines, xscale="log", yscale="log"))
     return panels

@@ -6,23 +6,27 @@ A new operator is a function in OPS that gives, of the sizes, pairs of a case an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
 
+import lowrank_kernels as lk
 from lowrank_kernels.benchmark import multi_providers as many
 from lowrank_kernels.benchmark import ops, providers
 from lowrank_kernels.benchmark.case import MIX, Case
 from lowrank_kernels.benchmark.harness import Provider
 from lowrank_kernels.benchmark.ops import OURS
+from lowrank_kernels.benchmark.providers import Calls
 
-from . import peer_ggml, peer_openvino, variants
+from . import peer_ggml, peer_openvino
 from . import providers as others
 
 Shapes = tuple[tuple[int, int], ...]
 Entries = Iterator[tuple[Case, dict[str, Callable | Provider]]]
 
 GROWTH = "linear_4bit_growth"
+INT8 = f"{OURS}, int8 activations"
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")  # Punica's
 RANK = 16
 
@@ -99,48 +103,45 @@ FLOAT32_PEERS = {
     peer_openvino.NAME: peer_openvino.PROVIDER,
     "bitsandbytes, training": others.linear_bitsandbytes_training,
     peer_ggml.NAME: peer_ggml.PROVIDER,
-    variants.INT8: variants.int8,
+    INT8: Provider(others.linear_int8, lk.int8_activations),
 }
-LORA_ON_CUDA = {
-    OURS: providers.lora_lowrank,
-    "triton": variants.triton(providers.lora_lowrank),
-    "torch": others.lora_addmm_dense,
-    "bitsandbytes + PEFT": providers.lora_peft_bitsandbytes,
-    "Unsloth's scheme": others.lora_addmm_dequantize,
-    "Unsloth's scheme, bitsandbytes": others.lora_addmm_bitsandbytes,
-}
+
+
+def _in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Provider]:
+    """``calls`` on a GPU by the Triton kernels; on a CPU, cold and in float32, by other instruction sets, and with
+    equal bits in every batch. They take turns with the default, so that a few percent can be told from noise."""
+    if case.device == "cuda":
+        return {"triton": Provider(calls, functools.partial(lk.backends.use, "triton"))}
+    if (case.dtype, case.cache) != ("float32", "cold"):
+        return {}
+    found = {f"{OURS}, batch-invariant": Provider(calls, lk.batch_invariant)}
+    for isa in lk.backends.isas():
+        if isa not in ("scalar", lk.backends.isa()):  # a call of the scalar kernels takes seconds
+            found[f"{OURS}, {isa}"] = Provider(calls, functools.partial(lk.backends.use_isa, isa))
+    return found
 
 
 def linear(sizes: Sizes) -> Entries:
     for case in sizes.cases("linear_4bit", hot=True):
-        of_case = _base("linear")
-        if case.device == "cuda":
-            of_case |= {"triton": variants.triton(providers.linear_lowrank)}
-        elif case.dtype == "float32":
-            of_case |= FLOAT32_PEERS
-        yield case, of_case | variants.of_linear(case, providers.linear_lowrank)
+        peers = FLOAT32_PEERS if case.dtype == "float32" else {}
+        yield case, _base("linear") | peers | _in_other_ways(case, providers.linear_lowrank)
 
 
 def dx(sizes: Sizes) -> Entries:
-    on_cuda = {"triton": variants.triton(providers.dx_lowrank)} if sizes.device == "cuda" else {}
     for case in sizes.cases("linear_4bit_dx", hot=True):
-        yield case, _base("dx") | on_cuda | variants.of_linear(case, providers.dx_lowrank)
+        yield case, _base("dx") | _in_other_ways(case, providers.dx_lowrank)
 
 
 def lora(sizes: Sizes) -> Entries:
-    of_op = LORA_ON_CUDA if sizes.device == "cuda" else _base("lora")
-    for case in sizes.cases("lora_linear_4bit", R=RANK):
-        yield case, of_op | variants.of_lora(case)
-    for case in sizes.cases("lora_linear_4bit_fwd_bwd", sizes.training_tokens, R=RANK):
-        yield case, of_op
+    cases = sizes.cases("lora_linear_4bit", R=RANK)
+    cases += sizes.cases("lora_linear_4bit_fwd_bwd", sizes.training_tokens, R=RANK)
+    for case in cases:
+        triton = _in_other_ways(case, providers.lora_lowrank) if case.device == "cuda" else {}
+        yield case, _base("lora") | triton
 
 
 def quantize(sizes: Sizes) -> Entries:
     to = {OURS: others.quantize_lowrank, "bitsandbytes": others.quantize_bitsandbytes}
-    if (
-        sizes.device == "cuda"
-    ):  # where the public function's wait for the device hides what it costs
-        to["operators alone"] = others.quantize_operators
     back = {OURS: others.dequantize_lowrank, "bitsandbytes": others.dequantize_bitsandbytes}
     for op, of_op in (("quantize_4bit", to), ("dequantize_4bit", back)):
         for case in sizes.cases(op, tokens=(0,)):
@@ -161,7 +162,6 @@ ADDED = {
     "torch loop": others.many_loop,
     "gather + bmm": others.many_gather_bmm,
 }
-VLLM = {"vLLM's CPU scheme": others.many_vllm_cpu}
 LINEAR = {
     OURS: many.many_linear_lowrank,
     "linear_4bit, multi_lora_": others.many_linear_separate,
@@ -169,12 +169,9 @@ LINEAR = {
 }
 TRAINING = {
     OURS: others.many_training_lowrank,
-    "lora_linear_4bit per adapter": others.many_training_one_by_one,
     "linear_4bit, torch loop": others.many_training_loop,
-    "dequantize, torch loop": others.many_training_dequantize,
 }
 IN_PLACE = {"torch loop, addmm_": others.many_loop_in_place}
-PADDED = {"padded to 64": others.many_lowrank_padded}
 
 
 def multi_lora(sizes: Sizes) -> Entries:
@@ -184,17 +181,15 @@ def multi_lora(sizes: Sizes) -> Entries:
         R, device = max(MIX) if mixed else RANK, sizes.device
         return Case(op, *sizes.shapes[0], M, dtype, "cold", R, device, popularity, mixed)
 
-    added = ADDED | (VLLM if sizes.device == "cpu" else {})
     shape = dict(zip("NK", sizes.many_shape))
     for popularity, M in itertools.product(POPULARITIES, sizes.many_tokens):
         if M > 1 or popularity == "identical":  # of one row, all are the same
-            yield dataclasses.replace(case("multi_lora_", M, popularity), **shape), added
+            yield dataclasses.replace(case("multi_lora_", M, popularity), **shape), ADDED
     for batch in ((4, "distinct"), (64, "distinct"), (512, "4")):
         yield case("multi_lora_linear_4bit", *batch), LINEAR
-    yield case("multi_lora_", 512, "4"), added | IN_PLACE
+    yield case("multi_lora_", 512, "4"), ADDED | IN_PLACE
     for dtype, mixed in itertools.product(sizes.dtypes, (False, True)):
-        of_case = added | IN_PLACE | (PADDED if mixed else {})
-        yield case("multi_lora_", 64, "distinct", dtype, mixed), of_case
+        yield case("multi_lora_", 64, "distinct", dtype, mixed), ADDED | IN_PLACE
     yield case("multi_lora_linear_4bit_fwd_bwd", 512, "2"), TRAINING
 
 

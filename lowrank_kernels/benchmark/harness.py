@@ -150,7 +150,7 @@ def header(device: str) -> dict:
         "versions": machine.versions(),
     }
     if device == "cuda":
-        document |= {"backend": "cuda", "gpu": machine.gpu() | {"states": []}}
+        document |= {"backend": "cuda", "gpu": machine.gpu()}
     return document
 
 

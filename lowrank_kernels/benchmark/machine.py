@@ -8,7 +8,6 @@ import os
 import pathlib
 import platform
 import re
-import subprocess
 
 import torch
 
@@ -80,23 +79,6 @@ def load_average() -> float | None:
 @functools.lru_cache(maxsize=1)
 def l2_bytes() -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size
-
-
-def gpu_state() -> dict[str, float] | None:
-    """Clocks, temperature and power as nvidia-smi reads them now; None where it does not tell."""
-    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    command = [
-        "nvidia-smi",
-        "--id=0",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        values = [float(value) for value in done.stdout.split(",")]
-    except (OSError, subprocess.TimeoutExpired, ValueError):  # no such program, or "[N/A]"
-        return None
-    return dict(zip(("sm_mhz", "memory_mhz", "celsius", "watts"), values))
 
 
 @functools.lru_cache(maxsize=1)
