@@ -14,11 +14,10 @@ import sys
 from lowrank_kernels import files
 from lowrank_kernels.benchmark import harness
 from lowrank_kernels.benchmark import report as shared
-from lowrank_kernels.benchmark.case import Case
 from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import Rows, cell, median, names_of, of_limit
 
-from .suite import GROWTH, INT8, POPULARITIES
+from .suite import INT8
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -26,11 +25,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
 GPU_PEERS = (*PEERS, "torch", "torch + PEFT")
 OPS = [op for op in shared.TITLES if not op.startswith(("multi_lora", "model"))]
-# Picture -> what it shows to who cannot see it.
-PICTURES = {
-    "time": "Time per call against the limit of the machine",
-    "speedup": "How many times faster than others, by the number of tokens",
-}
+PICTURE = "How many times faster than others, by the number of tokens"
 Tables = list[tuple[str, Rows]]  # each with a title
 
 
@@ -77,33 +72,13 @@ def _of_ops(document: dict) -> dict[str, Tables]:
     return found
 
 
-# -- growth ----------------------------------------------------------------------------------------
-
-
-def growth_table(document: dict) -> Rows:
-    """A row per M and size; what of it all takes turns, so that a reader sees how cold it is."""
-    rows = [
-        ["M", "W", OURS, "torch", "of limit", "limit", "ns / 1000 weights", "4-bit MiB in turn"]
-    ]
-    cases = [case for case in document["cases"] if case["op"] == GROWTH]
-    for case in sorted(cases, key=lambda case: (case["M"], case["N"] * case["K"])):
-        N, K, ours = case["N"], case["K"], case["providers"].get(OURS, {})
-        weights = ours.get("copies", 0) * Case("", N, K, case["M"]).weight_bytes / 2**20
-        spent = f"{ours['median_ms'] * 1e9 / (N * K):.3g}" if "median_ms" in ours else "-"
-        row = [str(case["M"]), f"{N} x {K}", cell(case, OURS), cell(case, "torch"), of_limit(case)]
-        rows.append([*row, f"{case['limit_ms']:.3g}", spent, f"{weights:.0f}"])
-    return rows if cases else []
-
-
 # -- many adapters in one batch --------------------------------------------------------------------
 
-ADD = "multi_lora_"
 MANY = {
-    ADD: "`multi_lora_`: y += each row's adapter",
+    "multi_lora_": "`multi_lora_`: y += each row's adapter",
     "multi_lora_linear_4bit": "`multi_lora_linear_4bit`: base and adapters",
     "multi_lora_linear_4bit_fwd_bwd": "`multi_lora_linear_4bit`, forward and gradients of x and of every A, B",
 }
-GRID_PEERS = ("torch loop", "gather + bmm")
 MANY_WORDS = """\
 *Identical*: all rows have one adapter; *uniform*: ceil(sqrt(rows)) adapters, evenly; *zipf 1.5*: adapters with 1, 1.5,
 1.5², ... rows, rounded down; *distinct*: one row each (Punica's definitions and shape). Rows of one adapter are
@@ -114,60 +89,22 @@ for each adapter: `y[rows] += scaling * (x[rows] @ A.T) @ B.T`, the rows a slice
 `bmm`.""".replace("\n", " ")
 
 
-def _popularity(name: str) -> str:
-    return "zipf 1.5" if name == "zipf" else name
-
-
-def _grid(document: dict) -> list[dict]:
-    """The cases of the shape that has one of every popularity."""
-    found: dict[tuple[int, int], list[dict]] = {}
-    for case in document["cases"]:
-        if case["op"] == ADD and not case["mixed"] and case["popularity"] in POPULARITIES:
-            found.setdefault((case["N"], case["K"]), []).append(case)
-    grids = (c for c in found.values() if {case["popularity"] for case in c} == {*POPULARITIES})
-    return next(grids, [])
-
-
-def _grid_table(grid: list[dict], peers: list[str]) -> Rows:
-    """A row per M; per popularity our time, and how many times faster that is than each peer."""
-
-    def of_case(case: dict | None) -> str:
-        if not (case and (ours := median(case, OURS))):
-            return "-"
-        unit = 1e3 if case["device"] == "cuda" else 1.0
-        ratios = (shared.times_faster(shared.ratio(case, name)) for name in peers)
-        return f"{shared.digits(ours * unit)} ({', '.join(ratios)})"
-
-    places = {(case["M"], case["popularity"]): case for case in grid}
-    rows = [["rows", *map(_popularity, POPULARITIES)]]
-    for M in sorted({M for M, _ in places}):
-        rows.append([str(M), *(of_case(places.get((M, name))) for name in POPULARITIES)])
-    return rows
-
-
-def _rest_table(cases: list[dict]) -> Rows:
-    """A row per case outside of the grid; a column per provider."""
+def _many_table(cases: list[dict]) -> Rows:
+    """A row per case; a column per provider."""
     names = names_of(cases)
     rows = [["W", "dtype", "rows", "adapters", *names, "of limit"]]
     for case in cases:
+        name = "zipf 1.5" if case["popularity"] == "zipf" else case["popularity"]
         ranks = "mixed ranks" if case["mixed"] else f"r = {case['R']}"
-        row = [f"{case['N']} x {case['K']}", case["dtype"], str(case["M"])]
-        row.append(f"{_popularity(case['popularity'])}, {ranks}")
+        row = [f"{case['N']} x {case['K']}", case["dtype"], str(case["M"]), f"{name}, {ranks}"]
         rows.append([*row, *(cell(case, name) for name in names), of_limit(case)])
     return rows
 
 
 def _of_many(document: dict) -> Tables:
     unit = "microseconds" if "gpu" in document else "milliseconds"
-    grid, found = _grid(document), []
-    if grid:
-        case, peers = grid[0], [name for name in GRID_PEERS if name in names_of(grid)]
-        words = f"W {case['N']} x {case['K']}, r = {case['R']}, {case['dtype']}: {unit}"
-        found.append((f"{words} (times faster than {', '.join(peers)})", _grid_table(grid, peers)))
-    for op, words in MANY.items():
-        if rest := [case for case in document["cases"] if case["op"] == op and case not in grid]:
-            found.append((f"{words}, {unit}", _rest_table(rest)))
-    return found
+    found = {op: [case for case in document["cases"] if case["op"] == op] for op in MANY}
+    return [(f"{MANY[op]}, {unit}", _many_table(cases)) for op, cases in found.items() if cases]
 
 
 # -- all of it -------------------------------------------------------------------------------------
@@ -176,9 +113,6 @@ def _of_many(document: dict) -> Tables:
 def sections(document: dict) -> dict[str, Tables]:
     """Title -> tables, of all that there are results for."""
     found = _of_ops(document)
-    if rows := growth_table(document):
-        words = "Growth with the size of the weight: y = x Wᵀ, float32, cold caches"
-        found[words] = [("Milliseconds; the weights of a case take turns", rows)]
     if tables := _of_many(document):
         found[f"Many adapters in one batch\n\n{MANY_WORDS}"] = tables
     return found
@@ -217,12 +151,9 @@ def _head(document: dict) -> list[str]:
     return [*lines, "", f"**{document['note']}**"] if document.get("note") else lines
 
 
-def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
-    """One machine's part of docs/performance.md. ``plots``: their paths by plots.py's names."""
-    pictures = {name: f"![{PICTURES[name]}]({path})" for name, path in (plots or {}).items()}
-    lines = _head(document)
-    for picture in pictures.values():
-        lines += ["", picture]
+def machine_section(document: dict, picture: str = "") -> str:
+    """One machine's part of docs/performance.md. ``picture``: its path, if there is one."""
+    lines = _head(document) + (["", f"![{PICTURE}]({picture})"] if picture else [])
     for words, tables in sections(document).items():
         lines += ["", f"### {words}"]
         for name, rows in tables:
@@ -280,11 +211,11 @@ def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
     docs, documents, parts, done = root / "docs", [], [], []
     for path in sorted(results.glob("*.json")):
         document = harness.read(path)
-        pictures = plots.write(document, docs / "benchmarks", path.stem)
-        relative = {name: os.path.relpath(p, docs) for name, p in pictures.items()}
-        parts.append(machine_section(document, relative))
+        picture = docs / "benchmarks" / f"{path.stem}-speedup.png"
+        if drawn := plots.speedup(document, picture):
+            done.append(f"wrote {picture}")
+        parts.append(machine_section(document, os.path.relpath(picture, docs) if drawn else ""))
         documents.append(document)
-        done += [f"wrote {picture}" for picture in pictures.values()]
     if not documents:
         raise FileNotFoundError(f"no results in {results}: run python -m bench first")
     done.append(replace_block(docs / "performance.md", "\n\n".join(parts)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 
 import lowrank_kernels as lk
@@ -25,29 +24,20 @@ from . import providers as others
 Shapes = tuple[tuple[int, int], ...]
 Entries = Iterator[tuple[Case, dict[str, Callable | Provider]]]
 
-GROWTH = "linear_4bit_growth"
 INT8 = f"{OURS}, int8 activations"
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")  # Punica's
 RANK = 16
 
 
-def growth_shapes(memory_bytes: int) -> Shapes:
-    """Squares whose float32 weight is at most a sixteenth of the memory: copies of it take turns."""
-    sizes = (512, 1024, 2048, 4096, 8192, 16384)
-    return tuple((size, size) for size in sizes if 16 * 4 * size * size <= memory_bytes)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Weights [N, K] and numbers of rows; ``many_*``: of many adapters in one batch; ``growth_*``: of time with N K."""
+    """Weights [N, K] and numbers of rows; ``many_*``: of many adapters in one batch."""
 
     device: str
     shapes: Shapes
     tokens: tuple[int, ...]
     training_tokens: tuple[int, ...]
     dtypes: tuple[str, ...]
-    growth_shapes: Shapes = ()
-    growth_tokens: tuple[int, ...] = (1, 16, 512)
     # Punica's shape (4096 -> 11008) and numbers of rows.
     many_shape: tuple[int, int] = (11008, 4096)
     many_tokens: tuple[int, ...] = (1, 4, 16, 64)
@@ -57,9 +47,8 @@ class Sizes:
         changes = {}
         if shapes:
             changes |= {"shapes": tuple(shapes), "many_shape": shapes[-1]}
-            changes |= {"growth_shapes": tuple(shapes) if self.growth_shapes else ()}
         if tokens:
-            names = ("tokens", "training_tokens", "growth_tokens", "many_tokens")
+            names = ("tokens", "training_tokens", "many_tokens")
             changes |= dict.fromkeys(names, tuple(tokens))
         return dataclasses.replace(self, **changes)
 
@@ -84,9 +73,8 @@ class Sizes:
 # Attention and MLP of a 7B model; on a GPU MLPs of an 8B and of a 70B model.
 CPU_SHAPES, CPU_TOKENS = ((4096, 4096), (11008, 4096)), (1, 4, 16, 64, 512)
 CUDA_SHAPES, CUDA_TOKENS = ((4096, 4096), (14336, 4096), (28672, 8192)), (1, 4, 16, 64, 256, 4096)
-GROWTH_SHAPES = growth_shapes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 SIZES = {
-    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16"), GROWTH_SHAPES),
+    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16")),
     "cuda": Sizes("cuda", CUDA_SHAPES, CUDA_TOKENS, (512, 4096), ("bfloat16",)),
 }
 
@@ -107,7 +95,7 @@ FLOAT32_PEERS = {
 }
 
 
-def _in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Provider]:
+def in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Provider]:
     """``calls`` on a GPU by the Triton kernels; on a CPU, cold and in float32, by other instruction sets, and with
     equal bits in every batch. They take turns with the default, so that a few percent can be told from noise."""
     if case.device == "cuda":
@@ -124,19 +112,19 @@ def _in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Prov
 def linear(sizes: Sizes) -> Entries:
     for case in sizes.cases("linear_4bit", hot=True):
         peers = FLOAT32_PEERS if case.dtype == "float32" else {}
-        yield case, _base("linear") | peers | _in_other_ways(case, providers.linear_lowrank)
+        yield case, _base("linear") | peers | in_other_ways(case, providers.linear_lowrank)
 
 
 def dx(sizes: Sizes) -> Entries:
     for case in sizes.cases("linear_4bit_dx", hot=True):
-        yield case, _base("dx") | _in_other_ways(case, providers.dx_lowrank)
+        yield case, _base("dx") | in_other_ways(case, providers.dx_lowrank)
 
 
 def lora(sizes: Sizes) -> Entries:
     cases = sizes.cases("lora_linear_4bit", R=RANK)
     cases += sizes.cases("lora_linear_4bit_fwd_bwd", sizes.training_tokens, R=RANK)
     for case in cases:
-        triton = _in_other_ways(case, providers.lora_lowrank) if case.device == "cuda" else {}
+        triton = in_other_ways(case, providers.lora_lowrank) if case.device == "cuda" else {}
         yield case, _base("lora") | triton
 
 
@@ -146,13 +134,6 @@ def quantize(sizes: Sizes) -> Entries:
     for op, of_op in (("quantize_4bit", to), ("dequantize_4bit", back)):
         for case in sizes.cases(op, tokens=(0,)):
             yield case, of_op
-
-
-def growth(sizes: Sizes) -> Entries:
-    """From small square matrices to large ones: does the cost per weight stay the same?"""
-    for (N, K), M in itertools.product(sizes.growth_shapes, sizes.growth_tokens):
-        of_case = {OURS: providers.linear_lowrank, "torch": providers.linear_torch}
-        yield Case(GROWTH, N, K, M, device=sizes.device), of_case
 
 
 # -- many adapters in one batch --------------------------------------------------------------------
@@ -199,7 +180,6 @@ OPS = {
     "lora_linear_4bit": lora,
     "multi_lora": multi_lora,
     "quantize": quantize,
-    "growth": growth,
 }
 
 
@@ -215,5 +195,5 @@ def entries(
                     n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()
                 }
                 found.setdefault(case, made)
-    shapes = [*sizes.shapes, sizes.many_shape, *sizes.growth_shapes]
+    shapes = [*sizes.shapes, sizes.many_shape]
     return sorted(found.items(), key=lambda entry: shapes.index((entry[0].N, entry[0].K)))

@@ -48,7 +48,7 @@ class NotCapturable(Exception):
     """Why the calls of a provider cannot be one CUDA graph."""
 
 
-def rounds(seconds: float, budget: float) -> int:
+def _rounds(seconds: float, budget: float) -> int:
     """How many calls of so many seconds fit into a pass."""
     return min(MAX_ROUNDS, max(1, round(budget / max(seconds, 1e-9))))
 
@@ -57,15 +57,14 @@ class OnHost:
     """The calls of one provider on one case, which take turns, timed by the clock of the host.
 
     A call may have an attribute ``prepare``, a function that runs before it each time and is not timed. ``device``:
-    where it is "cuda", the clock stops when the device is done. ``calls`` gives the next one without end; ``first``:
-    the seconds of the first, which was checked.
+    where it is "cuda", the clock stops when the device is done. ``calls`` gives the next one without end.
     """
 
     def __init__(self, calls: list[Callable], check: Check, device: str = "cpu"):
         self.about = {"copies": len(calls)}
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         self.calls, self._passes = itertools.cycle(calls), 0
-        self.first = self._time(check)  # it also allocates and starts threads
+        self._first = self._time(check)  # it also allocates and starts threads
 
     def _time(self, check: Check = lambda outputs: None) -> float:
         call = next(self.calls)
@@ -78,15 +77,20 @@ class OnHost:
         check([output])
         return seconds
 
+    def rounds(self, seconds: float) -> int:
+        """How many calls fit into a pass that begins now; a short one is timed again before, as the first was slow."""
+        if self._first < SHORT_SECONDS or (not self._passes and self._first < SLOW_SECONDS):
+            self._first = min(self._first, self._time())
+        self._passes += 1
+        return _rounds(self._first, seconds)
+
     def measure(self, seconds: float) -> list[float]:
         """One pass: the seconds of each call, for as many calls as fit."""
-        if self.first < SHORT_SECONDS or (not self._passes and self.first < SLOW_SECONDS):
-            self.first = min(self.first, self._time())
-        self._passes += 1
+        rounds = self.rounds(seconds)
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return [self._time() for _ in range(rounds(self.first, seconds))]
+            return [self._time() for _ in range(rounds)]
         finally:
             if collecting:
                 gc.enable()
@@ -190,8 +194,8 @@ class InGraph:
 
     def measure(self, seconds: float) -> list[float]:
         """One pass: seconds per call, a mean over all copies, for as many replays as fit."""
-        self.device.times(self.run, rounds(self._seconds, WARM_SECONDS))
-        replays = max(MIN_REPLAYS, rounds(self._seconds, seconds))
+        self.device.times(self.run, _rounds(self._seconds, WARM_SECONDS))
+        replays = max(MIN_REPLAYS, _rounds(self._seconds, seconds))
         return [time / self.calls for time in self.device.times(self.run, replays)]
 
 
