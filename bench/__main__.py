@@ -89,11 +89,9 @@ def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end
     entries = suite.entries(sizes, args.op, args.k, args.quick)
     turns = limits.TURNS // 2 if args.quick else limits.TURNS
     marks = [round(turn * len(entries) / (turns - 1)) for turn in range(turns)]  # cases before them
-    best: dict[str, float] = {}
 
     def take_limits() -> None:
-        limits.measure(args.device, best)
-        document["limits"] = limits.limits_of(best)
+        limits.measure(args.device, document["limits"])
         for (case, _), measured in zip(entries, document["cases"]):
             measured["limit_ms"] = case.limit_seconds(*limits.rates(document["limits"])) * 1e3
 

@@ -33,11 +33,18 @@ def _copy() -> Callable:
     return lambda: target.copy_(source)
 
 
+# Name in the results -> what a call moves (of a copy: bytes read and bytes written) or computes, in units of the name.
 LIMITS = {
-    "cpu": {"read": _read, "sgemm": lambda: _product(SGEMM_SIZE)},
+    "cpu": {
+        "read_gbs": (READ_BYTES / 1e9, _read),
+        "sgemm_gflops": (2 * SGEMM_SIZE**3 / 1e9, lambda: _product(SGEMM_SIZE)),
+    },
     "cuda": {
-        "copy": _copy,
-        "matmul": lambda: _product(MATMUL_SIZE, "cuda", torch.bfloat16),
+        "copy_gbs": (2 * COPY_BYTES / 1e9, _copy),
+        "matmul_tflops": (
+            2 * MATMUL_SIZE**3 / 1e12,
+            lambda: _product(MATMUL_SIZE, "cuda", torch.bfloat16),
+        ),
     },
 }
 
@@ -56,21 +63,10 @@ def best_seconds(call: Callable, device: str = "cpu") -> float:
     return min(seconds[2:])
 
 
-def measure(device: str, best: dict[str, float]) -> None:
-    """One turn: lowers what ``best`` has of each limit, in seconds."""
-    for name, make in LIMITS[device].items():
-        best[name] = min(best_seconds(make(), device), best.get(name, float("inf")))
-
-
-def limits_of(best: dict[str, float]) -> dict[str, float]:
-    """GB/s (of a copy: bytes read and bytes written), GFLOP/s, and of a GPU TFLOP/s, from the best round of each."""
-    work = {
-        "read": ("read_gbs", READ_BYTES / 1e9),
-        "sgemm": ("sgemm_gflops", 2 * SGEMM_SIZE**3 / 1e9),
-        "copy": ("copy_gbs", 2 * COPY_BYTES / 1e9),
-        "matmul": ("matmul_tflops", 2 * MATMUL_SIZE**3 / 1e12),
-    }
-    return {work[name][0]: work[name][1] / seconds for name, seconds in best.items()}
+def measure(device: str, limits: dict[str, float]) -> None:
+    """One turn: raises what ``limits`` has of each rate."""
+    for name, (work, make) in LIMITS[device].items():
+        limits[name] = max(work / best_seconds(make(), device), limits.get(name, 0.0))
 
 
 def rates(limits: dict[str, float]) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from lowrank_kernels.benchmark import multi_providers as many
 from lowrank_kernels.benchmark import providers as shared
 from lowrank_kernels.benchmark.case import BLOCKSIZE, Case
 from lowrank_kernels.benchmark.providers import SCALING, Calls, dense_weights, weights_4bit
-from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
 
 
 def linear_int8(case: Case) -> Calls:
@@ -87,51 +86,3 @@ many_gather_bmm = many.many_added(_gather_bmm, _indexed)
 many_linear_separate = many.many_linear(
     lambda x, w, *turn: lk.multi_lora_(lk.linear_4bit(x, w), x, *turn), many.planned
 )
-
-
-# -- training: forward and the gradients of x and of every A and B ---------------------------------
-
-
-def _parameters(case: Case) -> list[torch.Tensor]:
-    """A and B of each adapter of the batch, in turn."""
-    adapters = many.adapters_of(many.pool_of(case))[: len(case.rows)]
-    return [t.detach().clone().requires_grad_() for pair in adapters for t in pair]
-
-
-def _trainable_layer(case: Case, w: lk.Weight4bit) -> lk.LoRALinear4bit:
-    """A layer with the batch's adapters as its own, named "0", "1", ..."""
-    layer, values = lk.LoRALinear4bit.from_weight(w), iter(_parameters(case))
-    for u, rank in enumerate(case.ranks):
-        layer.add_adapter(str(u), rank, lora_alpha=SCALING * rank)
-        for parameter in layer.adapter_parameters(str(u)):
-            parameter.data = next(values).detach()
-    return layer
-
-
-def many_training_lowrank(case: Case) -> Calls:
-    """The layers' call under a plan whose adapters are the model's own and want gradients."""
-    layers = {f"layer{i}": _trainable_layer(case, w) for i, w in enumerate(weights_4bit(case))}
-    names = [str(u) for u in range(len(case.rows))]
-    bank = lk.AdapterBank(layers, sum(-(-rank // 8) for rank in case.ranks))
-    for name in names:
-        bank.load(name)
-    bank.trainable(*names)
-    plan, calls = bank.plan(names, case.rows), []
-    for name, layer in layers.items():
-        rest = {"w": layer.weight4bit, "plan": plan, "pages": bank[name]}
-        parameters = [t for n in names for t in layer.adapter_parameters(n)]
-        calls.append((functools.partial(multi_lora_linear_4bit, **rest), parameters))
-    return shared.lora_calls(case, calls)
-
-
-def many_training_loop(case: Case) -> Calls:
-    """The base in 4 bits, and torch's products for each adapter."""
-    parameters = _parameters(case)
-    triples = list(zip(many.segments(case), parameters[::2], parameters[1::2]))
-
-    def forward(w: lk.Weight4bit, x: torch.Tensor) -> torch.Tensor:
-        added = [SCALING * F.linear(F.linear(x[rows], A), B) for rows, A, B in triples]
-        return lk.linear_4bit(x, w) + torch.cat(added)
-
-    layers = [functools.partial(forward, w) for w in weights_4bit(case)]
-    return shared.lora_calls(case, [(layer, parameters) for layer in layers])

@@ -6,10 +6,8 @@ README.md is generated; what stands outside is written by hand and left alone.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
-import sys
 
 from lowrank_kernels import files
 from lowrank_kernels.benchmark import harness
@@ -77,7 +75,6 @@ def _of_ops(document: dict) -> dict[str, Tables]:
 MANY = {
     "multi_lora_": "`multi_lora_`: y += each row's adapter",
     "multi_lora_linear_4bit": "`multi_lora_linear_4bit`: base and adapters",
-    "multi_lora_linear_4bit_fwd_bwd": "`multi_lora_linear_4bit`, forward and gradients of x and of every A, B",
 }
 MANY_WORDS = """\
 *Identical*: all rows have one adapter; *uniform*: ceil(sqrt(rows)) adapters, evenly; *zipf 1.5*: adapters with 1, 1.5,
@@ -226,11 +223,4 @@ def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER")
-    args = parser.parse_args()
-    try:
-        print("\n".join(write_documents(args.results, args.root)))
-    except FileNotFoundError as error:
-        sys.exit(f"bench.report: {error}")
+    print("\n".join(write_documents(RESULTS, ROOT)))

@@ -148,15 +148,11 @@ LINEAR = {
     "linear_4bit, multi_lora_": others.many_linear_separate,
     "linear_4bit, torch loop": many.many_linear_loop,
 }
-TRAINING = {
-    OURS: others.many_training_lowrank,
-    "linear_4bit, torch loop": others.many_training_loop,
-}
 IN_PLACE = {"torch loop, addmm_": others.many_loop_in_place}
 
 
 def multi_lora(sizes: Sizes) -> Entries:
-    """Punica's grid, and at the first shape what a server and a trainer do."""
+    """Punica's grid, and at the first shape what a server does."""
 
     def case(op: str, M: int, popularity: str, dtype: str = sizes.dtypes[0], mixed=False) -> Case:
         R, device = max(MIX) if mixed else RANK, sizes.device
@@ -171,7 +167,6 @@ def multi_lora(sizes: Sizes) -> Entries:
     yield case("multi_lora_", 512, "4"), ADDED | IN_PLACE
     for dtype, mixed in itertools.product(sizes.dtypes, (False, True)):
         yield case("multi_lora_", 64, "distinct", dtype, mixed), ADDED | IN_PLACE
-    yield case("multi_lora_linear_4bit_fwd_bwd", 512, "2"), TRAINING
 
 
 OPS = {
@@ -191,9 +186,8 @@ def entries(
     for name in names or OPS:
         for case, of_case in OPS[name](sizes):
             if only in case.id and (not quick or sizes.shapes[0] == (case.N, case.K)):
-                made = {
-                    n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()
-                }
-                found.setdefault(case, made)
+                found.setdefault(case, of_case)
+    for case, of_case in found.items():
+        found[case] = {n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()}
     shapes = [*sizes.shapes, sizes.many_shape]
     return sorted(found.items(), key=lambda entry: shapes.index((entry[0].N, entry[0].K)))

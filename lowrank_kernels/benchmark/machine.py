@@ -94,9 +94,7 @@ def gpu() -> dict[str, object]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
         "driver": cuda_library.status().driver,
         "cuda": torch.version.cuda,
         "architectures": architectures,
-        "plan": os.environ.get("LOWRANK_CUDA_PLAN"),
     }
