@@ -13,7 +13,7 @@ from lowrank_kernels.benchmark.providers import Unavailable
 
 from . import suite
 
-SECONDS = 0.5  # timed per case and provider
+SECONDS, MIN_ROUNDS = 0.5, 5  # timed per case and provider
 OPS = ("linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "lora_linear_4bit_fwd_bwd")
 SIZES = suite.SIZES["cpu"].chosen([suite.SIZES["cpu"].shapes[0]], [1, 16])
 ENTRIES = [
@@ -38,7 +38,7 @@ def test_op(benchmark, case, provider):
             benchmark.pedantic(
                 lambda call: call(),
                 setup=lambda: ((next(timer.calls),), {}),
-                rounds=timer.rounds(SECONDS),
+                rounds=max(MIN_ROUNDS, timer.rounds(SECONDS)),
                 warmup_rounds=1,
             )
     except Unavailable as reason:

@@ -32,7 +32,7 @@ from collections.abc import Callable
 import torch
 
 MAX_ROUNDS = 40  # per pass
-SLOW_SECONDS = 0.2  # calls shorter than this are preceded by an untimed one in the first pass
+SLOW_SECONDS = 1.0  # calls shorter than this are preceded by an untimed one in the first pass
 SHORT_SECONDS = 0.05  # and shorter than this in every pass
 # On a GPU:
 GRAPH_SECONDS = 1e-3
@@ -78,7 +78,7 @@ class OnHost:
         return seconds
 
     def rounds(self, seconds: float) -> int:
-        """How many calls fit into a pass that begins now; a short one is timed again before, as the first was slow."""
+        """How many calls fit into a pass that begins now; a short one is timed again before: the first is slow."""
         if self._first < SHORT_SECONDS or (not self._passes and self._first < SLOW_SECONDS):
             self._first = min(self._first, self._time())
         self._passes += 1
