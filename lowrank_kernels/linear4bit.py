@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .formats import Weight4bit, quantize_4bit
-from .functional import linear_4bit
+from .functional import linear, taken
 from .packed import Params4bit, plain
 from .quant_state import KEYS_IN_WORDS
+from .ragged import by_rows, is_ragged
 from .schema import FLOAT_DTYPES
 
 # Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
@@ -220,7 +221,10 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype; see :func:`linear_4bit`."""
-        return linear_4bit(x, self.weight4bit, self._parameters["bias"])
+        if is_ragged(x):
+            return by_rows(self.forward, x)
+        w = self.weight4bit
+        return linear(taken(x, w), w, self._parameters["bias"])
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation, quantized with this layer's settings."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -102,33 +103,72 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def set_adapter(model: nn.Module, name: str) -> contextlib.AbstractContextManager:
     """Makes ``name`` the active adapter from now on; in a ``with``, until its end.
 
-    Of all adapters only its parameters require gradients; layers that lack it are their base. The end
-    of a ``with`` restores each layer's active adapter, and ``requires_grad`` as it was.
-    torch drops gradients for a parameter that requires none when backward runs, so run
-    backward while the adapter that forward had is active.
+    Of all adapters only its parameters require gradients; layers that lack it are their base. It holds for the
+    model, in all threads. The end of a ``with`` restores each layer's active adapter, and ``requires_grad`` as it
+    was. Blocks may overlap in any order: the last one to end restores what was before the first.
+
+    torch drops gradients for a parameter that requires none when backward runs, so run backward while the adapter
+    that forward had is active. Under torch.utils.checkpoint, backward under another one raises RuntimeError.
 
     Raises ValueError for a name that no layer has, RuntimeError while an adapter is merged.
     """
     layers = _layers(model)
     _having(layers, name)
     _require_unmerged("set_adapter", layers)
-    before = {layer: layer.active_adapter for layer in layers.values()}
-    modules = [m for l in layers.values() for own in l.r for m in l.adapter_modules(own)]
-    parts = [parameter for module in modules for parameter in module.parameters()]
-    required = [p.requires_grad for p in parts]
-
-    def undo():
-        _require_unmerged("the end of set_adapter", layers)
-        for layer, active in before.items():
-            layer._active_adapter = active
-        for parameter, wanted in zip(parts, required):
-            parameter.requires_grad_(wanted)
-
+    until = _Until(layers)
     for layer in layers.values():
         layer.set_adapter(name)
-    restore = contextlib.ExitStack()
-    restore.callback(undo)
-    return restore
+    return until
+
+
+class _State(NamedTuple):
+    """A layer's active adapter, and which of its parameters require gradients."""
+
+    active: str | None
+    required: list[tuple[nn.Parameter, bool]]
+
+
+class _Until(contextlib.AbstractContextManager):
+    """Restores at its end what layers had before; where a later block has not ended, leaves that to it."""
+
+    _entered: ClassVar[list[_Until]] = []
+
+    def __init__(self, layers: dict[str, LoRALinear4bit]) -> None:
+        self.layers = layers
+        self.before = {
+            layer: _State(
+                layer.active_adapter,
+                [
+                    (p, p.requires_grad)
+                    for own in layer.r
+                    for module in layer.adapter_modules(own)
+                    for p in module.parameters()
+                ],
+            )
+            for layer in layers.values()
+        }
+
+    def __enter__(self) -> _Until:
+        self._entered.append(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        later = self._entered[self._entered.index(self) + 1 :]
+        self._entered.remove(self)
+        restored = {}
+        for layer, state in self.before.items():
+            heir = next((block for block in later if layer in block.before), None)
+            if heir is not None:
+                heir.before[layer] = state
+            else:
+                restored[layer] = state
+        _require_unmerged(
+            "the end of set_adapter", {p: l for p, l in self.layers.items() if l in restored}
+        )
+        for layer, state in restored.items():
+            layer._active_adapter = state.active
+            for parameter, wanted in state.required:
+                parameter.requires_grad_(wanted)
 
 
 def disable_adapters(model: nn.Module) -> contextlib.AbstractContextManager:

@@ -378,3 +378,38 @@ def test_inference_mode():
         y = model(x)
     assert_same_bits("y", y.clone(), model(x))
     assert isinstance(layers(model)[0], PeftLinear4bit)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("change", ["set_adapter", "disable", "eval", "adapter_names"])
+def test_checkpointing_under_another_state_is_an_error(use_reentrant, change):
+    """PEFT's own layers take other adapters, in silence, when they run again in backward."""
+    model = wrapped(lora_dropout=0.5)
+    add([model], "b", r=4)
+    x = torch.randn(3, 64, requires_grad=True)
+
+    def loss(**keywords):
+        y = checkpoint(lambda x: model(x, **keywords), x, use_reentrant=use_reentrant)
+        return y.square().sum()
+
+    loss().backward()
+    if change == "adapter_names":
+        model.eval()
+        # The names are in hooks, which are there during the forward of the model alone.
+        tuner = model.base_model.model
+        model.base_model.model.forward = lambda x: checkpoint(
+            type(tuner).forward, tuner, x, use_reentrant=use_reentrant
+        )
+        y = model(x, adapter_names=["default", "b", "b"]).square().sum()
+        with pytest.raises(RuntimeError, match="with the state of the forward"):
+            y.backward()
+        return
+    y = loss()
+    if change == "set_adapter":
+        model.set_adapter("b")
+    elif change == "disable":
+        model.base_model.disable_adapter_layers()
+    else:
+        model.eval()
+    with pytest.raises(RuntimeError, match="with the state of the forward"):
+        y.backward()

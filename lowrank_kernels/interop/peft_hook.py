@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from types import ModuleType
@@ -14,7 +13,6 @@ from .on_import import on_import
 
 def register() -> None:
     on_import("peft.tuners.lora.model", _install)
-    on_import("peft.utils.hotswap", _forget_pages_after)
 
 
 def _install(lora_model: ModuleType) -> None:
@@ -82,19 +80,3 @@ def _refuse_copies(wrapper: type) -> None:
             )
 
     wrapper.check_module = check
-
-
-def _forget_pages_after(hotswap: ModuleType) -> None:
-    """Hotswapping writes to adapters through ``.data``, which the layers' copies for mixed batches do not see."""
-    swap = hotswap.hotswap_adapter_from_state_dict
-
-    @functools.wraps(swap)
-    def hotswap_adapter_from_state_dict(model, *args, **kwargs):
-        try:
-            return swap(model, *args, **kwargs)
-        finally:
-            for module in model.modules():
-                if hasattr(module, "forget_pages"):
-                    module.forget_pages()
-
-    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict

@@ -20,9 +20,11 @@ from ..adapter import are_fused, is_bare
 from ..adapter_format import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
+from ..multi_lora.in_force import in_force
+from ..multi_lora.pages import save_plainly
 from ..nn import LoRALinear4bit
 from ..ragged import is_ragged
-from .peft_mixed import Parts, mixed_batch
+from .peft_mixed import Parts, can_move, mixed_batch
 
 # The others read or replace the base layer's dense weight as they are initialised.
 _VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config"}
@@ -39,9 +41,10 @@ class PeftLinear4bit(peft_lora.Linear):
     """
 
     def __init__(self, base_layer, adapter_name: str, config, **kwargs) -> None:
-        self._mixed_pages = None  # of peft_mixed.py
+        self._mixed_adapters: dict[torch.dtype, Any] = {}  # of peft_mixed.py
         self._bias_aside: torch.Tensor | None = None
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.register_state_dict_post_hook(save_plainly)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs) -> None:
         _check_config(config)
@@ -58,29 +61,27 @@ class PeftLinear4bit(peft_lora.Linear):
             self.base_layer = base
 
     def forget_pages(self) -> None:
-        """Has the next batch with mixed adapters read all of them again.
+        """Gives the adapters, which live in pages since a batch with mixed adapters, memory of their own again.
 
-        Needed after writing to a frozen adapter through ``.data``, which no other writing is, unless
-        ``train``, ``eval``, ``set_adapter`` or ``delete_adapter`` is called before that batch.
+        The next such batch makes new pages.
         """
-        self._mixed_pages = None
+        for adapters in self._mixed_adapters.values():
+            adapters.release()
+        self._mixed_adapters = {}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.forget_pages()
 
-    def set_adapter(self, *args, **kwargs) -> None:
-        super().set_adapter(*args, **kwargs)
-        self.forget_pages()  # training may begin or be over
-
-    def train(self, mode: bool = True) -> PeftLinear4bit:
-        self.forget_pages()
-        return super().train(mode)
-
     # -- forward -----------------------------------------------------------------------------------
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype, adapters of any dtype."""
+        if entries := in_force.entries:
+            state = self._state(kwargs.get("adapter_names"))
+            for entry in entries:
+                if entry.records:
+                    entry.note(self, state)
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             parts = self.plain_parts(self.active_adapters)
             if parts is not None:
@@ -92,10 +93,24 @@ class PeftLinear4bit(peft_lora.Linear):
             )
         return super().forward(x, *args, **kwargs)
 
+    def _state(self, adapter_names: list[str] | None) -> tuple:
+        """What decides about y beside tensors: the adapters of the batch, disabled, merged, probability of dropout."""
+        names = tuple(self.active_adapters if adapter_names is None else adapter_names)
+        dropout = {
+            name: module.p
+            for name, module in self.lora_dropout.items()
+            if name in names and isinstance(module, nn.Dropout) and module.training
+        }
+        return names, self.disable_adapters, tuple(self.merged_adapters), dropout
+
     def _mixed_batch_forward(self, x, *args, adapter_names: list[str], **kwargs):
         if not args and all(value is None for value in kwargs.values()):
             parts = self.plain_parts(dict.fromkeys(adapter_names))
-            if parts is not None and all(part.bias is None for part in parts.values()):
+            if (
+                parts is not None
+                and all(part.bias is None for part in parts.values())
+                and can_move(parts, self.base_layer.weight.device)
+            ):
                 return mixed_batch(self, x, adapter_names, parts)
         return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
