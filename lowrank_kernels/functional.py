@@ -98,6 +98,8 @@ def wants_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether the operator must be part of a graph; RuntimeError where there can be none."""
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
         return False
+    if torch.jit.is_tracing():
+        return False  # torch.jit.trace records operators, which TorchScript then runs without gradients
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "gradients under torch.func transforms (vmap, grad, jacrev, ...) are not implemented for 4-bit layers; "

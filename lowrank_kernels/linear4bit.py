@@ -34,6 +34,15 @@ class Params4bit(nn.Parameter):
     def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
         return torch.Tensor._make_subclass(cls, data.detach(), False)
 
+    @property
+    def requires_grad(self) -> bool:
+        """False. Setting it does nothing, as :meth:`requires_grad_`."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
     def requires_grad_(self, requires_grad: bool = True):
         """Does nothing, so that ``model.requires_grad_(True)`` passes over the packed bytes."""
         return self

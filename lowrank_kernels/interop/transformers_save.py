@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import warnings
 from collections.abc import Collection, Iterable
 
 from torch import nn
@@ -39,8 +40,37 @@ def install(modeling_utils) -> None:
             return _num_parameters(self, only_trainable, exclude_embeddings)
         return count(self, only_trainable, exclude_embeddings)
 
+    resize = cls._get_resized_lm_head
+
+    @functools.wraps(resize)
+    def _get_resized_lm_head(self, old_lm_head, new_num_tokens=None, *args, **kwargs):
+        if isinstance(old_lm_head, Linear4bit) and new_num_tokens is not None:
+            old_lm_head = _dense_head(old_lm_head, new_num_tokens)
+        return resize(self, old_lm_head, new_num_tokens, *args, **kwargs)
+
     save_pretrained._of_lowrank_kernels = True
     cls.save_pretrained, cls.num_parameters = save_pretrained, num_parameters
+    cls._get_resized_lm_head = _get_resized_lm_head
+
+
+def _dense_head(head: Linear4bit, rows: int) -> nn.Linear:
+    """Output embeddings in 4 bits as dense ones, which can be resized: the new rows have to be trained anyway."""
+    if rows == head.out_features:
+        return head
+    if isinstance(head, LoRALinear4bit):
+        raise ValueError(
+            f"resize_token_embeddings: the output embeddings are a LoRALinear4bit with adapters {list(head.r)} for "
+            f"{head.out_features} tokens; leave them dense (replace_linear's exclude_modules), or resize first"
+        )
+    warnings.warn(
+        f"resize_token_embeddings: the output embeddings are a Linear4bit of {head.out_features} rows; the resized "
+        "ones are a dense torch.nn.Linear with its values",
+        stacklevel=3,
+    )
+    dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(head.dequantize(), requires_grad=False)
+    dense.bias = head.bias
+    return dense.train(head.training)
 
 
 def _num_parameters(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
