@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..dense_layers import DenseLayers, SkippedLayer, stacks, warning_of_stacks
 from ..nn import Linear4bit, LoRALinear4bit
+from ..replace import move_accelerates_hook
 from ..targets import BoundedPatterns
 from . import transformers_save as saved
 from . import transformers_version as versions
@@ -219,11 +220,7 @@ class LowRankQuantizer(HfQuantizer):
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """``model.set_submodule`` that keeps accelerate's hook."""
     old = model.get_submodule(name)
-    if (hook := getattr(old, "_hf_hook", None)) is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
+    move_accelerates_hook(old, new)
     model.set_submodule(name, new)
 
 
