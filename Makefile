@@ -14,6 +14,11 @@ TORCH ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 JOBS := $(shell nproc 2>/dev/null || echo 2)
+GGML := build/ggml
+LLAMA_CPP := 0.3.36
+
+# Of every C++ compilation, also of those in setup.py.
+COMMON_FLAGS := $(shell grep -v '^\#' csrc/flags)
 
 # Folders are in the list too: their time changes when a file is removed.
 SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
@@ -37,11 +42,20 @@ test: build/.installed emulator build/triton-oldest build/transformers-oldest ##
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
 
-bench-peers: build/.installed ## build ggml for the benchmarks to compare with (a minute or a few)
-	@$(PY) -m bench.peer_ggml --build
+bench-peers: $(VENV)/.requirements ## build ggml for the benchmarks to compare with (a minute or a few)
+	@echo '[ggml] fetch'
+	@mkdir -p $(GGML)/llama
+	@$(PIP) install --upgrade --target $(GGML)/tools cmake==4.4.4
+	@$(PIP) download --no-deps --no-binary llama-cpp-python --dest $(GGML) llama-cpp-python==$(LLAMA_CPP)
+	@tar -xzf $(GGML)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(GGML)/llama --strip-components 1
+	@echo '[ggml] compile'
+	@$(GGML)/tools/cmake/data/bin/cmake -S bench/ggml -B $(GGML)/cmake -DCMAKE_BUILD_TYPE=Release \
+		-DGGML=$(abspath $(GGML))/llama/vendor/llama.cpp/ggml >$(GGML)/log 2>&1 || { cat $(GGML)/log; exit 1; }
+	@$(GGML)/tools/cmake/data/bin/cmake --build $(GGML)/cmake --target lowrank_ggml --parallel $(JOBS) \
+		>$(GGML)/log 2>&1 || { cat $(GGML)/log; exit 1; }
 
-gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names
-	@$(PYTHON) -m bench.gpu $(ARGS)
+gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names (ARGS='bench --quick')
+	@PYTHON=$(PYTHON) bench/gpu.sh $(ARGS)
 
 lint: $(VENV)/.lint ## check style and that imports go down only: ruff, clang-format, import-linter
 	@echo '[lint] ruff check'
@@ -106,7 +120,7 @@ wheel-check: $(VENV)/.wheel ## verify the wheels of dist/, in clean environments
 		$(PYTHONS:%=--python %) $(TORCH:%=--torch %) $(ARGS)
 
 clean: ## remove what was built (rm -r .venv removes the environment as well)
-	@rm -rf build dist *.egg-info lowrank_kernels/*.so lowrank_kernels/*.so.new
+	@rm -rf build dist *.egg-info compile_commands.json lowrank_kernels/*.so lowrank_kernels/*.so.new
 
 # ---- The environment: a stamp for each step, made again when what it depends on changes ----
 
@@ -191,14 +205,13 @@ build/transformers-oldest: | $(VENV)/.requirements
 # with what the Python module binds ----
 
 # (Without -Wuninitialized: with sanitizers, g++ 12 warns of its own immintrin.h.)
-ASAN_FLAGS := -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
-	-fno-omit-frame-pointer -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-uninitialized \
-	-Wno-maybe-uninitialized -Icsrc -pthread
+ASAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	$(COMMON_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized -pthread
 ASAN_TESTS := build/asan/selftest build/asan/selftest_host
 ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/cpu/*.cpp csrc/cpu/isa/*.cpp))
 ASAN_HOST_OBJECTS := $(patsubst %,build/asan/csrc/host/%.o,page_pool planner selftest)
 
-build/asan/%.o: %.cpp Makefile
+build/asan/%.o: %.cpp Makefile csrc/flags
 	@echo '[asan] compile $<'
 	@mkdir -p $(@D)
 	@$(CXX) $(ASAN_FLAGS) -MMD -MP -c $< -o $@
@@ -221,8 +234,7 @@ EMULATOR_ASAN_TESTS ?= python_tests/test_emulator.py \
 # Python links neither: AddressSanitizer must come first, and libstdc++ before it looks for throw.
 ASAN_PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 
-EMULATOR_COMMON := -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall \
-	-Wextra -Wno-unknown-pragmas -DLOWRANK_EMULATOR -Icsrc/cuda/emulator/include -Icsrc
+EMULATOR_COMMON := $(COMMON_FLAGS) -Wno-unknown-pragmas -DLOWRANK_EMULATOR -Icsrc/cuda/emulator/include
 EMULATOR_FLAGS := -O2 $(EMULATOR_COMMON)
 EMULATOR_ASAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
 	-fno-omit-frame-pointer -Wno-maybe-uninitialized $(EMULATOR_COMMON)
@@ -230,12 +242,12 @@ EMULATOR_SOURCES := $(wildcard csrc/cuda/launch/*.cu csrc/cuda/emulator/*.cpp)
 EMULATOR_OBJECTS := $(EMULATOR_SOURCES:%=build/emulator/%.o)
 EMULATOR_ASAN_OBJECTS := $(EMULATOR_SOURCES:%=build/emulator-asan/%.o)
 
-build/emulator/%.o: % Makefile
+build/emulator/%.o: % Makefile csrc/flags
 	@echo '[emulator] compile $<'
 	@mkdir -p $(@D)
 	@$(CXX) $(EMULATOR_FLAGS) -MMD -MP -x c++ -c $< -o $@
 
-build/emulator-asan/%.o: % Makefile
+build/emulator-asan/%.o: % Makefile csrc/flags
 	@echo '[emulator-asan] compile $<'
 	@mkdir -p $(@D)
 	@$(CXX) $(EMULATOR_ASAN_FLAGS) -MMD -MP -x c++ -c $< -o $@

@@ -37,13 +37,9 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = "lowrank_kernels"
 MIN_TORCH = (2, 10)
-# No -m flag here, ever: each file in csrc/cpu/isa selects its instruction set by pragma, so
-# that nothing else in the library can need more than the baseline CPU. -ffp-contract=off because
-# a fused multiply-add must be one we wrote: results have to be the same for every compiler.
-CXXFLAGS = shlex.split(
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
-    " -Wall -Wextra -Icsrc"
-)
+# Of every compilation, also of those in the Makefile.
+COMMON_FLAGS = shlex.split((Path(__file__).parent / "csrc/flags").read_text(), comments=True)
+CXXFLAGS = ["-O3", *COMMON_FLAGS]
 LDFLAGS = ["-shared", "-Wl,-rpath,$ORIGIN", "-Wl,--as-needed"]
 
 CUDA_LIBRARY = "liblowrank_cuda.so"
@@ -51,10 +47,11 @@ CUDA_ARCHITECTURES = "8.0 8.6 8.9 9.0a 10.0 12.0+PTX"
 # -Xptxas -v: registers, shared memory and spills of each kernel, kept in <object>.log. No --threads:
 # ptxas processes that run at once would mix their lines there.
 # --expt-relaxed-constexpr: kernels call the constexpr functions of csrc/common, as they stand.
-NVCCFLAGS = shlex.split(
-    "-std=c++17 -O3 --expt-relaxed-constexpr -Icsrc -Xptxas -v"
-    " -Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-fno-math-errno,-Wall,-Wextra"
-)
+NVCC_OWN_FLAGS = [flag for flag in COMMON_FLAGS if flag.startswith(("-std=", "-I"))]
+NVCCFLAGS = [
+    *("-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", *NVCC_OWN_FLAGS),
+    *("-Xcompiler", ",".join(flag for flag in COMMON_FLAGS if flag not in NVCC_OWN_FLAGS)),
+]
 # Nothing to link on the device (-nodlink), and none of cudart's symbols among ours.
 NVCC_LDFLAGS = shlex.split(
     "-shared -nodlink -cudart static -Xlinker --exclude-libs,ALL,--no-undefined,--as-needed"
@@ -352,6 +349,13 @@ def run_ninja(program, folder):
         fail("the build failed, the message is above")
 
 
+def write_compile_commands(program, folder):
+    """compile_commands.json in the source folder, from which clangd and other tools learn the commands."""
+    command = [program, "-f", str(folder / "build.ninja"), "-t", "compdb", "compile"]
+    commands = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    Path("compile_commands.json").write_text(commands)
+
+
 def enter_sources():
     if not sys.platform.startswith("linux"):
         fail(f"only Linux is supported so far, this is {sys.platform}")
@@ -373,6 +377,8 @@ class NinjaBuild(build_ext):
         print(f"{PACKAGE}: {what}{'' if chosen else f': {reason}'}", flush=True)
         write_ninja_file(folder / "build.ninja", cxx, products(), chosen)
         run_ninja(program, folder)
+        if self.inplace:
+            write_compile_commands(program, folder)
         package = Path("." if self.inplace else self.build_lib, PACKAGE)
         package.mkdir(parents=True, exist_ok=True)
         for name in product_names():

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from .adapter import layer_of
-from .adapter_files import read_adapter, read_state_dict
+from .adapter import check_fused, layer_of, train_only
+from .adapter_format import read_adapter, read_state_dict
 from .multi_lora.pages import ModulePages
 from .multi_lora.plan import PageTable, Plan, active, set_active
 from .nn import LoRALinear4bit, lora_layers
@@ -208,10 +208,7 @@ class AdapterBank(PageTable):
                     f"names: expected the model's own adapters (loaded without a source), got {name!r}"
                 )
         for pages in self._modules.values():
-            for adapter in pages.layer.r:
-                wanted = adapter in names and self._slots[adapter] in pages.own
-                for parameter in pages.layer.adapter_parameters(adapter):
-                    parameter.requires_grad_(wanted)
+            train_only(pages.layer, [name for name in names if self._slots[name] in pages.own])
         return [
             parameter
             for pages in self._modules.values()
@@ -241,6 +238,8 @@ class AdapterBank(PageTable):
         previous = active()
         try:
             for pages in self._modules.values():
+                for slot in pages.own.keys() & set(plan.slots):
+                    check_fused(pages.layer, pages.own[slot])
                 pages.refresh(plan)
             set_active(plan)
             yield plan

@@ -76,8 +76,8 @@ def _reference_kernel(name: str):
     """The reference in the dtypes of the operator's schema; unrounded float64 is for tests only."""
 
     def run(*args):
+        likes = OPS[name].fake(*args)  # refuses what the kernels refuse
         outputs = getattr(reference, name)(*args)
-        likes = OPS[name].fake(*args)
         if name.endswith("_"):  # what the first argument becomes is the first output
             args[0].copy_(outputs[0])
             outputs = outputs[1] if len(outputs) == 2 else outputs[1:]
@@ -223,13 +223,13 @@ def host_module():
 
 
 def isa() -> str:
-    """The instruction set whose CPU kernels run now: "scalar", "avx2", "avx512" or "amx"."""
+    """The instruction set whose CPU kernels run now, one of :func:`isas`."""
     return host_module().isa_active()
 
 
-def isas() -> list[str]:
-    """The instruction sets this CPU supports, best first."""
-    return host_module().isa_supported()
+def isas(compiled: bool = False) -> list[str]:
+    """The instruction sets this CPU supports, best first; with ``compiled`` all that the library has kernels for."""
+    return host_module().isa_names() if compiled else host_module().isa_supported()
 
 
 @contextlib.contextmanager
@@ -247,8 +247,8 @@ def use_isa(name: str) -> Iterator[None]:
         host.isa_set(previous)
 
 
-# Of the product with the frozen base on a CPU; the native library's names.
-KERNELS = ("few", "small", "panels", "tiles")
+# The names that use_kernel() took before, accepted for one release.
+_OLD_KERNELS = {"few": "gemv", "small": "skinny", "panels": "gemm", "tiles": "amx"}
 
 
 def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
@@ -257,25 +257,26 @@ def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
     Each is {kernel: (first, last)} in rows of x or dy, for the instruction set in use; last is None where
     there is none. They are::
 
-        few     rows of the weight decoded in registers, for a dot or an outer product
-        small   16 rows of the weight decoded in registers, for all rows of x
-        panels  decoded into panels of float32
-        tiles   tile registers of bfloat16 (AMX), float32 numbers as sums of three
+        gemv    rows of the weight decoded in registers, for a dot or an outer product
+        skinny  16 rows of the weight decoded in registers, for all rows of x
+        gemm    decoded into packed panels of float32
+        amx     tile registers of bfloat16 (AMX), float32 numbers as sums of three
 
-    A weight whose blocks do not fit its rows, and a dense one, have no ``few`` and ``small``: panels serve them.
+    A weight whose blocks do not fit its rows, and a dense one, have no ``gemv`` and ``skinny``: ``gemm`` serves
+    them.
     """
     ranges = {}
-    for name, (few, small, tiles) in zip(
+    for name, (gemv, skinny, amx) in zip(
         ("forward", "dx"), host_module().crossovers(), strict=True
     ):
-        of = {"few": (1, few)}
-        if small > few:
-            of["small"] = (few + 1, min(small, tiles - 1))
-        first = max(few, small) + 1
-        if first < tiles:
-            of["panels"] = (first, tiles - 1 if tiles < 2**62 else None)
-        if tiles < 2**62:
-            of["tiles"] = (tiles, None)
+        of = {"gemv": (1, gemv)}
+        if skinny > gemv:
+            of["skinny"] = (gemv + 1, min(skinny, amx - 1))
+        first = max(gemv, skinny) + 1
+        if first < amx:
+            of["gemm"] = (first, amx - 1 if amx < 2**62 else None)
+        if amx < 2**62:
+            of["amx"] = (amx, None)
         ranges[name] = of
     return ranges
 
@@ -284,14 +285,20 @@ def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
 def use_kernel(name: str) -> Iterator[None]:
     """Within the block the product with the frozen base runs on this CPU kernel; process-wide. For tuning.
 
-    ``name`` is one of :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``few`` takes 4 rows, ``small``
-    as many as shown there) runs on panels. Raises ValueError if ``name`` is unknown, or the instruction set in use
-    has no such kernel.
+    ``name`` is one of :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``gemv`` takes 4 rows,
+    ``skinny`` as many as shown there) runs on ``gemm``. Raises ValueError if ``name`` is unknown, or the
+    instruction set in use has no such kernel. The names "few", "small", "panels" and "tiles" of earlier versions
+    are accepted with a DeprecationWarning.
     """
+    if name in _OLD_KERNELS:
+        new = _OLD_KERNELS[name]
+        message = f"name: the kernel {name!r} is called {new!r} now"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)  # past contextlib's __enter__
+        name = new
     if name not in KERNELS:
         raise ValueError(f"name: expected one of {KERNELS}, got {name!r}")
-    if name == "tiles" and "tiles" not in kernels()["forward"]:
-        raise ValueError(f"name: the instruction set in use, {isa()!r}, has no kernel 'tiles'")
+    if name == "amx" and "amx" not in kernels()["forward"]:
+        raise ValueError(f"name: the instruction set in use, {isa()!r}, has no kernel 'amx'")
     with _asked(name):
         yield
 
@@ -320,7 +327,7 @@ def batch_invariant() -> Iterator[None]:
     same prompt gives the same tokens alone and among others. Otherwise this holds within one kernel (see
     :func:`kernels`): a row alone, in a batch of 5, or in one of 100 may differ in its last bits. Process-wide.
 
-    Costs what the kernels for few rows and tile registers save: docs/performance.md. With
+    Costs what the kernels ``gemv`` and ``amx`` save: docs/performance.md. With
     :func:`int8_activations` rows are independent anyway, at no cost.
 
     Raises RuntimeError where a layer runs on a tensor that is not on the CPU, or on another backend than "cpu".
@@ -378,6 +385,8 @@ def report() -> dict[str, object]:
 
 
 _load_native()
+# The CPU kernels of the product with the frozen base, as the native library names them.
+KERNELS: tuple[str, ...] = tuple(_host.kernel_names()) if _host is not None else ()
 if _native_error is not None:
     for _key in ("CPU", "CUDA"):
         _register_missing(_key, f"{_native_error}; build: {_BUILD_COMMAND}")

@@ -6,12 +6,18 @@ import functools
 
 import torch
 
-from .schema import FLOAT_DTYPES
+from .arguments import BLOCKSIZES, FLOAT_DTYPES
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
-# NF4: quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
-# FP4: sign, 2 exponent bits, 1 mantissa bit; bitsandbytes' values, largest = 1.
+# The 16 values of each 4-bit type, by nibble. The largest magnitude is 1, so that the largest element of a block,
+# which defines its scale, is exact. One entry here is all that a type needs.
+#
+# nf4   Quantiles of the normal distribution, scaled to [-1, 1] (QLoRA, Dettmers et al. 2023, appendix E).
+# fp4   Sign, 2 exponent bits, 1 mantissa bit, divided by the largest; bitsandbytes' values.
+# int4  max(i - 8, -7) / 7 for nibble i: the integers -7 .. 7 of symmetric quantization without -8, divided by 7
+#       (Wu et al. 2020, arXiv 2004.09602, section 3.1.2, "scale quantization", where the scale is 7 / absmax).
+#       They are offset by 8, as in GPTQ's symmetric mode, Marlin and GGUF's Q4_0, which also have a level -8: under an
+#       absmax scale that would either lie beyond the largest element or, as -1, leave +1 without a level. So nibble
+#       0 means -1 here, as nibble 1 does.
 CODES = {
     "nf4": (
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -22,16 +28,19 @@ CODES = {
     "fp4": tuple(v / 12.0 for v in (
         0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0,
     )),
+    "int4": tuple(max(i - 8, -7) / 7.0 for i in range(16)),
 }  # fmt: skip
+BITSANDBYTES_CODES = ("nf4", "fp4")  # those that bitsandbytes reads as well
+QUANT_TYPES = tuple(CODES)
 DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 STORAGES = {"uint8": torch.uint8, **DTYPES}
 STORAGE_DTYPES = tuple(STORAGES.values())
 
 
 def code_of(quant_type: str, device: torch.device | str | None = None) -> torch.Tensor:
-    """The 16 float32 values of "nf4" or "fp4"."""
+    """The 16 float32 values of a 4-bit type; ValueError for a type that is not in ``CODES``."""
     if not isinstance(quant_type, str) or quant_type not in CODES:
-        raise ValueError(f"quant_type: expected 'nf4' or 'fp4', got {quant_type!r}")
+        raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .linear4bit import Linear4bit, Params4bit
+from .linear4bit import Linear4bit
+from .packed import Params4bit
 from .weight_reads import layers_read
 
 _MIB = 2**20

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .arguments import FLOAT_DTYPES, NESTED_BLOCKSIZE, WeightArgs, ceil_div
 from .codebooks import (
     BLOCKSIZES,
     DTYPES,
@@ -17,11 +18,12 @@ from .codebooks import (
     code_of,
     dynamic_code,
 )
-from .quant_state import kind_of, read_quant_state
+from .quant_state import KEY, KEYS_IN_WORDS, kind_of, read_quant_state
 from .reference import block_scales
-from .schema import FLOAT_DTYPES, NESTED_BLOCKSIZE, ceil_div, check_float, ops
+from .schema import check_float, ops
 
 _ENTRIES = {"code": "quant_map", "nested_code": "nested_quant_map"}  # bitsandbytes' names of ours
+_ANY_SHAPE = ("packed", "nested_offset")  # of which only the number of elements matters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +33,15 @@ class Weight4bit:
     ``scale = absmax`` (float32), or with double quantization
     ``scale[j] = nested_code[absmax[j]] * nested_absmax[j // 256] + nested_offset`` (product, then sum, each
     rounded to float32). Made by :func:`quantize_4bit` or :meth:`from_bitsandbytes`, which validate; the
-    constructor only stores. ``packed`` keeps the storage dtype and orientation it came with.
+    constructor only stores. ``packed`` keeps the storage dtype and orientation it came with. Fields: the tensors
+    of :class:`arguments.WeightArgs`, ``shape`` [N, K], ``dtype`` (that of W before it was quantized),
+    ``quant_type`` and ``blocksize``. Source: QLoRA (Dettmers et al. 2023).
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(256, 512))
+        >>> w.shape, w.double_quant, round(w.bits_per_weight, 1)
+        (torch.Size([256, 512]), True, 4.1)
     """
 
     packed: torch.Tensor
@@ -45,16 +55,22 @@ class Weight4bit:
     nested_code: torch.Tensor | None = None
     nested_offset: torch.Tensor | None = None
 
-    def op_args(self) -> tuple:
-        """The nine flat arguments of a 4-bit weight in an operator's schema (see ``schema.WEIGHT``)."""
-        return (
+    def op_args(self) -> WeightArgs:
+        """The nine flat arguments of a 4-bit weight in an operator's schema, a tuple in its order."""
+        return WeightArgs(
             self.packed, self.absmax, self.code,
             self.nested_absmax, self.nested_code, self.nested_offset,
             self.shape[0], self.shape[1], self.blocksize,
         )  # fmt: skip
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that exist, by field name."""
+        """The tensors that exist, by field name.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> list(lk.quantize_4bit(torch.randn(8, 64), double_quant=False).tensors())
+            ['packed', 'absmax', 'code']
+        """
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if isinstance(value, torch.Tensor)}
 
@@ -79,14 +95,28 @@ class Weight4bit:
         return 8.0 * size / max(1, math.prod(self.shape))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W dense, ``[N, K]``: float32 products, rounded once to ``dtype`` (default: ``self.dtype``)."""
+        """W dense, ``[N, K]``: float32 products of code and scale, rounded once to ``dtype`` (default: ``self.dtype``).
+
+        Raises TypeError for a dtype other than float32, bfloat16 and float16.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.quantize_4bit(torch.eye(64)).dequantize(torch.bfloat16).dtype
+            torch.bfloat16
+        """
         dtype = self.dtype if dtype is None else dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         return ops.dequantize_4bit(*self.op_args(), dtype)
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
-        """The same weight on another device."""
+        """The same weight on another device; tensors that are there already are shared.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.quantize_4bit(torch.randn(8, 64)).to("meta").device
+            device(type='meta')
+        """
         return dataclasses.replace(self, **{n: t.to(device) for n, t in self.tensors().items()})
 
     def narrow(self, dim: int, start: int, length: int) -> Weight4bit:
@@ -98,6 +128,13 @@ class Weight4bit:
 
         Raises TypeError for what is no integer, IndexError outside of the matrix, and ValueError naming the
         multiple that is needed where blocks of 32 do not fit either.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(256, 512))
+            >>> columns = w.narrow(1, 128, 256)
+            >>> torch.equal(columns.dequantize(), w.dequantize()[:, 128:384])
+            True
         """
         return _narrow(self, dim, start, length)
 
@@ -111,7 +148,21 @@ class Weight4bit:
     # -- bitsandbytes' serialized form -----------------------------------------------------------------------
 
     def to_bitsandbytes(self, prefix: str = "weight") -> dict[str, torch.Tensor]:
-        """The entries bitsandbytes 0.43+ writes for this weight: ``prefix`` and ``prefix.<name>``, byte for byte."""
+        """The entries bitsandbytes 0.43+ writes for this weight: ``prefix`` and ``prefix.<name>``, byte for byte.
+
+        docs/format.md lists keys, dtypes and shapes. The tensors are this weight's own, not copies. bitsandbytes
+        does not know "int4": such entries are of the same form, and :meth:`from_bitsandbytes` reads them.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(8, 64), "int4", double_quant=False)
+            >>> for key in w.to_bitsandbytes("up.weight"):
+            ...     print(key)
+            up.weight
+            up.weight.absmax
+            up.weight.quant_map
+            up.weight.quant_state.bitsandbytes__int4
+        """
         state = {
             "quant_type": self.quant_type,
             "blocksize": self.blocksize,
@@ -126,9 +177,7 @@ class Weight4bit:
             state["nested_dtype"] = "float32"
             state["nested_offset"] = self.nested_offset.item()
         blob = bytearray(json.dumps(state).encode())
-        entries[f".quant_state.bitsandbytes__{self.quant_type}"] = torch.frombuffer(
-            blob, dtype=torch.uint8
-        )
+        entries[f".{KEY}{self.quant_type}"] = torch.frombuffer(blob, dtype=torch.uint8)
         return {prefix + suffix: tensor for suffix, tensor in entries.items()}
 
     @classmethod
@@ -137,8 +186,16 @@ class Weight4bit:
     ) -> Weight4bit:
         """The weight under ``prefix`` of a checkpoint that bitsandbytes wrote; tensors are used as they are.
 
-        The checkpoint is not trusted: sizes, dtypes and the quant state are checked against each other.
+        The checkpoint is not trusted: sizes, dtypes and the quant state are checked against each other, scales
+        and tables must be finite, and the tables those of the quant_type.
         Raises ValueError naming the key, what was expected and what came.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(8, 64))
+            >>> again = lk.Weight4bit.from_bitsandbytes(w.to_bitsandbytes("up.weight"), "up.weight")
+            >>> torch.equal(again.dequantize(), w.dequantize())
+            True
         """
 
         def entry(suffix: str) -> torch.Tensor:
@@ -149,10 +206,10 @@ class Weight4bit:
                 )
             return state_dict[key]
 
-        blob_prefix = f"{prefix}.quant_state.bitsandbytes__"
+        blob_prefix = f"{prefix}.{KEY}"
         blobs = [key for key in state_dict if key.startswith(blob_prefix)]
         if len(blobs) != 1:
-            raise ValueError(f"state_dict: expected one key {blob_prefix}<nf4|fp4>, got {blobs}")
+            raise ValueError(f"state_dict: expected one key {prefix}.{KEYS_IN_WORDS}, got {blobs}")
         state = read_quant_state(blobs[0], entry(blobs[0].removeprefix(prefix)))
         if blobs[0] != blob_prefix + state["quant_type"]:
             raise ValueError(f"{blobs[0]}: quant_type inside is {state['quant_type']!r}")
@@ -182,40 +239,56 @@ class Weight4bit:
             **nested,
         )
         weight.validate(prefix)
+        weight._check_values(prefix)
         return weight
 
     def validate(self, name: str = "weight") -> None:
-        """Raises ValueError unless every tensor has the dtype, size and layout that shape and blocksize ask for."""
-        numel = math.prod(self.shape)
-        blocks = ceil_div(numel, self.blocksize)
-        size = ceil_div(numel, 2)
-        packed = self.packed
-        if packed.dtype not in STORAGE_DTYPES:
+        """Raises ValueError unless every tensor has the dtype, size and layout that shape and blocksize ask for.
+
+        ``name`` is what messages call the weight. Values are not looked at; :meth:`from_bitsandbytes` does that.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.quantize_4bit(torch.randn(8, 64)).validate()
+        """
+        check_blocksize(self.blocksize)
+        if self.packed.dtype not in STORAGE_DTYPES:
             raise ValueError(
-                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {packed.dtype}"
+                f"{name}: expected packed data in one of {STORAGE_DTYPES}, got {self.packed.dtype}"
             )
-        held = packed.numel() * packed.element_size()
-        padded = ceil_div(size, packed.element_size()) * packed.element_size()
-        if held != padded or not packed.is_contiguous():
-            raise ValueError(
-                f"{name}: expected {padded} contiguous bytes for shape {tuple(self.shape)}, got {held}"
-                f"{'' if packed.is_contiguous() else ' not contiguous'}"
-            )
-        absmax_dtype = torch.uint8 if self.double_quant else torch.float32
-        expected = {"absmax": ((blocks,), absmax_dtype), "code": ((16,), torch.float32)}
-        if self.double_quant:
-            expected["nested_absmax"] = ((ceil_div(blocks, NESTED_BLOCKSIZE),), torch.float32)
-            expected["nested_code"] = ((256,), torch.float32)
-        for field, (shape, dtype) in expected.items():
+        for field, (dtype, numel) in self.op_args().expected().items():
+            key = name if field == "packed" else f"{name}.{_ENTRIES.get(field, field)}"
             tensor = getattr(self, field)
-            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            if tensor is None:
+                raise ValueError(f"{key}: expected a tensor beside {name}.nested_absmax, got None")
+            fits = tensor.numel() == numel and (field in _ANY_SHAPE or tensor.dim() == 1)
+            if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
+                size = f"contiguous {dtype} of shape {(numel,)}"
+                if field == "packed":
+                    size = f"{numel * dtype.itemsize} contiguous bytes"
+                layout = "" if tensor.is_contiguous() else ", not contiguous"
                 raise ValueError(
-                    f"{name}.{_ENTRIES.get(field, field)}: expected contiguous {dtype} of shape {shape}, "
-                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                    f"{key}: expected {size} for W of shape {tuple(self.shape)}, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}{layout}"
                 )
         devices = {field: tensor.device for field, tensor in self.tensors().items()}
         if len(set(devices.values())) > 1:
             raise ValueError(f"{name}: expected all tensors on one device, got {devices}")
+
+    def _check_values(self, name: str) -> None:
+        """Statistics of a file: finite, and the tables those of the quant_type, which every writer rounds alike."""
+        tables = {"code": code_of(self.quant_type), "nested_code": dynamic_code()}
+        for field, tensor in self.tensors().items():
+            if tensor.is_meta or field == "packed" or not tensor.is_floating_point():
+                continue
+            key = f"{name}.{_ENTRIES.get(field, field)}"
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{key}: expected finite values, got a NaN or an infinity")
+            table = tables.get(field)
+            if table is not None and not torch.allclose(tensor.cpu(), table, rtol=0.0, atol=1e-6):
+                raise ValueError(
+                    f"{key}: expected the table of {self.quant_type}, got other values"
+                )
 
 
 # -- quantization --------------------------------------------------------------------------------------------
@@ -231,12 +304,20 @@ def quantize_4bit(
     """Quantize ``weight [N, K]`` (float32, bfloat16 or float16) to 4 bits, one absmax per ``blocksize`` elements.
 
     ``absmax_b = max |w|`` over block b of the flat weight; each element becomes the nearest code to
-    ``w / absmax_b`` (ties to the lower code). With ``double_quant`` the absmax, less their mean, become 8-bit
+    ``w / absmax_b`` (ties to the lower code) of the 16 values of ``quant_type``: "nf4", "fp4" or "int4", see
+    docs/format.md. With ``double_quant`` the absmax, less their mean, become 8-bit
     dynamic values in blocks of 256 (QLoRA, Dettmers et al. 2023, section 3). ``quant_storage`` is the dtype
     the packed bytes are presented in.
 
     Raises ValueError for a NaN or infinity in ``weight`` (naming the first index), an unknown quant_type or
     blocksize, or a weight that is not a matrix; TypeError for other dtypes.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> weight = torch.randn(256, 512)
+        >>> w = lk.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+        >>> bool((w.dequantize() - weight).abs().max() < 0.16 * weight.abs().max())
+        True
     """
     check_float("weight", weight)
     if weight.dim() != 2:

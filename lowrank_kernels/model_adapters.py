@@ -13,10 +13,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from .adapter import AdapterSettings, check_adapter_name
 from .nn import LoRALinear4bit, lora_layers
+from .paths import some
 from .targets import matches, read_patterns
-
-_SHOWN = 4  # layers that a message names
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -41,19 +41,20 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
         for name in layer.r:
             adapter = found.setdefault(name, Adapter({}, []))
             adapter.layers[path] = layer
-            adapter.parameters.extend(layer.adapter_parameters(name))
+            for module in layer.adapter_modules(name):
+                adapter.parameters.extend(module.parameters())
     return found
 
 
 def add_adapter(
     model: nn.Module,
     name: str,
-    r: int = 16,
-    lora_alpha: float = 32,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
-    adapter_dtype: torch.dtype | None = None,
+    r: int = AdapterSettings.r,
+    lora_alpha: float = AdapterSettings.lora_alpha,
+    lora_dropout: float = AdapterSettings.lora_dropout,
+    use_rslora: bool = AdapterSettings.use_rslora,
+    init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
+    adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     target_modules: str | Iterable[str] = "all-linear",
 ) -> None:
     """Adds adapter ``name`` to the model's :class:`LoRALinear4bit` layers.
@@ -72,19 +73,14 @@ def add_adapter(
     """
     layers = _layers(model)
     targeted = _targeted(layers, target_modules)
-    arguments = {
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "use_rslora": use_rslora,
-        "init_lora_weights": init_lora_weights,
-        "adapter_dtype": adapter_dtype,
-    }
-    LoRALinear4bit(1, 1, adapter_name=name, device="meta", **arguments)  # raises for a bad one
+    settings = AdapterSettings(
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+    )
+    check_adapter_name(name)
     if taken := [path for path, layer in targeted.items() if name in layer.r]:
-        raise ValueError(f"name: expected a new adapter, got {name!r}, which {_some(taken)} have")
+        raise ValueError(f"name: expected a new adapter, got {name!r}, which {some(taken)} have")
     for layer in targeted.values():
-        layer.add_adapter(name, **arguments)
+        layer._add_adapter(name, settings)
     for layer in layers.values():
         if layer.active_adapter is None and not layer.merged:
             layer.set_adapter(name)
@@ -117,7 +113,8 @@ def set_adapter(model: nn.Module, name: str) -> contextlib.AbstractContextManage
     _having(layers, name)
     _require_unmerged("set_adapter", layers)
     before = {layer: layer.active_adapter for layer in layers.values()}
-    parts = [p for l in layers.values() for own in l.r for p in l.adapter_parameters(own)]
+    modules = [m for l in layers.values() for own in l.r for m in l.adapter_modules(own)]
+    parts = [parameter for module in modules for parameter in module.parameters()]
     required = [p.requires_grad for p in parts]
 
     def undo():
@@ -215,7 +212,7 @@ def _targeted(
             got = pattern if isinstance(pattern, str) else pattern[0]
             raise ValueError(
                 f"target_modules: {got!r} matches no LoRALinear4bit (see replace_linear); here are "
-                f"{_some(layers)}"
+                f"{some(layers)}"
             )
     if not patterns:
         raise ValueError(f"target_modules: expected at least one name, got {target_modules!r}")
@@ -224,10 +221,4 @@ def _targeted(
 
 def _require_unmerged(action: str, layers: dict[str, LoRALinear4bit]) -> None:
     if merged := [path for path, layer in layers.items() if layer.merged]:
-        raise RuntimeError(f"{action}: {_some(merged)}: merged; call unmerge_adapter() first")
-
-
-def _some(paths: Iterable[str]) -> str:
-    paths = list(paths)
-    rest = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + rest
+        raise RuntimeError(f"{action}: {some(merged)}: merged; call unmerge_adapter() first")

@@ -1,6 +1,6 @@
 """Every operator in plain PyTorch, float64 inside: the oracle of the tests and the ``reference`` backend.
 
-Readable, never clever. Each function takes its operator's arguments and returns unrounded float64
+Readable, never clever. Each function takes its operator's flat arguments and returns unrounded float64
 (dequantize: the exact float32 products), so that a test can bound the rounding of a kernel. No function writes
 to its arguments: one whose operator does (a name that ends in ``_``) returns what that argument becomes first.
 """
@@ -11,7 +11,15 @@ import functools
 
 import torch
 
-from .schema import NESTED_BLOCKSIZE, RANK_STEP
+from .arguments import (
+    NESTED_BLOCKSIZE,
+    RANK_STEP,
+    PagesArgs,
+    PlanArgs,
+    WeightArgs,
+    ceil_div,
+    flat,
+)
 
 
 def midpoint_nearest(values: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
@@ -57,27 +65,28 @@ def block_scales(absmax, nested_absmax, nested_code, nested_offset):
     return nested_code[absmax.long()] * nested + nested_offset
 
 
-def dequantize_4bit(
-    packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize, dtype=None
-):
+@flat
+def dequantize_4bit(w: WeightArgs, dtype=None):
     """W[n, k] = code[nibble_i] * scale[i // blocksize] in float32, i = n*K + k; dtype is applied outside."""
-    data = packed.contiguous().view(torch.uint8).flatten()[: (N * K + 1) // 2]
-    nibbles = torch.stack((data >> 4, data & 15), 1).flatten()[: N * K]
-    scales = block_scales(absmax, nested_absmax, nested_code, nested_offset)
-    weight = code[nibbles.long()] * scales.repeat_interleave(blocksize)[: N * K]
-    return weight.view(N, K)
+    numel = w.N * w.K
+    data = w.packed.contiguous().view(torch.uint8).flatten()[: ceil_div(numel, 2)]
+    nibbles = torch.stack((data >> 4, data & 15), 1).flatten()[:numel]
+    scales = block_scales(w.absmax, w.nested_absmax, w.nested_code, w.nested_offset)
+    weight = w.code[nibbles.long()] * scales.repeat_interleave(w.blocksize)[:numel]
+    return weight.view(w.N, w.K)
 
 
-def linear_4bit(x, *weight_and_bias):
+@flat
+def linear_4bit(x, w: WeightArgs, bias):
     """y = x Wᵀ + bias."""
-    *weight, bias = weight_and_bias
-    y = x.double() @ dequantize_4bit(*weight).double().T
+    y = x.double() @ dequantize_4bit(*w).double().T
     return y if bias is None else y + bias.double()
 
 
-def linear_4bit_dx(dy, *weight):
+@flat
+def linear_4bit_dx(dy, w: WeightArgs):
     """dx = dy W."""
-    return dy.double() @ dequantize_4bit(*weight).double()
+    return dy.double() @ dequantize_4bit(*w).double()
 
 
 def philox_4x32(counter: list[torch.Tensor], key: list[int]) -> list[torch.Tensor]:
@@ -139,14 +148,22 @@ def lora_linear_backward(
     )
 
 
-def lora_linear_4bit(x, *args):
+@flat
+def lora_linear_4bit(x, w: WeightArgs, A, B, scaling, bias, dropout_p, seed):
     """:func:`lora_linear` on the dequantized weight."""
-    return lora_linear(x, dequantize_4bit(*args[:9]), *args[9:])
+    return lora_linear(x, dequantize_4bit(*w), A, B, scaling, bias, dropout_p, seed)
 
 
-def lora_linear_4bit_backward(dy, x, s, *args):
+@flat
+def lora_linear_4bit_backward(
+    dy, x, s, w: WeightArgs, A, B, scaling, bias, dropout_p, seed,
+    need_dx, need_dA, need_dB, need_dbias,
+):  # fmt: skip
     """:func:`lora_linear_backward` on the dequantized weight."""
-    return lora_linear_backward(dy, x, s, dequantize_4bit(*args[:9]), *args[9:])
+    return lora_linear_backward(
+        dy, x, s, dequantize_4bit(*w), A, B, scaling, bias, dropout_p, seed,
+        need_dx, need_dA, need_dB, need_dbias,
+    )  # fmt: skip
 
 
 # -- many adapters in one batch ------------------------------------------------------------------------------
@@ -155,15 +172,16 @@ def lora_linear_4bit_backward(dy, x, s, *args):
 class _Adapter:
     """The adapter of one row: A and B (transposed) float64 ``[rank, K]``, ``[rank, N]``; its mask ``[K]``."""
 
-    def __init__(self, m, x, plan, pages):
-        tiles, page_ids, tile_of_row, _rows, _tile_rows, _max_rank = plan
-        A_pages, B_pages, ranks, scalings, dropout_p, seed = pages
-        self.slot, _row0, _count, page0 = tiles[tile_of_row[m]].tolist()
-        self.rank, self.scaling = int(ranks[self.slot]), scalings[self.slot].double()
-        ids = page_ids[page0 : page0 + -(-self.rank // A_pages.shape[1])].long()
-        self.A, self.B = (p[ids].flatten(0, 1)[: self.rank].double() for p in (A_pages, B_pages))
-        p = 0.0 if seed is None else float(dropout_p[self.slot])
-        self.mask = _mask_row(m, x.shape[1], p, seed).to(x.device)
+    def __init__(self, m: int, x: torch.Tensor, plan: PlanArgs, pages: PagesArgs):
+        self.slot, _row0, _rows, page0 = plan.tiles[plan.tile_of_row[m]].tolist()
+        self.rank = int(pages.ranks[self.slot])
+        self.scaling = pages.scalings[self.slot].double()
+        page_rank = pages.A_pages.shape[1]
+        ids = plan.page_ids[page0 : page0 + ceil_div(self.rank, page_rank)].long()
+        self.A = pages.A_pages[ids].flatten(0, 1)[: self.rank].double()
+        self.B = pages.B_pages[ids].flatten(0, 1)[: self.rank].double()
+        dropout_p = 0.0 if pages.seed is None else float(pages.dropout_p[self.slot])
+        self.mask = _mask_row(m, x.shape[1], dropout_p, pages.seed).to(x.device)
 
 
 @functools.lru_cache(maxsize=4)
@@ -178,64 +196,74 @@ def _mask_row(m: int, K: int, dropout_p: float, seed: torch.Tensor | None) -> to
     return _masks(rows, K, dropout_p, int(seed))[m]
 
 
-def _adapters_of_rows(x, plan, pages):
+def _adapters_of_rows(x: torch.Tensor, plan: PlanArgs, pages: PagesArgs):
     """(row, adapter) of every row that has one; what ``tiles`` and ``rows`` say besides is not looked at."""
-    for m, tile in enumerate(plan[2].tolist()):
+    for m, tile in enumerate(plan.tile_of_row.tolist()):
         if tile >= 0:
             yield m, _Adapter(m, x, plan, pages)
 
 
-def multi_lora_(y, x, *plan_and_pages):
+@flat
+def multi_lora_(y, x, plan: PlanArgs, pages: PagesArgs):
     """y[m] + scaling S[m] Bᵀ with S[m] = dropout(x[m]) Aᵀ, row by row, each with its own adapter; and S."""
-    plan, pages = plan_and_pages[:6], plan_and_pages[6:]
     x = x.double()
     y = y.double().clone()
-    s = x.new_zeros(x.shape[0], -(-plan[5] // RANK_STEP) * RANK_STEP)
+    s = x.new_zeros(x.shape[0], ceil_div(plan.max_rank, RANK_STEP) * RANK_STEP)
     for m, adapter in _adapters_of_rows(x, plan, pages):
         s[m, : adapter.rank] = (x[m] * adapter.mask) @ adapter.A.T
         y[m] += adapter.scaling * (s[m, : adapter.rank] @ adapter.B)
     return y, s
 
 
-def multi_lora_backward(dy, x, s, *args):
+@flat
+def multi_lora_backward(dy, x, s, plan: PlanArgs, pages: PagesArgs, grad_rows, grad_rank, need_dx):
     """dS = scaling dy B;  dx = mask (dS A);  dA[u] = Σ dSᵀ dropout(x), dB[u]ᵀ = scaling Σ Sᵀ dy over rows of u."""
-    plan, pages, (grad_rows, grad_rank, need_dx) = args[:6], args[6:12], args[12:]
     dy, x, s = dy.double(), x.double(), s.double()
     dx = x.new_zeros(x.shape if need_dx else 0)
-    dA, dB = (x.new_zeros(grad_rank, t.shape[1]) for t in (x, dy))
+    dA, dB = x.new_zeros(grad_rank, x.shape[1]), x.new_zeros(grad_rank, dy.shape[1])
     for m, adapter in _adapters_of_rows(x, plan, pages):
         ds = adapter.scaling * (dy[m] @ adapter.B.T)
         if need_dx:
             dx[m] = adapter.mask * (ds @ adapter.A)
         if (first := int(grad_rows[adapter.slot])) >= 0:
-            dA[first : first + adapter.rank] += torch.outer(ds, x[m] * adapter.mask)
-            dB[first : first + adapter.rank] += adapter.scaling * torch.outer(
-                s[m, : adapter.rank], dy[m]
-            )
+            rows = slice(first, first + adapter.rank)
+            dA[rows] += torch.outer(ds, x[m] * adapter.mask)
+            dB[rows] += adapter.scaling * torch.outer(s[m, : adapter.rank], dy[m])
     return dx, dA, dB
 
 
-def multi_lora_linear(x, weight, *args):
+@flat
+def multi_lora_linear(x, weight, plan: PlanArgs, pages: PagesArgs, bias):
     """x Wᵀ + bias plus the rows' adapters, and S; on a dense weight (the operator has a 4-bit one)."""
-    bias = args[12]
     y = x.double() @ weight.double().T
-    return multi_lora_(y if bias is None else y + bias.double(), x, *args[:12])
+    return multi_lora_(y if bias is None else y + bias.double(), x, *plan, *pages)
 
 
-def multi_lora_linear_backward(dy, x, s, weight, *args):
+@flat
+def multi_lora_linear_backward(
+    dy, x, s, weight, plan: PlanArgs, pages: PagesArgs, bias,
+    grad_rows, grad_rank, need_dx, need_dbias,
+):  # fmt: skip
     """The gradients of :func:`multi_lora_linear`: those of :func:`multi_lora_backward`, dy W, Σ dy."""
-    _bias, grad_rows, grad_rank, need_dx, need_dbias = args[12:]
-    dx, dA, dB = multi_lora_backward(dy, x, s, *args[:12], grad_rows, grad_rank, need_dx)
+    dx, dA, dB = multi_lora_backward(dy, x, s, *plan, *pages, grad_rows, grad_rank, need_dx)
     if need_dx:
         dx = dx + dy.double() @ weight.double()
     return dx, dA, dB, dy.double().sum(0) if need_dbias else dx.new_empty(0)
 
 
-def multi_lora_linear_4bit(x, *args):
+@flat
+def multi_lora_linear_4bit(x, w: WeightArgs, plan: PlanArgs, pages: PagesArgs, bias):
     """:func:`multi_lora_linear` on the dequantized weight."""
-    return multi_lora_linear(x, dequantize_4bit(*args[:9]), *args[9:])
+    return multi_lora_linear(x, dequantize_4bit(*w), *plan, *pages, bias)
 
 
-def multi_lora_linear_4bit_backward(dy, x, s, *args):
+@flat
+def multi_lora_linear_4bit_backward(
+    dy, x, s, w: WeightArgs, plan: PlanArgs, pages: PagesArgs, bias,
+    grad_rows, grad_rank, need_dx, need_dbias,
+):  # fmt: skip
     """:func:`multi_lora_linear_backward` on the dequantized weight."""
-    return multi_lora_linear_backward(dy, x, s, dequantize_4bit(*args[:9]), *args[9:])
+    return multi_lora_linear_backward(
+        dy, x, s, dequantize_4bit(*w), *plan, *pages, bias,
+        grad_rows, grad_rank, need_dx, need_dbias,
+    )  # fmt: skip

@@ -1,113 +1,140 @@
 """Every operator of the library, once: schema string, fake, and the checks a user sees.
 
-All backends implement these schemas. Dimensions: M tokens, N out_features, K in_features, R LoRA rank.
-
-A 4-bit weight travels as nine flat arguments (``WEIGHT``), made by :meth:`Weight4bit.op_args`:
-
-====================  =========================================================================================
-``packed``            contiguous, ``ceil(N*K/2)`` bytes of any dtype; element ``2i`` is the high nibble of byte i
-``absmax``            ``[nblk]``, ``nblk = ceil(N*K/blocksize)``; float32, or uint8 when double-quantized
-``code``              float32 ``[16]``: the value of each nibble
-``nested_absmax``     float32 ``[ceil(nblk/256)]`` or None
-``nested_code``       float32 ``[256]`` or None
-``nested_offset``     float32, one element, or None
-``N, K, blocksize``   integers
-====================  =========================================================================================
-
-A batch with many adapters travels as a plan (``PLAN``: which row has which adapter, the same for every module;
-made by :class:`multi_lora.Plan`) and as the pages of one module (``PAGES``, :class:`multi_lora.ModulePages`):
-
-====================  =========================================================================================
-``tiles``             int32 ``[tiles, 4]``: slot, row0, rows, page0; up to ``tile_rows`` rows that share an adapter,
-                      ``rows[row0 : row0 + rows]``, with pages ``page_ids[page0:]``. Tiles of one slot are adjacent
-``page_ids``          int32: the pages of each adapter of the batch
-``tile_of_row``       int32 ``[M]``: the tile of each row; -1: it has no adapter
-``rows``              int32: row numbers by slot, ascending within a slot
-``tile_rows``         16, 32, 64 or 128
-``max_rank``          of any adapter of the plan in any module
-``A_pages, B_pages``  floating ``[pages, page_rank, K]`` and ``[pages, page_rank, N]`` (B transposed), contiguous.
-                      Rank r of an adapter is row ``r % page_rank`` of its page ``r // page_rank``
-``ranks``             int32 ``[slots]``; 0: the adapter does not cover this module
-``scalings``          float32 ``[slots]``
-``dropout_p``         float64 ``[slots]``; in force only where there is a ``seed``
-====================  =========================================================================================
+All backends implement these schemas. Dimensions: M tokens, N out_features, K in_features, R LoRA rank. What a 4-bit
+weight, a plan and the pages of adapters consist of is in arguments.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-NAMESPACE = "lowrank_kernels"
-NESTED_BLOCKSIZE = 256
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-WEIGHT = (
-    "Tensor packed, Tensor absmax, Tensor code, Tensor? nested_absmax, Tensor? nested_code, "
-    "Tensor? nested_offset, int N, int K, int blocksize"
+from .arguments import (
+    BLOCKSIZES,
+    FLOAT_DTYPES,
+    NESTED_BLOCKSIZE,
+    RANK_STEP,
+    PagesArgs,
+    PlanArgs,
+    WeightArgs,
+    ceil_div,
+    expect,
+    expect_bias,
+    expect_dtype,
+    expect_lora,
+    expect_matrix,
+    expect_numel,
+    expect_one_device,
+    expect_one_of,
+    expect_pages,
+    expect_plan,
+    expect_shape,
+    expect_weight,
+    flat,
+    in_schema,
 )
+
+NAMESPACE = "lowrank_kernels"
+WEIGHT, PLAN, PAGES = in_schema(WeightArgs), in_schema(PlanArgs), in_schema(PagesArgs)
 LORA = "Tensor A, Tensor B, float scaling"
 DROPOUT = "float dropout_p, Tensor? seed"
 NEEDS = "bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
-PLAN = "Tensor tiles, Tensor page_ids, Tensor tile_of_row, Tensor rows, int tile_rows, int max_rank"
-PAGES = (
-    "Tensor A_pages, Tensor B_pages, Tensor ranks, Tensor scalings, Tensor dropout_p, Tensor? seed"
-)
-RANK_STEP = 8  # S is as many columns wide as whole steps of ranks hold max_rank
+
+
+# -- operators: schema and fake, which gives shapes and dtypes of the outputs --------------------------------
+# An output that is not needed (need_* False) is returned with zero elements. S is float32 [M, R].
+# multi_lora_ adds to y in place. Of many adapters, S is [M, max_rank rounded up to RANK_STEP], zero past a
+# row's rank, and gradients are float32 with the ranks of slot u in rows grad_rows[u] on (int32; -1: none),
+# grad_rank rows in all: dA [grad_rank, K], and dB [grad_rank, N], transposed as the pages are.
 
 
 class Op(NamedTuple):
-    """One operator: its schema (without the name) and its fake, which gives output shapes and dtypes."""
+    """One operator: its schema (without the name) and its fake, with flat arguments."""
 
     schema: str
     fake: Callable
 
 
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+OPS: dict[str, Op] = {}
 
 
-# -- fakes ---------------------------------------------------------------------------------------------------
+def _op(schema: str) -> Callable[[Callable], Callable]:
+    """Adds the operator whose fake this decorates; both have one name, the fake's with an underscore in front."""
+
+    def add(fake: Callable) -> Callable:
+        outputs = flat(fake)
+
+        @functools.wraps(outputs)
+        def checked(*args):
+            expect_one_device(outputs.argument_names, args)
+            return outputs(*args)
+
+        OPS[fake.__name__[1:]] = Op(schema, checked)
+        return fake
+
+    return add
 
 
+@_op("(Tensor weight, Tensor code, int blocksize) -> (Tensor, Tensor)")
 def _quantize_4bit(weight, code, blocksize):
+    expect_dtype("weight", weight, FLOAT_DTYPES)
+    expect_numel("code", code, torch.float32, 16)
+    expect_one_of("blocksize", blocksize, BLOCKSIZES)
     packed = weight.new_empty((ceil_div(weight.numel(), 2), 1), dtype=torch.uint8)
     return packed, weight.new_empty(ceil_div(weight.numel(), blocksize), dtype=torch.float32)
 
 
+@_op("(Tensor absmax, Tensor nested_code) -> (Tensor, Tensor, Tensor)")
 def _double_quantize(absmax, nested_code):
+    expect_dtype("absmax", absmax, (torch.float32,))
+    expect_numel("nested_code", nested_code, torch.float32, 256)
     nested_absmax = absmax.new_empty(ceil_div(absmax.numel(), NESTED_BLOCKSIZE))
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), nested_absmax, absmax.new_empty(())
 
 
-def _dequantize_4bit(
-    packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize, dtype
-):
-    return code.new_empty((N, K), dtype=dtype)
+@_op(f"({WEIGHT}, ScalarType dtype) -> Tensor")
+def _dequantize_4bit(w: WeightArgs, dtype):
+    expect_weight(w)
+    expect(dtype in FLOAT_DTYPES, "dtype", "one of {}, got {}", FLOAT_DTYPES, dtype)
+    return w.code.new_empty((w.N, w.K), dtype=dtype)
 
 
-def _linear_4bit(
-    x, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize, bias
-):
-    return x.new_empty((x.shape[0], N))
+@_op(f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
+def _linear_4bit(x, w: WeightArgs, bias):
+    M, _ = expect_matrix("x", x)
+    expect_weight(w)
+    expect_shape("x", x, M, w.K)
+    expect_bias(bias, w.N)
+    return x.new_empty((M, w.N))
 
 
-def _linear_4bit_dx(
-    dy, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize
-):
-    return dy.new_empty((dy.shape[0], K))
+@_op(f"(Tensor dy, {WEIGHT}) -> Tensor")
+def _linear_4bit_dx(dy, w: WeightArgs):
+    M, _ = expect_matrix("dy", dy)
+    expect_weight(w)
+    expect_shape("dy", dy, M, w.N)
+    return dy.new_empty((M, w.K))
 
 
-def _lora_forward(x, N, R):
-    M = x.shape[0]
-    return x.new_empty((M, N)), x.new_empty((M, R), dtype=torch.float32)
+def _lora_forward(x, N, K, A, B, bias, dropout_p, seed):
+    M, _ = expect_matrix("x", x)
+    expect_shape("x", x, M, K)
+    expect_lora(A, B, N, K, dropout_p, seed)
+    expect_bias(bias, N)
+    return x.new_empty((M, N)), x.new_empty((M, A.shape[0]), dtype=torch.float32)
 
 
-def _lora_backward(dy, K, A, B, bias, needs):
+def _lora_backward(dy, x, s, N, K, A, B, bias, dropout_p, seed, needs):
+    M, _ = expect_matrix("dy", dy)
+    expect_shape("dy", dy, M, N)
+    expect_shape("x", x, M, K)
+    expect_lora(A, B, N, K, dropout_p, seed)
+    expect_numel("s", s, torch.float32, M * A.shape[0])
+    expect_bias(bias, N)
     need_dx, need_dA, need_dB, need_dbias = needs
-    M, N = dy.shape
     return (
         dy.new_empty((M, K) if need_dx else 0),
         A.new_empty(A.shape if need_dA else 0),
@@ -116,126 +143,113 @@ def _lora_backward(dy, K, A, B, bias, needs):
     )
 
 
-def _lora_linear_4bit(
-    x, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize,
-    A, B, scaling, bias, dropout_p, seed,
-):  # fmt: skip
-    return _lora_forward(x, N, A.shape[0])
+@_op(f"(Tensor x, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)")
+def _lora_linear_4bit(x, w: WeightArgs, A, B, scaling, bias, dropout_p, seed):
+    expect_weight(w)
+    return _lora_forward(x, w.N, w.K, A, B, bias, dropout_p, seed)
 
 
+@_op(
+    f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _lora_linear_4bit_backward(
-    dy, x, s, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize,
-    A, B, scaling, bias, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias,
+    dy, x, s, w: WeightArgs, A, B, scaling, bias, dropout_p, seed,
+    need_dx, need_dA, need_dB, need_dbias,
 ):  # fmt: skip
-    return _lora_backward(dy, K, A, B, bias, (need_dx, need_dA, need_dB, need_dbias))
+    expect_weight(w)
+    needs = need_dx, need_dA, need_dB, need_dbias
+    return _lora_backward(dy, x, s, w.N, w.K, A, B, bias, dropout_p, seed, needs)
 
 
+@_op(f"(Tensor x, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)")
 def _lora_linear(x, weight, A, B, scaling, bias, dropout_p, seed):
-    return _lora_forward(x, weight.shape[0], A.shape[0])
+    N, K = expect_matrix("weight", weight)
+    return _lora_forward(x, N, K, A, B, bias, dropout_p, seed)
 
 
+@_op(
+    f"(Tensor dy, Tensor x, Tensor s, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _lora_linear_backward(
     dy, x, s, weight, A, B, scaling, bias, dropout_p, seed, need_dx, need_dA, need_dB, need_dbias
 ):
-    return _lora_backward(dy, weight.shape[1], A, B, bias, (need_dx, need_dA, need_dB, need_dbias))
+    N, K = expect_matrix("weight", weight)
+    needs = need_dx, need_dA, need_dB, need_dbias
+    return _lora_backward(dy, x, s, N, K, A, B, bias, dropout_p, seed, needs)
 
 
-def _s_of_plan(x, max_rank):
-    return x.new_empty((x.shape[0], ceil_div(max_rank, RANK_STEP) * RANK_STEP), dtype=torch.float32)
+def _s_width(plan):
+    return ceil_div(plan.max_rank, RANK_STEP) * RANK_STEP
 
 
-def _multi_lora_(
-    y, x, tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
-    A_pages, B_pages, ranks, scalings, dropout_p, seed,
-):  # fmt: skip
-    return _s_of_plan(x, max_rank)
+def _multi_forward(x, N, plan, pages):
+    """S, and the checks of all that both operators take."""
+    M, K = expect_matrix("x", x)
+    expect_plan(plan, M)
+    expect_pages(pages, N, K)
+    return x.new_empty((M, _s_width(plan)), dtype=torch.float32)
 
 
-def _multi_gradients(A_pages, B_pages, grad_rank):
+def _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx):
+    """dx, dA and dB, and the checks of all that both operators take."""
+    (M, N), (_, K) = expect_matrix("dy", dy), expect_matrix("x", x)
+    expect_shape("x", x, M, K)
+    expect_plan(plan, M)
+    expect_pages(pages, N, K)
+    expect_numel("s", s, torch.float32, M * _s_width(plan))
+    expect_numel("grad_rows", grad_rows, torch.int32, pages.ranks.numel())
+    expect(grad_rank >= 0, "grad_rank", "at least 0, got {}", grad_rank)
     return (
-        A_pages.new_empty((grad_rank, A_pages.shape[2]), dtype=torch.float32),
-        B_pages.new_empty((grad_rank, B_pages.shape[2]), dtype=torch.float32),
+        dy.new_empty((M, K) if need_dx else 0),
+        dy.new_empty((grad_rank, K), dtype=torch.float32),
+        dy.new_empty((grad_rank, N), dtype=torch.float32),
     )
 
 
-def _multi_lora_backward(
-    dy, x, s, tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
-    A_pages, B_pages, ranks, scalings, dropout_p, seed, grad_rows, grad_rank, need_dx,
-):  # fmt: skip
-    dx = dy.new_empty((dy.shape[0], A_pages.shape[2]) if need_dx else 0)
-    return dx, *_multi_gradients(A_pages, B_pages, grad_rank)
+@_op(f"(Tensor(a!) y, Tensor x, {PLAN}, {PAGES}) -> Tensor")
+def _multi_lora_(y, x, plan: PlanArgs, pages: PagesArgs):
+    (_, N), (M, _) = expect_matrix("y", y), expect_matrix("x", x)
+    expect_shape("y", y, M, N, dtypes=(x.dtype,))
+    return _multi_forward(x, N, plan, pages)
 
 
-def _multi_lora_linear_4bit(
-    x, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize,
-    tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
-    A_pages, B_pages, ranks, scalings, dropout_p, seed, bias,
-):  # fmt: skip
-    return x.new_empty((x.shape[0], N)), _s_of_plan(x, max_rank)
+@_op(
+    f"(Tensor dy, Tensor x, Tensor s, {PLAN}, {PAGES}, Tensor grad_rows, int grad_rank, bool need_dx)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def _multi_lora_backward(dy, x, s, plan: PlanArgs, pages: PagesArgs, grad_rows, grad_rank, need_dx):
+    return _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx)
 
 
+@_op(f"(Tensor x, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias) -> (Tensor, Tensor)")
+def _multi_lora_linear_4bit(x, w: WeightArgs, plan: PlanArgs, pages: PagesArgs, bias):
+    expect_weight(w)
+    M, _ = expect_matrix("x", x)
+    expect_shape("x", x, M, w.K)
+    expect_bias(bias, w.N)
+    s = _multi_forward(x, w.N, plan, pages)
+    return x.new_empty((M, w.N)), s
+
+
+@_op(
+    f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias, "
+    "Tensor grad_rows, int grad_rank, bool need_dx, bool need_dbias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _multi_lora_linear_4bit_backward(
-    dy, x, s, packed, absmax, code, nested_absmax, nested_code, nested_offset, N, K, blocksize,
-    tiles, page_ids, tile_of_row, rows, tile_rows, max_rank,
-    A_pages, B_pages, ranks, scalings, dropout_p, seed, bias,
+    dy, x, s, w: WeightArgs, plan: PlanArgs, pages: PagesArgs, bias,
     grad_rows, grad_rank, need_dx, need_dbias,
 ):  # fmt: skip
-    return (
-        dy.new_empty((dy.shape[0], K) if need_dx else 0),
-        *_multi_gradients(A_pages, B_pages, grad_rank),
-        (dy if bias is None else bias).new_empty(N if need_dbias else 0),
-    )
+    expect_weight(w)
+    M, _ = expect_matrix("dy", dy)
+    expect_shape("dy", dy, M, w.N)
+    expect_shape("x", x, M, w.K)
+    gradients = _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx)
+    expect_bias(bias, w.N)
+    return *gradients, (dy if bias is None else bias).new_empty(w.N if need_dbias else 0)
 
-
-# An output that is not needed (need_* False) is returned with zero elements. S is float32 [M, R].
-# multi_lora_ adds to y in place. Of many adapters, S is [M, max_rank rounded up to RANK_STEP], zero past a
-# row's rank, and gradients are float32 with the ranks of slot u in rows grad_rows[u] on (int32; -1: none),
-# grad_rank rows in all: dA [grad_rank, K], and dB [grad_rank, N], transposed as the pages are.
-OPS: dict[str, Op] = {
-    "quantize_4bit": Op(
-        "(Tensor weight, Tensor code, int blocksize) -> (Tensor, Tensor)", _quantize_4bit
-    ),
-    "double_quantize": Op(
-        "(Tensor absmax, Tensor nested_code) -> (Tensor, Tensor, Tensor)", _double_quantize
-    ),
-    "dequantize_4bit": Op(f"({WEIGHT}, ScalarType dtype) -> Tensor", _dequantize_4bit),
-    "linear_4bit": Op(f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor", _linear_4bit),
-    "linear_4bit_dx": Op(f"(Tensor dy, {WEIGHT}) -> Tensor", _linear_4bit_dx),
-    "lora_linear_4bit": Op(
-        f"(Tensor x, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)",
-        _lora_linear_4bit,
-    ),
-    "lora_linear_4bit_backward": Op(
-        f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        _lora_linear_4bit_backward,
-    ),
-    "lora_linear": Op(
-        f"(Tensor x, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)",
-        _lora_linear,
-    ),
-    "lora_linear_backward": Op(
-        f"(Tensor dy, Tensor x, Tensor s, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        _lora_linear_backward,
-    ),
-    "multi_lora_": Op(f"(Tensor(a!) y, Tensor x, {PLAN}, {PAGES}) -> Tensor", _multi_lora_),
-    "multi_lora_backward": Op(
-        f"(Tensor dy, Tensor x, Tensor s, {PLAN}, {PAGES}, Tensor grad_rows, int grad_rank, bool need_dx)"
-        " -> (Tensor, Tensor, Tensor)",
-        _multi_lora_backward,
-    ),
-    "multi_lora_linear_4bit": Op(
-        f"(Tensor x, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias) -> (Tensor, Tensor)",
-        _multi_lora_linear_4bit,
-    ),
-    "multi_lora_linear_4bit_backward": Op(
-        f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias, "
-        "Tensor grad_rows, int grad_rank, bool need_dx, bool need_dbias)"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
-        _multi_lora_linear_4bit_backward,
-    ),
-}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _op in OPS.items():

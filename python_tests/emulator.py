@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled again": (2, 2)}
 
@@ -13,6 +13,27 @@ ORDERS = {"forward": (0, 0), "reverse": (1, 0), "shuffled": (2, 1), "shuffled ag
 def library() -> ctypes.CDLL:
     """The one that the operators use: LOWRANK_EMULATOR."""
     return ctypes.CDLL(os.environ["LOWRANK_EMULATOR"])
+
+
+# The functions of struct CudaTable in csrc/cuda/api.h, in their order.
+TABLE = (
+    "quantize", "double_quantize_workspace", "double_quantize", "dequantize",
+    "plan_linear", "linear", "plan_linear_backward", "linear_backward",
+    "plan_multi", "multi", "plan_multi_backward", "multi_backward", "failure",
+)  # fmt: skip
+
+
+class Table(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_int64), *((name, ctypes.c_void_p) for name in TABLE)]
+
+
+def launcher(name: str, result: type, *arguments: type) -> Callable:
+    """A function of the table, which takes references as pointers."""
+    get = library().lk_cuda_kernels
+    get.restype = ctypes.POINTER(Table)
+    table = get().contents
+    assert table.size == ctypes.sizeof(Table), "TABLE is not that of csrc/cuda/api.h"
+    return ctypes.CFUNCTYPE(result, *arguments)(getattr(table, name))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """The build: one version everywhere, errors of one line, only the dependencies that are meant."""
 
 import importlib.metadata
+import importlib.util
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,6 +111,35 @@ def test_a_missing_package_is_named_in_one_line(tmp_path, module, install):
     assert install in build_error(tmp_path, without=module)
 
 
+# ---- Flags, and what tools read of the build ----
+
+
+@needs_sources
+def test_the_flags_of_all_compilations_have_one_file():
+    common = shlex.split(read("csrc/flags"), comments=True)
+    assert "-ffp-contract=off" in common
+    for name in ("setup.py", "Makefile"):
+        text = read(name)
+        assert "csrc/flags" in text
+        # (setup.py's probe of the compiler names the standard.)
+        spelt = [flag for flag in common if not flag.startswith(("-std", "-I")) and flag in text]
+        assert spelt == [], name
+
+
+@needs_sources
+def test_the_build_writes_compile_commands(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    product = build.Product("lib.so", ["csrc/cpu/a.cpp"], cflags=["-DONE=1"])
+    monkeypatch.chdir(tmp_path)
+    build.write_ninja_file(tmp_path / "build.ninja", ["c++"], [product], None)
+    build.write_compile_commands(build.ninja(), tmp_path)
+    (entry,) = json.loads(Path("compile_commands.json").read_text())
+    assert entry["file"] == "csrc/cpu/a.cpp" and entry["directory"] == str(tmp_path)
+    assert {"-ffp-contract=off", "-DONE=1", "-O3"} <= set(entry["command"].split())
+
+
 # ---- What the products depend on ----
 
 
@@ -136,9 +168,9 @@ def test_host_module_knows_only_the_kernel_library():
 
 
 @needs_sources
-@pytest.mark.parametrize("name", ["setup.py", "Makefile"])
+@pytest.mark.parametrize("name", ["csrc/flags", "setup.py", "Makefile"])
 def test_no_global_isa_flags(name):
     flags = re.findall(r"(?<![\w-])-[a-zA-Z][\w=+-]*", read(name))
-    assert "-ffp-contract=off" in flags
+    assert flags
     forbidden = re.compile(r"-m\w|-ffast-math|-Ofast|-funsafe-math")
     assert not [flag for flag in flags if forbidden.match(flag)]

@@ -168,6 +168,23 @@ def test_bytes_and_loaders(llama, tmp_path, choice):
     assert (a - b).abs().max() <= 4 * torch.finfo(dtype).eps * a.abs().max()
 
 
+def test_a_code_that_bitsandbytes_does_not_have(llama, tmp_path):
+    """The same keys, but config.json names this library, which loads it."""
+    quantize(llama, tmp_path / "out", "--quant-type", "int4", "--blocksize", "32")
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    expected = lk.LowRankConfig("int4", 32, skip_modules=["lm_head"]).to_dict()
+    assert config == expected
+    got = tensors_of(tmp_path / "out")
+    for key, tensor in tensors_of(llama).items():
+        if key.endswith("_proj.weight"):
+            entries = lk.quantize_4bit(tensor, "int4", 32).to_bitsandbytes(key)
+            for name, part in entries.items():
+                assert checkpoint.bytes_of(got[name]) == checkpoint.bytes_of(part), name
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    kinds = [m.quant_type for m in model.modules() if isinstance(m, lk.Linear4bit)]
+    assert kinds == ["int4"] * 14
+
+
 def test_config_is_what_bitsandbytes_writes(llama, tmp_path):
     pytest.importorskip("bitsandbytes", reason="the oracle is bitsandbytes")
     options = transformers.BitsAndBytesConfig(

@@ -11,7 +11,7 @@ import torch
 import cases
 import conftest
 import tolerance
-from emulator import library
+from emulator import launcher
 from lowrank_kernels import reference
 
 pytestmark = pytest.mark.skipif("emulator" not in conftest.KERNELS, reason="needs the emulator")
@@ -52,11 +52,8 @@ def dequantize(args, row, column, out):
         N, K, blocksize.bit_length() - 1,
     )  # fmt: skip
     matrix = MutMatrix(out.data_ptr(), DTYPES.index(out.dtype), *out.shape, out.stride(0))
-    run = library().lk_cuda_dequantize
-    run.argtypes = (
-        *(ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64),
-        *(ctypes.c_void_p, ctypes.c_void_p),
-    )
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    run = launcher("dequantize", ctypes.c_int, pointer, integer, integer, pointer, pointer)
     by = ctypes.byref
     assert run(by(weight), row, column, by(matrix), by(Launch())) == 0
 

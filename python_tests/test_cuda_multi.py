@@ -260,7 +260,7 @@ def test_dropped_elements_are_gone(dtype):
 
 # -- with a base: each family ------------------------------------------------------------------------------
 
-# decode; decode of parts; tile of 64 rows, split; simt; matmul on tensor cores and of float32.
+# gemv; gemv with split_k; mma of 64 rows with split_k; simt; matmul on tensor cores and of float32.
 BASES = [
     ("16", cases.Case(0, 72, 128, dtype=BF16, bias=BF16, R=20, adapter=BF16, dropout_p=0.25)),
     ("decode", cases.Case(0, 40, 8192, dtype=F16, bias=F32, R=8, adapter=F32)),

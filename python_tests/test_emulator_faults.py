@@ -82,15 +82,15 @@ UNITS = ("library", "quantize", "simt", "linear", "multi", "none")
 NO_FAST_KERNELS = """
 #include "cuda/launchers.h"
 namespace lk::cuda {
-bool decode_takes(const LinearArgs&) { return false; }
-int64_t decode_workspace(const LinearArgs&, int) { return 0; }
-cudaError_t decode_linear(const LinearArgs&, const Addend&, const Launch&) { return cudaErrorInvalidValue; }
-bool tile_takes(const LinearArgs&) { return false; }
-int64_t tile_workspace(const LinearArgs&, int) { return 0; }
-cudaError_t tile_linear(const LinearArgs&, const Addend&, const Launch&) { return cudaErrorInvalidValue; }
-bool tile_takes(const BackwardArgs&) { return false; }
-int64_t tile_workspace(const BackwardArgs&, int) { return 0; }
-cudaError_t tile_dx(const BackwardArgs&, const Addend&, const Launch&) { return cudaErrorInvalidValue; }
+bool gemv_takes(const LinearArgs&) { return false; }
+int64_t gemv_workspace(const LinearArgs&, int) { return 0; }
+cudaError_t gemv_linear(const LinearArgs&, const EpilogueOperand&, const Launch&) { return cudaErrorInvalidValue; }
+bool mma_takes(const LinearArgs&) { return false; }
+int64_t mma_workspace(const LinearArgs&, int) { return 0; }
+cudaError_t mma_linear(const LinearArgs&, const EpilogueOperand&, const Launch&) { return cudaErrorInvalidValue; }
+bool mma_takes(const BackwardArgs&) { return false; }
+int64_t mma_workspace(const BackwardArgs&, int) { return 0; }
+cudaError_t mma_dx(const BackwardArgs&, const EpilogueOperand&, const Launch&) { return cudaErrorInvalidValue; }
 bool lora_takes(const Matrix&) { return false; }
 bool lora_takes(const LinearArgs&) { return false; }
 int64_t lora_workspace(const LinearArgs&, int) { return 0; }

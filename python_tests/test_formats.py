@@ -1,11 +1,17 @@
 """The bytes of a checkpoint: golden ones, bitsandbytes' own, round trips, and what is refused."""
 
+import ast
 import contextlib
+import copy
+import dataclasses
+import doctest
 import hashlib
 import itertools
 import json
 import math
+import pathlib
 import random
+import re
 
 import pytest
 import torch
@@ -15,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cases
 import lowrank_kernels as lk
 import tolerance
-from lowrank_kernels.codebooks import code_of, dynamic_code
+from lowrank_kernels.codebooks import BITSANDBYTES_CODES, CODES, QUANT_TYPES, code_of, dynamic_code
 
-FORMATS = list(itertools.product(("nf4", "fp4"), (False, True)))
+FORMATS = list(itertools.product(QUANT_TYPES, (False, True)))
+THEIR_FORMATS = list(itertools.product(BITSANDBYTES_CODES, (False, True)))
 
 
 def bnb_functional():
@@ -37,12 +44,14 @@ def same_entries(actual, expected):
 
 
 # -- golden bytes ----------------------------------------------------------------------------------
-# Written by bitsandbytes 0.50.2 for GOLDEN_WEIGHT in blocks of 32: two whole ones and one of two elements.
+# Written by bitsandbytes 0.50.2 for GOLDEN_WEIGHT in blocks of 32: two whole ones and one of two elements. It has no
+# int4, whose bytes are those of its formula in float64 (test_quantize_4bit.py).
 
 GOLDEN_WEIGHT = ((((torch.arange(66) * 37) % 101 - 50) / 16).view(3, 22)).bfloat16()
 GOLDEN_PACKED = {
     "nf4": "04c16e29f3b05d17e29f3c05d18e2af4c16e19f3b05d17e29f3b05d18e2af4c05f",
     "fp4": "bf5a92a63c4be5a02d63c4be2a12d73f5b92a63d4bf5a92d63c4be2a12d73c5be3",
+    "int4": "06b28d49e5a17c38d49f6b27c38e5af6b27d49e5a16c38d49f5b27c38e4af6b27f",
 }
 GOLDEN_ABSMAX = {False: "000048400000444000000040", True: "ded800"}
 GOLDEN_NESTED_ABSMAX = "acaa3a3f"
@@ -61,16 +70,22 @@ GOLDEN_DENSE = {  # bfloat16, from double-quantized scales
         "05bf054005c0853c0540c8bf483f484048bfc43f44c083bc034003c0033f4440c4bf833f44c044bfc43f03c083bc"
         "0340c4bf033f444083bf833f44c003bf034003c0833c0340c4bf443f444083bfc43f44c0abbe0040"
     ),
+    "int4": (
+        "48c065bfab3f2bc000000f40e5bfe53e2b40abbf653f48c0e5bee53f0fc000000f40e5bfe53e484065bfab3f2bc0"
+        "e5bee53f0fc000002b40abbf653f484065bfa83f28c0e0be0c40e0bfe03e2840a8bf603f44c060bfe03f0cc00000"
+        "0c40e0bfe03e4440a8bfa83f28c0e0bee03f0cc000002840e0bf603f444060bfa83f28c093be0040"
+    ),
 }
 SHA256 = {
     "nf4": "8501941daa1b8a90ad1bbfeb632e5101b5dddbc4bb52d6e55abcfd777e60c06a",
     "fp4": "b830bcf8857895e5676b8e2ce608a60bb8af9b3ce6270073e9de34814196f09c",
+    "int4": "7dc9bca5ac943fefd8835d1d08b1e81e8afc2b63f14d10d960ff5515dc7b4122",
     "dynamic": "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",
 }
 
 
 def test_golden_code_tables():
-    tables = {"nf4": code_of("nf4"), "fp4": code_of("fp4"), "dynamic": dynamic_code()}
+    tables = {name: code_of(name) for name in QUANT_TYPES} | {"dynamic": dynamic_code()}
     assert {k: hashlib.sha256(bytes_of(t)).hexdigest() for k, t in tables.items()} == SHA256
 
 
@@ -90,7 +105,7 @@ def test_golden_bytes(quant_type, double_quant, backend):
         assert bytes_of(w.dequantize()).hex() == GOLDEN_DENSE[quant_type]
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_golden_entries_load(quant_type, backend):
     hexes = {"": GOLDEN_PACKED[quant_type], ".absmax": GOLDEN_ABSMAX[True]}
     entries = {
@@ -106,10 +121,54 @@ def test_golden_entries_load(quant_type, backend):
     assert bytes_of(w.dequantize()).hex() == GOLDEN_DENSE[quant_type]
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_a_model_of_each_code_saves_what_loads(quant_type):
+    """Into a layer of any settings: they come from the file."""
+    dense = torch.nn.Sequential(torch.nn.Linear(96, 40), torch.nn.Linear(40, 8, bias=False))
+    model, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    lk.replace_linear(model, quant_type=quant_type, r=4, progress=False)
+    lk.replace_linear(other, quant_type="nf4", r=4, blocksize=32, progress=False)
+    state = model.state_dict()
+    assert f"0.weight.quant_state.bitsandbytes__{quant_type}" in state
+    other.load_state_dict(state)
+    x = torch.randn(3, 96)
+    assert torch.equal(other(x), model(x)) and other[0].quant_type == quant_type
+    same_entries(other.state_dict(), state)
+    expected = lk.quantize_4bit(dense[0].weight, quant_type).dequantize()
+    assert torch.equal(other[0].dequantize(), expected)
+
+
+def test_examples_of_docstrings_run():
+    result = doctest.testmod(lk.formats)
+    assert result.failed == 0 and result.attempted > 20
+
+
+def test_codes_are_spelt_in_one_file():
+    """A new code is an entry of CODES: nothing else in the library names one, but for defaults."""
+    package = pathlib.Path(lk.__file__).parent
+    spelt = re.compile(rf"\b_*({'|'.join(QUANT_TYPES)})\b")
+    for file in package.rglob("*.py"):
+        if file.name == "codebooks.py" or "benchmark" in file.parts:
+            continue
+        nodes = list(ast.walk(ast.parse(file.read_text())))
+        text = [node.value for node in nodes if isinstance(node, ast.Expr)]  # docstrings
+        defaults = [
+            d for n in nodes if isinstance(n, ast.arguments) for d in (*n.defaults, *n.kw_defaults)
+        ]
+        defaults += [
+            n.value for n in nodes if isinstance(n, ast.keyword) and n.arg in ("default", "epilog")
+        ]
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = spelt.search(node.value) and node not in (*text, *defaults)
+                assert not named, f"{file.name}:{node.lineno}: {node.value!r}"
+    assert all(max(map(abs, code)) == 1.0 and len(code) == 16 for code in CODES.values())
+
+
 # -- bitsandbytes' own -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("quant_type", "double_quant"), FORMATS)
+@pytest.mark.parametrize(("quant_type", "double_quant"), THEIR_FORMATS)
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(16, 64), (32, 33), (8, 1000)])
 @pytest.mark.parametrize("orientation", ["[n, 1]", "[1, n]"])
@@ -278,7 +337,20 @@ MALFORMED = {
     "nested_absmax is missing": (without("w.nested_absmax"), "w.nested_absmax"),
     "nested_quant_map is short": (with_entry(nested_quant_map=lambda t: t[:16]), "w.nested_quant_map"),
     "nested_quant_map is missing": (without("w.nested_quant_map"), "w.nested_quant_map"),
-    "the state is missing": (without(STATE), "w.quant_state.bitsandbytes__<nf4|fp4>, got []"),
+    **{
+        f"{name} holds {value}": (
+            with_entry(**{name: lambda t, v=value: torch.where(torch.arange(t.numel()) == 0, v, t)}),
+            f"w.{name}: expected finite values",
+        )
+        for name in ("quant_map", "nested_absmax", "nested_quant_map")
+        for value in (math.nan, math.inf, -math.inf)
+    },
+    "quant_map has other values": (with_entry(quant_map=lambda t: t.flip(0)), "w.quant_map: expected the table"),
+    "quant_map is another code's": (with_entry(quant_map=lambda t: code_of("int4")), "w.quant_map: expected the table"),
+    "nested_quant_map has other values": (
+        with_entry(nested_quant_map=lambda t: 2 * t), "w.nested_quant_map: expected the table"
+    ),
+    "the state is missing": (without(STATE), "w.quant_state.bitsandbytes__<nf4|fp4|int4>, got []"),
     "the state is not nested": (without_nested_state, "w.nested_absmax"),
     "two states": (lambda e: e | {STATE[:-3] + "fp4": e[STATE]}, "bitsandbytes__fp4"),
     "state under the other name": (
@@ -340,6 +412,32 @@ def test_malformed_checkpoint(name):
     with NoKernels(), pytest.raises(ValueError) as error:
         lk.Weight4bit.from_bitsandbytes(entries, "w")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scales_that_are_not_finite_are_refused(value):
+    """Not double-quantized; wherever a file is read."""
+    entries = lk.quantize_4bit(torch.randn(8, 96), "nf4", 32, double_quant=False).to_bitsandbytes(
+        "weight"
+    )
+    entries["weight.absmax"][-1] = value
+    with pytest.raises(ValueError, match=r"weight.absmax: expected finite values"):
+        lk.Weight4bit.from_bitsandbytes(entries)
+    layer = lk.Linear4bit(96, 8, bias=False)
+    before = layer.dequantize()
+    with pytest.raises(RuntimeError, match=r"weight.absmax: expected finite values"):
+        layer.load_state_dict(entries)
+    assert torch.equal(layer.dequantize(), before)
+
+
+@pytest.mark.parametrize("change", [
+    {"nested_code": None}, {"nested_offset": None}, {"nested_offset": torch.zeros(2)}, {"blocksize": 48},
+    {"nested_offset": torch.zeros((), dtype=torch.float64)}, {"absmax": torch.zeros(24)},
+])  # fmt: skip
+def test_weights_made_by_hand_are_checked_too(change):
+    w = dataclasses.replace(lk.quantize_4bit(torch.randn(8, 96), "nf4", 32), **change)
+    with pytest.raises(ValueError, match=r"^(w\.|blocksize: )"):
+        lk.Linear4bit.from_weight(w)
 
 
 def test_the_good_checkpoint_loads():

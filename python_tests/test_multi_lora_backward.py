@@ -4,21 +4,23 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
 from cases import BF16, F32, Case
+from conftest import each_case
 from lowrank_kernels import reference
-from test_multi_lora_ import RANKS, SOME
+from lowrank_kernels.arguments import PagesArgs, PlanArgs
+from test_multi_lora_ import EVERYWHERE, RANKS, SOME
 
 OP = "multi_lora_backward"
 BACKWARD = ("multi_lora_backward", "multi_lora_linear_4bit_backward")
 ops = lk.schema.ops
 
 
-@pytest.mark.parametrize("case", [*SOME, *RANKS[::3]])
+@each_case(EVERYWHERE, [*SOME, *RANKS[::3]], edges.many_adapters)
 def test_bound(case, backend):
-    args = cases.make(OP, case)
-    tolerance.check(OP, args, ops.multi_lora_backward(*args))
+    tolerance.problem(OP, case).check()
 
 
 @pytest.mark.parametrize("case", [Case(19, 12, 20, R=9), Case(19, 12, 20, R=9, dropout_p=0.4)])
@@ -31,7 +33,7 @@ def test_the_reference_is_what_autograd_says(case):
     ranks = rest[8]
     args = (*rest[:6], A, B, *rest[8:])
     rows = []
-    for m, adapter in reference._adapters_of_rows(x, args[:6], args[6:]):
+    for m, adapter in reference._adapters_of_rows(x, PlanArgs(*args[:6]), PagesArgs(*args[6:])):
         s = (x[m] * adapter.mask) @ adapter.A.T
         rows.append(adapter.scaling * (s @ adapter.B))
     with_adapter = [m for m, t in enumerate(rest[2].tolist()) if t >= 0]
@@ -143,3 +145,27 @@ def test_infinities_and_nans_stay_with_their_adapter(value, backend):
     ]
     assert dA[others].isfinite().all() and dB[others].isfinite().all()
     assert dx[[m for m in range(24) if m != 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("op", BACKWARD)
+@pytest.mark.parametrize("first", [2**31 - 1, 2**31 - 8, 1])
+def test_gradients_never_leave_their_rows(op, first):
+    """The first row and the rank are added in 64 bits: 2**31 - 1 + rank is not a small number."""
+    args = list(cases.make(op, Case(12, 33, 64, R=12)))
+    grad_rows, ranks = _places(op)
+    slot = int(args[ranks].argmax())
+    args[grad_rows] = torch.full((cases.SLOTS,), -1, dtype=torch.int32)
+    args[grad_rows][slot], args[grad_rows + 1] = first, int(args[ranks][slot])
+    expected = f"grad_rows: expected rows below grad_rank = 12, got rows from {first} for the 12 "
+    with pytest.raises(RuntimeError, match=f"{expected}ranks of slot {slot}"):
+        getattr(ops, op)(*args)
+    args[grad_rows][slot] = 0
+    getattr(ops, op)(*args)
+
+
+@pytest.mark.parametrize("grad_rank", [-1, 2**31, 2**62])
+def test_a_grad_rank_that_no_row_reaches_is_refused(grad_rank):
+    args = list(cases.make(OP, Case(12, 33, 64, R=12)))
+    args[-2] = grad_rank
+    with pytest.raises(RuntimeError, match=f"grad_rank: expected 0..2.31-1, got {grad_rank}"):
+        ops.multi_lora_backward(*args)

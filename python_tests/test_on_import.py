@@ -94,6 +94,23 @@ def test_registered_by_the_module_or_its_callbacks_themselves(write):
     assert seen == hooked_self.seen == [hooked_self]
 
 
+def test_registered_by_a_callback(write):
+    """It is called too, after those that were there, and again with them."""
+    write("hooked_by_callback", "")
+    seen = []
+
+    def first(module):
+        seen.append(1)
+        if len(seen) == 1:
+            on_import("hooked_by_callback", lambda module: seen.append(2))
+
+    on_import("hooked_by_callback", first)
+    module = importlib.import_module("hooked_by_callback")
+    assert seen == [1, 2]
+    importlib.reload(module)
+    assert seen == [1, 2, 1, 2]
+
+
 def test_errors_come_out_and_the_next_import_tries_again(write):
     write("hooked_error", "")
     broken = [True]

@@ -1,7 +1,7 @@
 """The batch planner against a model in Python that says what the arrays mean."""
 
 import random
-import statistics
+import time
 import timeit
 
 import numpy as np
@@ -261,6 +261,18 @@ def test_attributes_are_read_only():
         ([0], [1], {"tile_rows": -16}, "tile_rows: expected 16, 32, 64, 128 or 0, got -16"),
         ([0], [1], {"tile_capacity": -1}, "tile_capacity: expected 0 or more, got -1"),
         ([0], [1], {"page_capacity": -1}, "page_capacity: expected 0 or more, got -1"),
+        (
+            [0],
+            [1],
+            {"tile_capacity": 2**62},
+            "tile_capacity: expected at most 2147483647, got 4611686018427387904",
+        ),
+        (
+            [0],
+            [1],
+            {"page_capacity": 2**31},
+            "page_capacity: expected at most 2147483647, got 2147483648",
+        ),
     ],
 )
 def test_errors(slots, tokens, options, message):
@@ -298,8 +310,10 @@ def test_other_sequences_of_ints():
 
 @pytest.mark.parametrize("prompts", [0, 28])
 def test_planning_is_quick(prompts):
-    """512 sequences with an adapter each. Some 10 µs; the bound allows for a machine that others use too."""
+    """512 sequences with an adapter each: some 10 µs of this thread's own time, whatever else the machine does."""
     pool, slots = pool_of(*[4] * 512)
     tokens = [128] * prompts + [1] * (512 - prompts)
-    times = timeit.repeat(lambda: host.plan(pool, slots, tokens), number=20, repeat=25)
-    assert statistics.median(times) / 20 < 1e-3
+    times = timeit.repeat(
+        lambda: host.plan(pool, slots, tokens), timer=time.thread_time, number=20, repeat=25
+    )
+    assert min(times) / 20 < 1e-3

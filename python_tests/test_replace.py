@@ -277,7 +277,7 @@ def test_meta_model():
         ({"r": -1}, ValueError, "r: expected an integer >= 0, got -1"),
         ({"lora_dropout": 2}, ValueError, "lora_dropout: expected 0 <= lora_dropout < 1, got 2"),
         ({"adapter_name": "a.b"}, ValueError, "name: expected a non-empty string without '.'"),
-        ({"quant_type": "int4"}, ValueError, "quant_type: expected 'nf4' or 'fp4', got 'int4'"),
+        ({"quant_type": "int3"}, ValueError, "quant_type: expected one of .*, got 'int3'"),
         ({"r": 0, "blocksize": 48}, ValueError, "blocksize: expected one of"),
         ({"quant_storage": torch.int32}, ValueError, "quant_storage: expected one of"),
     ],

@@ -46,12 +46,12 @@ def test_op_has_all_its_parts(op):
 
 @each_op
 def test_op_is_a_triton_kernel(op):
-    module = pathlib.Path(triton_kernels.__file__).with_name(f"{triton_kernels.MODULES[op]}.py")
+    module = pathlib.Path(triton_kernels.__file__).with_name(f"{triton_kernels.module_of(op)}.py")
     assert f"\ndef {op}(" in module.read_text(), f"{module.name} does not define {op}"
 
 
-def test_nothing_but_the_ops_is_a_triton_kernel():
-    assert triton_kernels.MODULES.keys() == OPS.keys()
+def test_the_exceptions_among_triton_modules_are_ops():
+    assert triton_kernels.EXCEPTIONS.keys() <= OPS.keys()
 
 
 def test_nothing_but_the_ops_has_cases():
@@ -82,15 +82,17 @@ def test_runs_on_every_backend(op, any_backend):
 
 
 @each_op
-@pytest.mark.parametrize("case", [*cases.FEW, cases.Case(M=0), cases.Case(M=1, N=1, K=1, R=1)])
-def test_fake_gives_what_the_kernel_gives(op, case, any_backend):
-    args = cases.make(op, case)
-    fakes = OPS[op].fake(*(_to_meta(a) for a in args))
-    fakes = fakes if isinstance(fakes, tuple) else (fakes,)
+def test_fake_gives_what_the_kernel_gives(op, any_backend, subtests):
     written = op.endswith("_")  # its first output is an argument, of which the fake knows nothing
-    for real, fake in zip(run(op, args)[written:], fakes, strict=True):
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
-        assert real.is_contiguous()
+    for case in (*cases.FEW, cases.Case(M=0), cases.Case(M=1, N=1, K=1, R=1)):
+        with subtests.test(case=str(case)):
+            args = cases.make(op, case)
+            fakes = OPS[op].fake(*(_to_meta(a) for a in args))
+            fakes = fakes if isinstance(fakes, tuple) else (fakes,)
+            for real, fake in zip(run(op, args)[written:], fakes, strict=True):
+                of_fake = (fake.shape, fake.dtype, fake.stride())
+                assert (real.shape, real.dtype, real.stride()) == of_fake
+                assert real.is_contiguous()
 
 
 def _to_meta(value):
@@ -109,6 +111,101 @@ def test_opcheck(op, case):
 def test_opcheck_of_the_reference(op):
     with conftest.entered("reference"):
         torch.library.opcheck(getattr(ops, op).default, cases.make(op, cases.FEW[2]))
+
+
+FREE = {
+    "scaling",
+    "need_dx",
+    "need_dA",
+    "need_dB",
+    "need_dbias",
+}  # any value of their type is valid
+# Tensors of which only the dtype, or only one side, is determined by the other arguments.
+ANY_SHAPE = {
+    "quantize_4bit": {"weight"},
+    "double_quantize": {"absmax"},
+    **{op: {"page_ids", "rows"} for op in MANY_ADAPTERS},
+}
+ANY_HEIGHT = {
+    "linear_4bit": "x",
+    "linear_4bit_dx": "dy",
+    "lora_linear_4bit": "x",
+    "lora_linear": "x",
+}
+SPOILT = {
+    "N": [34, -33], "K": [97, -96], "blocksize": [48, 8192], "tile_rows": [7], "max_rank": [-1, 2**24],
+    "grad_rank": [-1], "dtype": [torch.int32, torch.float64],
+}  # fmt: skip
+
+
+def spoilt(op, name, value):
+    """Values of an argument that the others rule out."""
+    if name in SPOILT:
+        return SPOILT[name]
+    if isinstance(value, float):
+        return [-0.25, 1.0, float("nan")]
+    wrong = [value.to(torch.int16 if value.dtype != torch.int16 else torch.int32)]
+    if name == "tiles":
+        return [*wrong, value.flatten()[:-1]]
+    if name not in ANY_SHAPE.get(op, ()):
+        flat = value.reshape(1) if value.dim() == 0 else value
+        if ANY_HEIGHT.get(op) != name:
+            wrong.append(torch.cat([flat, flat[:1]]))
+        if flat.dim() > 1:
+            wrong.append(torch.cat([flat, flat[..., :1]], -1))
+    if (name in ("nested_code", "nested_offset") and op != "double_quantize") or (
+        name == "seed" and op not in MANY_ADAPTERS  # whose dropout rates are in a tensor
+    ):
+        wrong.append(None)
+    return wrong
+
+
+@each_op
+def test_each_wrong_argument_is_refused_by_fakes_as_by_kernels(op, any_backend):
+    case = cases.Case(5, 33, 96, "nf4", 32, True, R=3, bias=cases.F32, dropout_p=0.25)
+    args = cases.make(op, case)
+    names = [argument.name for argument in getattr(ops, op).default._schema.arguments]
+    meta = [_to_meta(a) for a in args]
+    getattr(ops, op)(*meta)
+    for i, name in enumerate(names):
+        if name in FREE:
+            continue
+        for value in spoilt(op, name, args[i]):
+            with pytest.raises(RuntimeError):
+                run(op, (*args[:i], value, *args[i + 1 :]))
+            with pytest.raises(RuntimeError) as refused:
+                getattr(ops, op)(*meta[:i], _to_meta(value), *meta[i + 1 :])
+            named = str(refused.value).partition(": expected")[0]
+            assert named in (*names, "page_rank"), f"{name} = {value}: {refused.value}"
+
+
+@each_op
+def test_fakes_refuse_tensors_on_another_device(op):
+    args = cases.make(op, cases.Case())
+    tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
+    args = [_to_meta(a) for a in args]
+    args[tensors[-1]] = torch.empty_like(args[tensors[-1]], device="cpu")
+    with pytest.raises(RuntimeError, match="expected a tensor on meta, got cpu"):
+        getattr(ops, op)(*args)
+
+
+@pytest.mark.parametrize("op", BY_ROWS)
+def test_checks_of_fakes_hold_for_sizes_that_are_not_known(op):
+    """A number of rows that a tensor's values decide: the graph is whole, and the kernel runs on any of them."""
+    case = cases.Case(8, 33, 96, "nf4", 32, True, R=3, bias=cases.F32, dropout_p=0.25)
+    args = cases.make(op, case)
+
+    def some_rows(keep, *args):
+        return getattr(ops, op)(*cases.with_rows(args, case, lambda a: a[keep.nonzero()[:, 0]]))
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(some_rows, fullgraph=True, backend="aot_eager")
+        for count in (5, 0, 8):
+            keep = torch.arange(8) < count
+            outputs, expected = compiled(keep, *args), some_rows(keep, *args)
+            if isinstance(outputs, torch.Tensor):
+                outputs, expected = [outputs], [expected]
+            tolerance.assert_same_bits(op, outputs, expected)
 
 
 def check_same(name, op, args, outputs, expected, backend):
@@ -145,19 +242,20 @@ LAYOUTS = {
 
 
 @each_op
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [cases.FEW[2], cases.FEW[3], cases.Case(M=1, N=1, K=64)])
-def test_strides_do_not_matter(op, layout, case, backend):
+def test_strides_do_not_matter(op, case, backend, subtests):
     args = cases.make(op, case)
     expected = run(op, args)
     contiguous = _contiguous_by_contract(op)
-    strided = [
-        LAYOUTS[layout](a)
-        if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in contiguous
-        else a
-        for i, a in enumerate(args)
-    ]
-    check_same(f"{op}, {layout}", op, args, run(op, strided), expected, backend)
+    for layout, view in LAYOUTS.items():
+        with subtests.test(layout=layout):
+            strided = [
+                view(a)
+                if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in contiguous
+                else a
+                for i, a in enumerate(args)
+            ]
+            check_same(f"{op}, {layout}", op, args, run(op, strided), expected, backend)
 
 
 @each_op
@@ -204,29 +302,30 @@ BITS = [*cases.FEW, cases.Case(64, 130, 300, R=16, bias=cases.F32, dropout_p=0.1
 
 
 @each_op
-@pytest.mark.parametrize("case", BITS)
-def test_same_bits_again_and_arguments_untouched(op, case, backend):
-    args = cases.make(op, case)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    expected = run(op, args)
-    for _ in range(3):
-        tolerance.assert_same_bits(op, run(op, args), expected)
-    for i, (a, b) in enumerate(zip(args, before)):
-        if isinstance(a, torch.Tensor):
-            tolerance.assert_same_bits(f"{op}: argument {i}", a, b)
+def test_same_bits_again_and_arguments_untouched(op, backend, subtests):
+    for case in BITS:
+        with subtests.test(case=str(case)):
+            args = cases.make(op, case)
+            before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            expected = run(op, args)
+            for _ in range(3):
+                tolerance.assert_same_bits(op, run(op, args), expected)
+            for i, (a, b) in enumerate(zip(args, before)):
+                if isinstance(a, torch.Tensor):
+                    tolerance.assert_same_bits(f"{op}: argument {i}", a, b)
 
 
 @each_op
-@pytest.mark.parametrize("case", [*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)])
-def test_same_bits_on_any_number_of_threads(op, case, backend, set_threads):
-    if backend in ("emulator", "cuda", "triton"):
-        pytest.skip("this is about the threads of a CPU")
-    args = cases.make(op, case)
-    set_threads(1)
-    expected = run(op, args)
-    for threads in (2, 3, 7):
-        set_threads(threads)
-        tolerance.assert_same_bits(f"{op}, {threads} threads", run(op, args), expected)
+@pytest.mark.parametrize("isa", conftest.ISAS)
+def test_same_bits_on_any_number_of_threads(op, isa, set_threads, subtests):
+    for case in (*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)):
+        with subtests.test(case=str(case)), conftest.entered(f"cpu-{isa}"):
+            args = cases.make(op, case)
+            set_threads(1)
+            expected = run(op, args)
+            for threads in (2, 3, 7):
+                set_threads(threads)
+                tolerance.assert_same_bits(f"{op}, {threads} threads", run(op, args), expected)
 
 
 # Every height of a register tile and of a task, on both sides.
@@ -262,7 +361,7 @@ def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
 @pytest.mark.parametrize("op", ["lora_linear_4bit", "lora_linear"])
 @pytest.mark.parametrize("case", BATCH)
 def test_the_adapters_own_product_is_of_one_family(op, case, backend):
-    """S has the same bits in every batch, gemv or panel; on a GPU in every batch of more than 64 rows."""
+    """S has the same bits in every batch, gemv or gemm; on a GPU in every batch of more than 64 rows."""
     args = cases.make(op, case)
     s = run(op, args)[1]
     heights = (65, 66, 100) if backend in ("emulator", "cuda", "triton") else (1, 3, 4, 5)
@@ -276,9 +375,9 @@ def test_the_cases_reach_every_family():
     def families(backend, problems):
         return {cases.family("linear_4bit", c, backend).partition(" ")[0] for c in problems}
 
-    for problems in (batches, cases.ALL):
-        assert families("cpu", problems) == {"gemv", "panel"}
-        assert families("emulator", problems) == {"decode", "tile", "matmul", "simt"}
+    for problems in (batches, [*cases.SHARED, *cases.LARGE]):
+        assert families("cpu", problems) == {"gemv", "gemm"}
+        assert families("emulator", problems) == {"gemv", "mma", "matmul", "simt"}
 
 
 def test_errors_name_the_schema(any_backend):

@@ -103,5 +103,7 @@ def test_every_entry_has_to_match():
     names = ["a.b", "c"]
     check_all_match("exclude", ["b", "lm_head"], names, "layer", silent=("lm_head",))
     check_all_match("exclude", "a.*", names, "layer")
-    with pytest.raises(ValueError, match=r"exclude: 'd' matches no layer; linear layers here: a.b, c"):
+    with pytest.raises(
+        ValueError, match=r"exclude: 'd' matches no layer; linear layers here: a.b, c"
+    ):
         check_all_match("exclude", ["b", "d"], names, "layer")

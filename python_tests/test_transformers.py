@@ -74,14 +74,14 @@ def test_layers_and_weights(dense, name, tmp_path):
     assert files(tmp_path / "again") == files(tmp_path / "saved")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dtype_and_settings(dense, dtype, tmp_path):
+@pytest.mark.parametrize(("dtype", "quant_type"), [(torch.float32, "fp4"), (torch.float16, "int4")])
+def test_dtype_and_settings(dense, dtype, quant_type, tmp_path):
     config = lk.LowRankConfig(
-        "fp4", 128, False, torch.bfloat16, ["v_proj", "layers.1.mlp", "lm_h.*"]
+        quant_type, 128, False, torch.bfloat16, ["v_proj", "layers.1.mlp", "lm_h.*"]
     )
     model = load(dense("llama"), config=config, dtype=dtype)
     assert config.to_dict() == {
-        "quant_method": "lowrank_kernels", "quant_type": "fp4", "blocksize": 128, "double_quant": False,
+        "quant_method": "lowrank_kernels", "quant_type": quant_type, "blocksize": 128, "double_quant": False,
         "quant_storage": "bfloat16", "skip_modules": ["v_proj", "layers.1.mlp", "lm_h.*"],
         "save_as": "lowrank_kernels",
     }  # fmt: skip
@@ -91,7 +91,8 @@ def test_dtype_and_settings(dense, dtype, tmp_path):
     assert len(quantized) == 12 and "model.layers.1.mlp.up_proj" in quantized
     for layer in quantized.values():
         w = layer.weight4bit
-        assert (w.quant_type, w.blocksize, w.double_quant, w.dtype) == ("fp4", 128, False, dtype)
+        settings = (w.quant_type, w.blocksize, w.double_quant, w.dtype)
+        assert settings == (quant_type, 128, False, dtype)
         assert w.packed.dtype == torch.bfloat16
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
@@ -218,8 +219,12 @@ def test_a_weight_that_is_not_finite(dense, value, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quant_type": "int4"}, "quant_type: expected 'nf4' or 'fp4', got 'int4'"),
-        ({"quant_type": None}, "quant_type: expected 'nf4' or 'fp4', got None"),
+        ({"quant_type": "int3"}, "quant_type: expected one of .*'int4'.*, got 'int3'"),
+        ({"quant_type": None}, "quant_type: expected one of .*, got None"),
+        (
+            {"quant_type": "int4", "save_as": "bitsandbytes"},
+            "quant_type: expected one of .* in a checkpoint for bitsandbytes, got 'int4'",
+        ),
         ({"blocksize": 100}, "blocksize: expected one of"),
         ({"blocksize": "64"}, "blocksize: expected one of"),
         ({"double_quant": 1}, "double_quant: expected True or False, got 1"),
@@ -295,6 +300,20 @@ def test_versions(dense, monkeypatch):
         lk.LowRankConfig  # noqa: B018
     monkeypatch.setitem(sys.modules, "lowrank_kernels.interop.transformers_quantizer", None)
     transformers_hook.register(transformers.quantizers.auto)  # does not touch it
+
+
+def test_without_transformers(monkeypatch):
+    """It is named, with the versions that do, also where packaging is missing, which is no dependency of ours."""
+    monkeypatch.setitem(sys.modules, "packaging", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "packaging.version", raising=False)
+    low, high = transformers_version.TESTED
+    message = (
+        f"LowRankConfig: expected transformers >= {low}, < {high}, got none: it is not installed"
+    )
+    with pytest.raises(ImportError, match=message) as error:
+        lk.LowRankConfig  # noqa: B018
+    assert error.value.name == "transformers"
 
 
 @pytest.mark.skipif(

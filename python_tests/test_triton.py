@@ -4,7 +4,7 @@
 share of the cases that the other backends get (conftest.TRITON_SHARDS; ``LOWRANK_TEST_FULL=1``: all).
 
 What the interpreter leaves untested: it multiplies the bits of bfloat16 as integers and cuts off where bfloat16 is
-rounded, so elements.dot widens operands there and elements.rounded rounds by hand; instructions of tensor cores;
+rounded, so primitives.dot widens operands there and primitives.rounded rounds by hand; instructions of tensor cores;
 and the lookup in NVIDIA's registers, which is played here instead.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 import conftest
 from lowrank_kernels import triton as triton_kernels
-from lowrank_kernels.codebooks import code_of
+from lowrank_kernels.codebooks import CODES, code_of
 from lowrank_kernels.schema import OPS
 
 HERE = pathlib.Path(__file__).parent
@@ -98,12 +98,12 @@ def _play(asm: str, registers: dict[str, int]) -> dict[str, int]:
     return registers
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", CODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lookup_in_registers(quant_type, dtype):
     """All 65536 pairs of bytes, in the lower and in the upper half of a register."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from lowrank_kernels.triton import elements
+    from lowrank_kernels.triton import primitives
 
     bits = code_of(quant_type).to(dtype).view(torch.int16).tolist()
     planes = [[bit >> shift & 0xFF for bit in bits] for shift in (0, 8)]
@@ -111,7 +111,7 @@ def test_lookup_in_registers(quant_type, dtype):
     registers = {f"${5 + 4 * i}": word for i, word in enumerate(words)}
     for value in range(1 << 16):
         packed = value << 16 | (value * 40503 & 0xFFFF)
-        result = _play(elements.LOOKUP_ASM.value, registers | {"$4": packed})
+        result = _play(primitives.LOOKUP_ASM.value, registers | {"$4": packed})
         nibbles = [packed >> 4 * i & 15 for i in range(8)]
         for side, first in (("even", 0), ("odd", 2)):
             codes = [bits[n] & 0xFFFF for n in (nibbles[1::2] if side == "even" else nibbles[::2])]

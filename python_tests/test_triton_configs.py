@@ -9,7 +9,7 @@ from lowrank_kernels.schema import ops
 
 if not conftest.ONLY_TRITON or conftest.ON_GPU:
     pytest.skip("runs in triton's interpreter, started by test_triton.py", allow_module_level=True)
-from lowrank_kernels.triton import product
+from lowrank_kernels.triton import matmul
 
 CASES = [
     cases.Case(M, 70, K, "nf4", 64, dtype=dtype, bias=cases.F32)
@@ -33,7 +33,7 @@ def test_every_configuration(op, case, backend, monkeypatch):
         tried[:] = configs
         return configs[min(number, len(configs) - 1)]
 
-    monkeypatch.setattr(product, "choose", choose)
+    monkeypatch.setattr(matmul, "choose", choose)
     number = 0
     while number == 0 or number < len(tried):
         tolerance.check(op, args, getattr(ops, op)(*args))

@@ -75,7 +75,7 @@ struct Dropout {
   const uint64_t* seed = nullptr;
 };
 
-// With probability p, 0 <= p < 1; none where it is 0 or there is no seed.
+// Dropout with probability p, 0 <= p < 1; none where p is 0 or there is no seed.
 LK_ANYWHERE static inline Dropout dropout_of(double p, const uint64_t* seed) {
   Dropout d;
   if (!seed || !(p > 0.0)) return d;
@@ -121,6 +121,9 @@ struct BackwardArgs {
 };
 
 // -- many adapters in one batch -------------------------------------------------------------------
+// Ranks go in whole steps: page_rank is a multiple of kRankStep, and so is the width of S.
+constexpr int64_t kRankStep = 8;
+
 // Adapters live in pages of page_rank ranks. A page has an id, the same in every module of a model:
 //
 //   A    page 0: | page_rank rows of K | page 1: | ... |      rank-major, as A is
@@ -131,7 +134,7 @@ struct BackwardArgs {
 
 struct Pages {
   Matrix A, B;  // [pages * page_rank, K], [pages * page_rank, N], rows without gaps
-  int64_t page_rank = 8;
+  int64_t page_rank = kRankStep;
   int64_t slots = 0;
   const int32_t* ranks = nullptr;     // [slots]; 0: the adapter does not cover this module
   const float* scalings = nullptr;    // [slots]
@@ -150,7 +153,7 @@ struct Tile {
   int32_t slot, row0, rows, page0;
 };
 
-// Which row of x[M, K] has which adapter; the same for every module of a model.
+// A plan: which row of x[M, K] has which adapter. It is the same for every module of a model.
 struct BatchPlan {
   const int32_t* rows = nullptr;         // row numbers by slot, ascending within a slot
   const Tile* tiles = nullptr;           // [tile_count]

@@ -22,8 +22,11 @@ LK_API int lk_int8_active(void);
 // The kernels for that beside the instruction set in use: their name, or null if there are none or
 // this CPU cannot run them.
 LK_API const char* lk_int8_kernels(void);
-// Asks for one kernel of the frozen base in place of the fastest: "few", "small", "panels",
-// "tiles", "invariant" (table.h); null or "" for the fastest again. 0: done, 1: unknown name.
+// The kernels that multiply by the frozen base, those for few rows first.
+LK_API int lk_kernel_count(void);
+LK_API const char* lk_kernel_name(int index);
+// Asks for one of them in place of the fastest, or for "invariant" (table.h); null or "" for the
+// fastest again. 0: done, 1: unknown name.
 LK_API int lk_kernel_set(const char* name);
 // Compiler and flags, one line.
 LK_API const char* lk_build_info(void);

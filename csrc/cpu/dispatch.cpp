@@ -14,6 +14,13 @@
 #include "cpu/table.h"
 
 namespace lk {
+
+// Each is defined by a unit of isa/.
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table, kAvx512Table, kAmxTable;
+#endif
+
 namespace {
 
 struct Isa {
@@ -27,7 +34,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-// Linux lets a process use tile registers after it has asked for them.
+// Linux lets a process use AMX's registers after it has asked for them.
 bool has_amx() {
 #if defined(__linux__)
   unsigned a, b, c, d;
@@ -44,7 +51,7 @@ bool has_amx() {
 }
 #endif
 
-// Best first. The one place that lists the instruction sets.
+// The list of the instruction sets, best first: whoever wants to know them asks this library.
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {&kAmxTable, has_amx},
@@ -70,7 +77,7 @@ std::atomic<const KernelTable*>& active() {
   return table;
 }
 
-// By the names in the tables.
+// Whether this CPU has a feature that a table names.
 bool has_feature(const char* name) {
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx512_vnni") == 0) return __builtin_cpu_supports("avx512vnni");
@@ -81,22 +88,21 @@ bool has_feature(const char* name) {
 
 thread_local bool int8_active = false;
 
-constexpr const char* kKernelNames[] = {"", "few", "small", "panels", "tiles", "invariant"};
 std::atomic<Kernel> asked{Kernel::any};
 
-struct Buffer {
+struct Allocation {
   void* data = nullptr;
   size_t capacity = 0;
-  ~Buffer() { std::free(data); }
+  ~Allocation() { std::free(data); }
 };
 
 }  // namespace
 
 Kernel asked_kernel() { return asked.load(std::memory_order_relaxed); }
 
-void* scratch(Slot slot, size_t bytes) {
-  thread_local Buffer buffers[static_cast<int>(Slot::count)];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
+void* scratch(Buffer which, size_t bytes) {
+  thread_local Allocation buffers[static_cast<int>(Buffer::count)];
+  Allocation& buffer = buffers[static_cast<int>(which)];
   if (buffer.capacity < bytes) {
     std::free(buffer.data);
     buffer.data = nullptr;
@@ -145,6 +151,13 @@ int lk_int8_active(void) { return lk::int8_active; }
 const char* lk_int8_kernels(void) {
   const char* name = lk_kernels()->int8;
   return name && lk::has_feature(name) ? name : nullptr;
+}
+
+int lk_kernel_count(void) { return lk::kLastKernel - lk::kFirstKernel + 1; }
+
+const char* lk_kernel_name(int index) {
+  return index >= 0 && index < lk_kernel_count() ? lk::kKernelNames[lk::kFirstKernel + index]
+                                                 : nullptr;
 }
 
 int lk_kernel_set(const char* name) {

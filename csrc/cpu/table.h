@@ -5,14 +5,19 @@
 
 namespace lk {
 
-// What multiplies by the frozen base: gemv.inl, small.inl, gemm.inl, tiles.inl. `any`: whatever is
-// fastest; `invariant`: of small and panels, which sum in one order, whatever is faster.
-enum class Kernel : int { any, few, small, panels, tiles, invariant };
+// What multiplies by the frozen base. `any` is whatever is fastest; `invariant` is the faster one
+// of skinny and gemm, which sum in one order.
+enum class Kernel : int { any, gemv, skinny, gemm, amx, invariant };
+// Their names, in the order of the enumeration; those from kFirstKernel to kLastKernel are kernels.
+constexpr const char* kKernelNames[] = {"", "gemv", "skinny", "gemm", "amx", "invariant"};
+constexpr int kFirstKernel = static_cast<int>(Kernel::gemv);
+constexpr int kLastKernel = static_cast<int>(Kernel::amx);
 
-// Numbers of rows for which each is fastest, as measured: few up to .few, small up to .small, tiles
-// from .tiles, panels between. none: 0, 0, INT64_MAX.
+// The numbers of rows for which each kernel is the fastest one, as measured: gemv up to .gemv,
+// skinny up to .skinny, amx from .amx on, and gemm between. A kernel that does not exist has 0, 0
+// or INT64_MAX.
 struct Crossovers {
-  int64_t few, small, tiles;
+  int64_t gemv, skinny, amx;
 };
 
 struct KernelTable {
@@ -28,19 +33,12 @@ struct KernelTable {
   void (*multi_backward)(const MultiBackwardArgs&, const Parallel&);
 };
 
-extern const KernelTable kScalarTable;
-#if defined(__x86_64__)
-extern const KernelTable kAvx2Table;
-extern const KernelTable kAvx512Table;
-extern const KernelTable kAmxTable;
-#endif
-
-// What was asked for in place of the fastest one; where it cannot run, panels do.
+// The kernel that was asked for in place of the fastest one; where it cannot run, gemm does.
 Kernel asked_kernel();
 
-// Scratch of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls. Slots
-// are independent.
-enum class Slot : int { panel, rows, scales, operand, accumulator, shared, count };
-void* scratch(Slot slot, size_t bytes);
+// Scratch memory of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls.
+// Buffers are independent of each other.
+enum class Buffer : int { panel, rows, scales, operand, accumulator, shared, count };
+void* scratch(Buffer which, size_t bytes);
 
 }  // namespace lk

@@ -1,6 +1,7 @@
-// C interface of liblowrank_cuda.so: launchers of the CUDA kernels. No torch. All are asynchronous
-// on `launch->stream`, allocate nothing, never synchronise and keep no state between calls, so they
-// can be captured into a CUDA graph. Pointers of the argument structs are device memory.
+// C interface of liblowrank_cuda.so: one table of launchers of the CUDA kernels. No torch. All
+// launchers are asynchronous on `Launch::stream`, allocate nothing, never synchronise and keep no
+// state between calls, so they can be captured into a CUDA graph. Pointers of the argument structs
+// are device memory.
 #pragma once
 
 #include "common/params.h"
@@ -9,8 +10,8 @@
 
 namespace lk {
 
-// Where a launcher runs, and device scratch memory of at least the size its plan asked for
-// (256-byte aligned).
+// A launcher's device and stream, and device scratch memory of at least the size that its plan asks
+// for (256-byte aligned).
 struct Launch {
   int device = 0;
   void* stream = nullptr;  // cudaStream_t
@@ -21,40 +22,51 @@ struct Launch {
 // row, the weight and the adapter.
 enum class Family : int {
   simt,    // float32 arithmetic, any dtype and shape
-  decode,  // few rows: weights from memory to registers, once
-  tile,    // tensor cores on tiles of decoded weights
+  gemv,    // few rows: weights from memory to registers, once
+  mma,     // tensor cores on tiles of decoded weights
   matmul,  // dequantized in pieces for the caller's dense product; only bias and adapter run here
 };
-struct Plan {
+// What was decided about one call: made by a plan_* function from the arguments, and handed to the
+// launcher with the same arguments.
+struct LaunchPlan {
   Family family = Family::simt;
-  bool has_rest = true;   // matmul: there is something that the product is added to
-  int64_t workspace = 0;  // bytes
+  // Family::matmul: the family that computes adapter and bias, to which the caller adds its
+  // product.
+  Family rest = Family::simt;
+  bool has_rest = true;               // matmul: there is something that the product is added to
+  bool lora_on_tensor_cores = false;  // the skinny products of the adapter
+  int64_t workspace = 0;              // bytes
+};
+
+// Everything the library does, as KernelTable has it for the CPU. Launchers return a cudaError_t;
+// after a failure failure() tells which kernel, grid and architecture, for this thread.
+struct CudaTable {
+  int64_t size = sizeof(CudaTable);  // of the table that the library was compiled with
+
+  int (*quantize)(const QuantizeArgs&, const Launch&);
+  int64_t (*double_quantize_workspace)(int64_t blocks);
+  int (*double_quantize)(const DoubleQuantizeArgs&, const Launch&);
+  // Rows [row, row + out.rows) and columns [column, column + out.cols) of the weight.
+  int (*dequantize)(const Weight4&, int64_t row, int64_t column, const MutMatrix& out,
+                    const Launch&);
+  // Under Family::matmul these compute adapter and bias alone, and the caller adds the product.
+  LaunchPlan (*plan_linear)(const LinearArgs&, int device);
+  int (*linear)(const LinearArgs&, const LaunchPlan&, const Launch&);
+  LaunchPlan (*plan_linear_backward)(const BackwardArgs&, int device);
+  int (*linear_backward)(const BackwardArgs&, const LaunchPlan&, const Launch&);
+  // Many adapters in one batch; a base and Family::matmul likewise.
+  LaunchPlan (*plan_multi)(const MultiArgs&, int device);
+  int (*multi)(const MultiArgs&, const LaunchPlan&, const Launch&);
+  LaunchPlan (*plan_multi_backward)(const MultiBackwardArgs&, int device);
+  int (*multi_backward)(const MultiBackwardArgs&, const LaunchPlan&, const Launch&);
+
+  const char* (*failure)();
 };
 
 }  // namespace lk
 
-// Each launcher returns a cudaError_t; after a failure lk_cuda_failure() tells which kernel, grid
-// and architecture, for this thread.
-LK_CUDA_API int lk_cuda_quantize(const lk::QuantizeArgs* args, const lk::Launch* launch);
-LK_CUDA_API int64_t lk_cuda_double_quantize_workspace(int64_t blocks);
-LK_CUDA_API int lk_cuda_double_quantize(const lk::DoubleQuantizeArgs* args,
-                                        const lk::Launch* launch);
-// Rows [row, row + out->rows) and columns [column, column + out->cols) of the weight.
-LK_CUDA_API int lk_cuda_dequantize(const lk::Weight4* weight, int64_t row, int64_t column,
-                                   const lk::MutMatrix* out, const lk::Launch* launch);
-// A base that is neither quantized nor dense counts as zero: what is left is adapter and bias.
-LK_CUDA_API lk::Plan lk_cuda_plan_linear(const lk::LinearArgs* args, int device);
-LK_CUDA_API int lk_cuda_linear(const lk::LinearArgs* args, const lk::Launch* launch);
-LK_CUDA_API lk::Plan lk_cuda_plan_linear_backward(const lk::BackwardArgs* args, int device);
-LK_CUDA_API int lk_cuda_linear_backward(const lk::BackwardArgs* args, const lk::Launch* launch);
-// Many adapters in one batch. The arguments stay the same whatever the family is: with a base and
-// Family::matmul y is bias and adapters, dx the adapters' term; the caller adds the product.
-LK_CUDA_API lk::Plan lk_cuda_plan_multi(const lk::MultiArgs* args, int device);
-LK_CUDA_API int lk_cuda_multi(const lk::MultiArgs* args, const lk::Launch* launch);
-LK_CUDA_API lk::Plan lk_cuda_plan_multi_backward(const lk::MultiBackwardArgs* args, int device);
-LK_CUDA_API int lk_cuda_multi_backward(const lk::MultiBackwardArgs* args, const lk::Launch* launch);
-
-LK_CUDA_API const char* lk_cuda_failure(void);
-// Architectures compiled in, as in TORCH_CUDA_ARCH_LIST: "8.0 9.0a 12.0+PTX".
+LK_CUDA_API const lk::CudaTable* lk_cuda_kernels(void);
+// Python asks for these without torch: the architectures that were compiled in, written as in
+// TORCH_CUDA_ARCH_LIST ("8.0 9.0a 12.0+PTX"), and how.
 LK_CUDA_API const char* lk_cuda_architectures(void);
 LK_CUDA_API const char* lk_cuda_build_info(void);

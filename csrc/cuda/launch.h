@@ -19,7 +19,7 @@ struct Shape {
 #define LK_TRY(call) \
   if (const cudaError_t error_ = (call); error_ != cudaSuccess) return error_
 
-// Records the failure for lk_cuda_failure() and gives it back. `detail` may be empty.
+// Records the failure for CudaTable::failure() and gives it back. `detail` may be empty.
 cudaError_t failed(cudaError_t error, const char* kernel, const Shape& shape, int device,
                    const char* detail);
 
@@ -27,7 +27,7 @@ struct DeviceInfo {
   int multiprocessors = 0, major = 0, minor = 0;
   int64_t l2_bytes = 0;
 };
-// Of an H200 on the emulator. Asked of the runtime each time; all zero if that fails.
+// Asks the runtime each time; all is zero if that fails. The emulator says what an H200 would.
 DeviceInfo device_info(int device);
 
 inline bool is_aligned(const void* p, int64_t bytes) {

@@ -52,7 +52,7 @@ template <class Vector>
 __device__ __forceinline__ Vector load_const(const void* p) {
   return __ldg(static_cast<const Vector*>(p));
 }
-// The same for what is read once: leaves the first-level cache to others.
+// Loads such a vector when it is read once: leaves the first-level cache to others.
 __device__ __forceinline__ uint4 load_once(const void* p) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -81,7 +81,7 @@ __device__ __forceinline__ void copy_async(void* dst, const void* src, bool vali
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// The same; the first `valid` bytes (0..16) are copied, the others become zeros.
+// Copies the first `valid` bytes (0..16) likewise; the others become zeros.
 __device__ __forceinline__ void copy_async_part(void* dst, const void* src, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
                "r"(valid)
@@ -121,8 +121,8 @@ __device__ __forceinline__ void start_next_kernel() {
 #endif
 }
 
-// Of the thread in its warp. Volatile: the compiler keeps it, and what follows from it, in
-// registers and does not compute them again at every use.
+// The number of the thread in its warp. Volatile, so that the compiler keeps it, and what follows
+// from it, in registers and does not compute them again at every use.
 __device__ __forceinline__ unsigned lane() {
   unsigned d;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(d));
@@ -192,7 +192,7 @@ __device__ __forceinline__ float round_tf32(float v) {
 
 // -- matrices -------------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8
+// Loads four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8
 // (16 bytes, aligned). Lane's part of matrix j: row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -200,7 +200,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], const void* row)
                : "r"(shared_address(row))
                : "memory");
 }
-// Each of the four transposed: lane's part is column lane / 4, rows 2 (lane % 4) and the next.
+// Loads each of the four transposed: lane's part is column lane / 4, rows 2 (lane % 4) and the
+// next.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])

@@ -66,15 +66,23 @@ PYBIND11_MODULE(_host, m) {
       },
       py::arg("name"), "Asks for one kernel of the frozen base; '' for the fastest again.");
   m.def(
+      "kernel_names",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < lk_kernel_count(); ++i) names.emplace_back(lk_kernel_name(i));
+        return names;
+      },
+      "Names of the kernels that multiply by the frozen base, those for few rows first.");
+  m.def(
       "crossovers",
       [] {
         const auto of = [](const lk::Crossovers& at) {
-          return std::make_tuple(at.few, at.small, at.tiles);
+          return std::make_tuple(at.gemv, at.skinny, at.amx);
         };
         return std::make_pair(of(lk_kernels()->forward), of(lk_kernels()->dx));
       },
-      "Of the ISA in use, for y and dx: rows up to which `few` and `small` are fastest, and from "
-      "which `tiles` are.");
+      "For the ISA in use, of y and of dx: the rows up to which the first and the second of "
+      "kernel_names() are the fastest ones, and from which the last one is.");
   m.def("build_info", &lk_build_info, "How the library was built: compiler, flags, ISAs.");
   lk::bind_multi_lora(m);
 }

@@ -18,7 +18,8 @@ namespace {
 
 using Int32Array = py::array_t<int32_t, py::array::c_style>;
 
-// By hand: for two lists of some hundred numbers, pybind11's own way takes longer than planning.
+// Converts by hand: for two lists of some hundred numbers, pybind11's own way takes longer than
+// planning.
 std::vector<int64_t> integers(const char* argument, const py::handle& values) {
   // A tuple, as an item's __index__ could change a list.
   const auto items = py::reinterpret_steal<py::object>(PySequence_Tuple(values.ptr()));

@@ -1,6 +1,6 @@
-// Which pages of the adapters' memory belong to which adapter (see Pages in common/params.h). Knows
-// numbers only; the memory is its owner's. Thread-safe. Errors: std::invalid_argument for an
-// argument that no state of the pool would make right or that names a slot without an adapter,
+// Keeps which pages of the adapters' memory belong to which adapter (see Pages in common/params.h).
+// It knows numbers only; the memory is its owner's. Thread-safe. Errors: std::invalid_argument for
+// an argument that no state of the pool would make right or that names a slot without an adapter,
 // std::runtime_error for what the pool refuses as it stands; either leaves the pool unchanged.
 #pragma once
 
@@ -41,8 +41,8 @@ class PagePool {
     int64_t free_pages() const { return static_cast<int64_t>(pool_.free_pages_.size()); }
     std::vector<int32_t> loaded_slots() const;  // ascending
     bool loaded(int64_t slot) const { return pool_.find(slot) != nullptr; }
-    // Of a loaded slot. Every load has a generation of its own, so that what was made for an
-    // adapter can tell when the slot has become another's.
+    // These ask about a loaded slot. Every load has a generation of its own, so that what was made
+    // for an adapter can tell when the slot has become another's.
     uint64_t generation(int64_t slot) const;
     const std::vector<int32_t>& pages(int64_t slot) const;
     int64_t pins(int64_t slot) const;

@@ -27,6 +27,8 @@ std::string element(const char* argument, size_t i) {
 // The size of a part that holds `needed` elements.
 int64_t padded(const char* argument, int64_t capacity, int64_t needed, const char* what) {
   if (capacity < 0) refuse(argument, "0 or more", capacity);
+  // Sizes that are computed from a larger one could overflow.
+  if (capacity > kMaxRows) refuse(argument, "at most " + std::to_string(kMaxRows), capacity);
   if (capacity == 0) return needed;
   if (capacity < needed)
     refuse(argument, "at least the " + std::to_string(needed) + " " + what + " of this batch",

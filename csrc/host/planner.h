@@ -1,5 +1,5 @@
-// From the sequences of a step to the arrays of BatchPlan (common/params.h), in one buffer so that
-// one copy brings them to a GPU. Once per step, for all modules of a model.
+// Makes the arrays of BatchPlan (common/params.h) from the sequences of a step, in one buffer so
+// that one copy brings them to a GPU: once per step, for all modules of a model.
 #pragma once
 
 #include <cstdint>

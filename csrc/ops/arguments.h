@@ -26,6 +26,22 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
   return empty(like, size, like.scalar_type());
 }
 
+// Sizes from outside are bounded where they come in, so that sums of a few of them, rounded up to
+// whatever a kernel needs, cannot overflow; products are checked one by one.
+constexpr int64_t kMaxSize = int64_t{1} << 48;
+
+inline int64_t checked_size(const char* name, int64_t size) {
+  STD_TORCH_CHECK(size >= 0 && size <= kMaxSize, name, ": expected a size of 0..2^48, got ", size);
+  return size;
+}
+
+inline int64_t checked_product(const char* names, int64_t a, int64_t b) {
+  int64_t product = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), names,
+                  ": expected sizes whose product fits 64 bits, got ", a, " and ", b);
+  return product;
+}
+
 inline int shift_of(int64_t blocksize) {
   STD_TORCH_CHECK(blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
                   "blocksize: expected a power of two in 32..4096, got ", blocksize);
@@ -68,6 +84,7 @@ class Unpack {
   // `t` itself, or a copy with rows that lie element by element.
   Tensor rows_of(const char* name, const Tensor& t) const {
     STD_TORCH_CHECK(t.dim() == 2, name, ": expected a matrix, got ", t.dim(), " dimensions");
+    for (int64_t i = 0; i < 2; ++i) checked_size(name, t.size(i));
     check_device(name, t);
     const bool ok =
         (t.size(1) <= 1 || t.stride(1) == 1) && (t.size(0) <= 1 || t.stride(0) >= t.size(1));
@@ -102,11 +119,9 @@ class Unpack {
                   const MaybeTensor& nested_offset, int64_t N, int64_t K, int64_t blocksize) const {
     Weight4 w;
     w.block_shift = shift_of(blocksize);
-    int64_t numel = 0;
-    STD_TORCH_CHECK(N >= 0 && K >= 0 && !__builtin_mul_overflow(N, K, &numel),
-                    "N, K: expected sizes, got ", N, ", ", K);
-    w.N = N;
-    w.K = K;
+    w.N = checked_size("N", N);
+    w.K = checked_size("K", K);
+    const int64_t numel = checked_size("N * K", checked_product("N, K", N, K));
     // Exactly: a packed weight that somebody cast to a wider dtype has too many bytes.
     const int64_t item = static_cast<int64_t>(packed.element_size());
     const int64_t bytes = packed.numel() * item;
@@ -131,8 +146,8 @@ class Unpack {
     return w;
   }
 
-  // The integers of a plan were made by the planner for these very tensors. A CPU checks them all
-  // the same, in the time of reading them once; those of another device cannot be read here.
+  // The integers of a plan are checked by check_indices(); those of another device cannot be read
+  // here.
   BatchPlan plan(const Tensor& tiles, const Tensor& page_ids, const Tensor& tile_of_row,
                  const Tensor& rows, int64_t tile_rows, int64_t max_rank, int64_t M) const {
     STD_TORCH_CHECK(tile_rows == 16 || tile_rows == 32 || tile_rows == 64 || tile_rows == 128,
@@ -159,10 +174,10 @@ class Unpack {
     STD_TORCH_CHECK(A_pages.dim() == 3 && B_pages.dim() == 3,
                     "A_pages, B_pages: expected [pages, page_rank, K] and [pages, page_rank, N]");
     Pages p;
-    const int64_t count = A_pages.size(0);
-    p.page_rank = A_pages.size(1);
-    STD_TORCH_CHECK(p.page_rank > 0 && p.page_rank % 8 == 0,
-                    "page_rank: expected a multiple of 8, got ", p.page_rank);
+    const int64_t count = checked_size("A_pages", A_pages.size(0));
+    p.page_rank = checked_size("page_rank", A_pages.size(1));
+    STD_TORCH_CHECK(p.page_rank > 0 && p.page_rank % kRankStep == 0,
+                    "page_rank: expected a multiple of ", kRankStep, ", got ", p.page_rank);
     p.A = page_matrix("A_pages", A_pages, count, p.page_rank, K);
     p.B = page_matrix("B_pages", B_pages, count, p.page_rank, N);
     STD_TORCH_CHECK(p.A.dtype == p.B.dtype, "B_pages: expected the dtype of A_pages");
@@ -174,7 +189,10 @@ class Unpack {
     return p;
   }
 
-  // On a CPU: that every index of the plan is inside of what it points into.
+  // Checks on a CPU that every index of the plan is inside of what it points into. Indices have 32
+  // bits and are added in 64. Every call checks them again: that takes some ten instructions a row,
+  // of which the product takes N K / 16 and more, while a mark that says "checked" would outlive a
+  // change of the tensors it was made for.
   void check_indices(const BatchPlan& plan, const Pages& pages, int64_t M) const {
     if (!is_cpu_) return;
     const int64_t page_count = pages.A.rows / pages.page_rank;
@@ -184,7 +202,7 @@ class Unpack {
       const Tile& t = plan.tiles[i];
       if (t.rows == 0) continue;
       ok = t.slot >= 0 && t.slot < pages.slots && t.rows > 0 && t.rows <= plan.tile_rows &&
-           t.row0 == next && t.row0 + t.rows <= plan.row_count && t.page0 >= 0;
+           t.row0 == next && next + t.rows <= plan.row_count && t.page0 >= 0;
       if (!ok) break;
       next += t.rows;
       const int64_t rank = pages.ranks[t.slot];
@@ -203,9 +221,12 @@ class Unpack {
 
   void check_grad_rows(const int32_t* grad_rows, const Pages& pages, int64_t grad_rank) const {
     if (!is_cpu_) return;
-    for (int64_t u = 0; u < pages.slots; ++u)
-      STD_TORCH_CHECK(grad_rows[u] < 0 || grad_rows[u] + pages.ranks[u] <= grad_rank,
-                      "grad_rows: expected rows below grad_rank = ", grad_rank);
+    for (int64_t u = 0; u < pages.slots; ++u) {
+      const int64_t first = grad_rows[u], rank = pages.ranks[u];
+      STD_TORCH_CHECK(first < 0 || (rank >= 0 && first + rank <= grad_rank),
+                      "grad_rows: expected rows below grad_rank = ", grad_rank, ", got rows from ",
+                      first, " for the ", rank, " ranks of slot ", u);
+    }
   }
 
   Dropout dropout(double p, const MaybeTensor& seed) const {
@@ -222,7 +243,8 @@ class Unpack {
         t.size(0) == pages && t.size(1) == page_rank && t.size(2) == cols && t.is_contiguous(),
         name, ": expected contiguous [", pages, ", ", page_rank, ", ", cols, "]");
     check_device(name, t);
-    return {t.const_data_ptr(), dtype_of(name, t), pages * page_rank, cols, cols};
+    const int64_t rows = checked_size(name, checked_product(name, pages, page_rank));
+    return {t.const_data_ptr(), dtype_of(name, t), rows, checked_size(name, cols), cols};
   }
 
   bool is_cpu_;

@@ -18,19 +18,7 @@ namespace {
 
 struct Library {
   std::string error;  // why it could not be opened; empty: it could
-  decltype(&lk_cuda_quantize) quantize = nullptr;
-  decltype(&lk_cuda_double_quantize_workspace) double_quantize_workspace = nullptr;
-  decltype(&lk_cuda_double_quantize) double_quantize = nullptr;
-  decltype(&lk_cuda_dequantize) dequantize = nullptr;
-  decltype(&lk_cuda_plan_linear) plan_linear = nullptr;
-  decltype(&lk_cuda_linear) linear = nullptr;
-  decltype(&lk_cuda_plan_linear_backward) plan_linear_backward = nullptr;
-  decltype(&lk_cuda_linear_backward) linear_backward = nullptr;
-  decltype(&lk_cuda_plan_multi) plan_multi = nullptr;
-  decltype(&lk_cuda_multi) multi = nullptr;
-  decltype(&lk_cuda_plan_multi_backward) plan_multi_backward = nullptr;
-  decltype(&lk_cuda_multi_backward) multi_backward = nullptr;
-  decltype(&lk_cuda_failure) failure = nullptr;
+  const CudaTable* table = nullptr;
 
   explicit Library(const std::string& path) {
     if (access(path.c_str(), R_OK) != 0) {
@@ -43,23 +31,11 @@ struct Library {
       error = reason ? reason : "unknown";
       return;
     }
-    const auto find = [&](auto& function, const char* name) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
-      if (!function) error = path + " has no " + name;
-    };
-    find(quantize, "lk_cuda_quantize");
-    find(double_quantize_workspace, "lk_cuda_double_quantize_workspace");
-    find(double_quantize, "lk_cuda_double_quantize");
-    find(dequantize, "lk_cuda_dequantize");
-    find(plan_linear, "lk_cuda_plan_linear");
-    find(linear, "lk_cuda_linear");
-    find(plan_linear_backward, "lk_cuda_plan_linear_backward");
-    find(linear_backward, "lk_cuda_linear_backward");
-    find(plan_multi, "lk_cuda_plan_multi");
-    find(multi, "lk_cuda_multi");
-    find(plan_multi_backward, "lk_cuda_plan_multi_backward");
-    find(multi_backward, "lk_cuda_multi_backward");
-    find(failure, "lk_cuda_failure");
+    const auto get = reinterpret_cast<decltype(&lk_cuda_kernels)>(dlsym(handle, "lk_cuda_kernels"));
+    if (get && get()->size == sizeof(CudaTable))
+      table = get();
+    else
+      error = path + " is of another version";
   }
 };
 
@@ -71,19 +47,19 @@ std::string beside_this_library() {
   return path.substr(0, path.find_last_of('/') + 1) + "liblowrank_cuda.so";
 }
 
-const Library& gpu_library() {
+const CudaTable& gpu_kernels() {
   static const Library library(beside_this_library());
   STD_TORCH_CHECK(library.error.empty(), "lowrank_kernels has no CUDA kernels: ", library.error,
                   "; build: LOWRANK_BUILD_CUDA=1 pip install -e . --no-build-isolation");
-  return library;
+  return *library.table;
 }
 
-const Library& emulator_library() {
+const CudaTable& emulator_kernels() {
   const char* path = std::getenv("LOWRANK_EMULATOR");
   static const Library library(path ? path : "");
   STD_TORCH_CHECK(library.error.empty(), "the CUDA emulator cannot be opened: ", library.error,
                   "; build: make emulator, and set LOWRANK_EMULATOR to the library");
-  return library;
+  return *library.table;
 }
 
 // -- what torch has no stable C++ for -------------------------------------------------------------
@@ -132,7 +108,7 @@ template <bool emulated>
 class Cuda {
  public:
   explicit Cuda(const Tensor& first)
-      : library_(emulated ? emulator_library() : gpu_library()), like_(first) {
+      : kernels_(emulated ? emulator_kernels() : gpu_kernels()), like_(first) {
     if constexpr (emulated) {
       STD_TORCH_CHECK(first.is_cpu(), "the emulator: expected CPU tensors");
     } else {
@@ -144,13 +120,13 @@ class Cuda {
   }
 
   void quantize(const QuantizeArgs& a) const {
-    check(library_.quantize(&a, &launch_), "quantize_4bit", a.numel, a.blocksize, 0);
+    check(kernels_.quantize(a, launch_), "quantize_4bit", a.numel, a.blocksize, 0);
   }
 
   void double_quantize(const DoubleQuantizeArgs& a) const {
     Tensor workspace;
-    const Launch on = with_workspace(library_.double_quantize_workspace(a.blocks), workspace);
-    check(library_.double_quantize(&a, &on), "double_quantize", a.blocks, 0, 0);
+    const Launch on = with_workspace(kernels_.double_quantize_workspace(a.blocks), workspace);
+    check(kernels_.double_quantize(a, on), "double_quantize", a.blocks, 0, 0);
   }
 
   void dequantize(const DequantizeArgs& a) const {
@@ -158,15 +134,14 @@ class Cuda {
     dequantize(w, 0, 0, {a.out, a.dtype, w.N, w.K, w.K});
   }
 
-  void linear(LinearArgs a, const Tensor& x, const Tensor* weight, Tensor& y) const {
+  void linear(const LinearArgs& a, const Tensor& x, const Tensor* weight, Tensor& y) const {
     const int64_t M = a.x.rows, N = a.y.cols, K = a.x.cols;
-    const Plan plan = library_.plan_linear(&a, launch_.device);
+    const LaunchPlan plan = kernels_.plan_linear(a, launch_.device);
     const Weight4* w = a.base.quantized;
-    if (plan.family == Family::matmul) a.base = {};
     if (plan.family != Family::matmul || plan.has_rest) {
       Tensor workspace;
       const Launch on = with_workspace(plan.workspace, workspace);
-      check(library_.linear(&a, &on), "linear", M, N, K);
+      check(kernels_.linear(a, plan, on), "linear", M, N, K);
     }
     if (plan.family != Family::matmul) return;
     const float beta = plan.has_rest ? 1.0f : 0.0f;
@@ -175,32 +150,33 @@ class Cuda {
   }
 
   void multi(const MultiArgs& a, const Tensor& x, Tensor& y) const {
-    const Plan plan = library_.plan_multi(&a, launch_.device);
+    const LaunchPlan plan = kernels_.plan_multi(a, launch_.device);
     Tensor workspace;
     const Launch on = with_workspace(plan.workspace, workspace);
-    check(library_.multi(&a, &on), "multi_lora", a.x.rows, a.y.cols, a.x.cols);
+    check(kernels_.multi(a, plan, on), "multi_lora", a.x.rows, a.y.cols, a.x.cols);
     if (a.base && plan.family == Family::matmul)
       add_forward(*a.base, a.x.dtype, x, y, plan.has_rest ? 1.0f : 0.0f);
   }
 
   void multi_backward(const MultiBackwardArgs& a, const Tensor& dy, Tensor& dx) const {
-    const Plan plan = library_.plan_multi_backward(&a, launch_.device);
+    const LaunchPlan plan = kernels_.plan_multi_backward(a, launch_.device);
     Tensor workspace;
     const Launch on = with_workspace(plan.workspace, workspace);
-    check(library_.multi_backward(&a, &on), "multi_lora_backward", a.dy.rows, a.dy.cols, a.x.cols);
+    check(kernels_.multi_backward(a, plan, on), "multi_lora_backward", a.dy.rows, a.dy.cols,
+          a.x.cols);
     if (a.base && plan.family == Family::matmul)
       add_backward(*a.base, a.dy.dtype, dy, dx, plan.has_rest ? 1.0f : 0.0f);
   }
 
-  void linear_backward(BackwardArgs a, const Tensor& dy, const Tensor* weight, Tensor& dx) const {
+  void linear_backward(const BackwardArgs& a, const Tensor& dy, const Tensor* weight,
+                       Tensor& dx) const {
     const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
-    const Plan plan = library_.plan_linear_backward(&a, launch_.device);
+    const LaunchPlan plan = kernels_.plan_linear_backward(a, launch_.device);
     const Weight4* w = a.base.quantized;
-    if (plan.family == Family::matmul) a.base = {};
     if (plan.family != Family::matmul || plan.has_rest) {
       Tensor workspace;
       const Launch on = with_workspace(plan.workspace, workspace);
-      check(library_.linear_backward(&a, &on), "linear_backward", M, N, K);
+      check(kernels_.linear_backward(a, plan, on), "linear_backward", M, N, K);
     }
     if (plan.family != Family::matmul) return;
     const float beta = plan.has_rest ? 1.0f : 0.0f;
@@ -242,7 +218,7 @@ class Cuda {
   }
 
   void dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out) const {
-    check(library_.dequantize(&w, row, column, &out, &launch_), "dequantize_4bit", 0, out.rows,
+    check(kernels_.dequantize(w, row, column, out, launch_), "dequantize_4bit", 0, out.rows,
           out.cols);
   }
 
@@ -258,10 +234,10 @@ class Cuda {
 
   void check(int error, const char* op, int64_t a, int64_t b, int64_t c) const {
     if (error == 0) return;
-    STD_TORCH_CHECK(false, op, " (", a, ", ", b, ", ", c, "): ", library_.failure());
+    STD_TORCH_CHECK(false, op, " (", a, ", ", b, ", ", c, "): ", kernels_.failure());
   }
 
-  const Library& library_;
+  const CudaTable& kernels_;
   const Tensor like_;
   Launch launch_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;

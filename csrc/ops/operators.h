@@ -204,7 +204,9 @@ struct Operators {
   }
 
  private:
-  static int64_t s_width(const BatchPlan& plan) { return ceil_div(plan.max_rank, 8) * 8; }
+  static int64_t s_width(const BatchPlan& plan) {
+    return ceil_div(plan.max_rank, kRankStep) * kRankStep;
+  }
 
   // S; y is in `a` already.
   static Tensor multi_forward(const Backend& backend, const Unpack& in, const Tensor& x_in,
@@ -228,12 +230,14 @@ struct Operators {
     const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
                  s = torch::stable::contiguous(s_in);
     const int64_t M = dy.size(0), N = a.pages.B.cols, K = a.pages.A.cols;
-    STD_TORCH_CHECK(grad_rank >= 0, "grad_rank: expected at least 0, got ", grad_rank);
+    if (bias) in.vector("bias", *bias, N);
+    STD_TORCH_CHECK(grad_rank >= 0 && grad_rank <= INT32_MAX, "grad_rank: expected 0..2^31-1, got ",
+                    grad_rank);
     in.check_indices(a.plan, a.pages, M);
     a.dy = in.matrix("dy", dy, M, N);
     a.x = in.matrix("x", x, M, K);
     a.s_stride = s_width(a.plan);
-    a.s = in.template data<float>("s", s, ScalarType::Float, M * a.s_stride);
+    a.s = in.template data<float>("s", s, ScalarType::Float, checked_product("s", M, a.s_stride));
     a.grad_rows = in.template data<int32_t>("grad_rows", grad_rows, ScalarType::Int, a.pages.slots);
     in.check_grad_rows(a.grad_rows, a.pages, grad_rank);
     a.grad_rank = grad_rank;
@@ -280,6 +284,7 @@ struct Operators {
     const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
                  s = torch::stable::contiguous(s_in);
     const int64_t M = dy.size(0), R = adapter.lora.A.rows;
+    if (bias) in.vector("bias", *bias, N);
     Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
     const Tensor dA = need_dA ? empty(adapter.A, {R, K}) : empty(adapter.A, {0});
     const Tensor dB = need_dB ? empty(adapter.B, {N, R}) : empty(adapter.B, {0});
@@ -290,7 +295,7 @@ struct Operators {
     a.x = in.matrix("x", x, M, K);
     a.base = base;
     a.lora = adapter.lora;
-    a.s = in.data<float>("s", s, ScalarType::Float, M * R);
+    a.s = in.data<float>("s", s, ScalarType::Float, checked_product("s", M, R));
     a.ds = static_cast<float*>(ds.mutable_data_ptr());
     if (need_dx) a.dx = output(dx, M, K);
     if (need_dA) a.dA = output(dA, R, K);

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..dense_layers import SkippedLayer
 from ..files import sync
+from ..quant_state import KEY
 from . import UserError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -100,7 +101,7 @@ class Source:
                 raise UserError(f"{folder / INDEX}: {key} is not in {name}")
         if not self.entries:
             raise UserError(f"{folder}: no tensors")
-        if packed := next((k for k in self.entries if ".quant_state.bitsandbytes__" in k), None):
+        if packed := next((k for k in self.entries if f".{KEY}" in k), None):
             raise UserError(f"{folder}: in 4 bits already ({packed})")
 
     def _check_dense(self) -> None:

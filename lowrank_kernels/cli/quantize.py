@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__, files
-from ..codebooks import DTYPES, STORAGES
+from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES
 from ..formats import Weight4bit, quantize_4bit
+from ..quant_state import KEYS
 from ..schema import FLOAT_DTYPES
 from . import UserError, layers
 from .checkpoint import INDEX, SINGLE, Entry, Source, Writer, read_json
@@ -264,7 +265,7 @@ class _Run:
         rows, keys = [], []
         room = [e.key for e in entries]
         # A quantized weight becomes up to six tensors.
-        room += [f"{e.key}.quant_state.bitsandbytes__nf4" for e in entries for _ in range(5)]
+        room += [f"{e.key}.{max(KEYS, key=len)}" for e in entries for _ in range(5)]
         with files.written(self.folder / name) as file:
             writer = Writer(file, room)
             for entry, tensor in self.source.tensors(entries):
@@ -326,7 +327,7 @@ class _Run:
         files.write_json(self._config(), self.folder / "config.json")
 
     def _config(self) -> dict:
-        """The source's config.json with what BitsAndBytesConfig writes. It has no blocksize: quant states do."""
+        """The source's config.json with what BitsAndBytesConfig writes, or LowRankConfig for a code of ours alone."""
         config = dict(self.source.config)
         field = "torch_dtype" if "torch_dtype" in config else "dtype"
         if self.options.dtype:
@@ -334,7 +335,18 @@ class _Run:
         first = next(iter(self.plan.quantized))
         stored = self.options.stored(self.source.entries[first], self.plan)
         compute = config.get(field)
-        config["quantization_config"] = {
+        if self.options.quant_type not in BITSANDBYTES_CODES:
+            config["quantization_config"] = {
+                "quant_method": "lowrank_kernels",
+                "quant_type": self.options.quant_type,
+                "blocksize": self.options.blocksize,
+                "double_quant": self.options.double_quant,
+                "quant_storage": self.options.quant_storage,
+                "skip_modules": self.plan.dense,
+                "save_as": "lowrank_kernels",
+            }
+            return config
+        config["quantization_config"] = {  # it has no blocksize: quant states do
             "_load_in_4bit": True,
             "_load_in_8bit": False,
             "bnb_4bit_compute_dtype": compute

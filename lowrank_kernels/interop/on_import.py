@@ -1,4 +1,10 @@
-"""``on_import``: registers with another library when that is imported, whoever imports it and when."""
+"""``on_import``: registers with another library when that is imported, whoever imports it and when.
+
+To register while another thread may be importing the module takes importlib's lock of that module, which has no
+public name: each public function that waits for it also imports the module. wrapt's post-import hooks do without the
+lock. They call at once where the module is in ``sys.modules``, also while another thread is still running it, and
+miss an import that has found the module but not yet put it there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +12,7 @@ import importlib
 import importlib.abc
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 _callbacks: dict[str, tuple[Callable[[ModuleType], None], ...]] = {}
@@ -19,9 +26,7 @@ def on_import(name: str, callback: Callable[[ModuleType], None]) -> None:
     then has failed, or out of this call. Raises ImportError if the module is half imported, by a
     thread that this call comes from: register before that, or after.
     """
-    # importlib's own lock of that module: no other thread is looking for it or running it now. (The
-    # public functions all import the module.)
-    with importlib._bootstrap._ModuleLockManager(name):
+    with _module_lock(name):  # no other thread is looking for the module or running it now
         module = sys.modules.get(name)
         spec = getattr(module, "__spec__", None)
         if getattr(spec, "_initializing", False) and name not in _callbacks:
@@ -33,6 +38,11 @@ def on_import(name: str, callback: Callable[[ModuleType], None]) -> None:
         if module is None or getattr(spec, "_initializing", False):
             return
     callback(module)
+
+
+def _module_lock(name: str) -> AbstractContextManager:
+    """importlib's lock of a module. A Python without it leaves the two races that the top of this file names."""
+    return getattr(importlib._bootstrap, "_ModuleLockManager", nullcontext)(name)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -60,8 +70,12 @@ class _Loader(importlib.abc.Loader):
         name = module.__spec__.name
         module.__spec__.loader = module.__loader__ = self.loader  # nobody shall meet this one
         self.loader.exec_module(module)
-        for callback in _callbacks[name]:
-            callback(sys.modules[name])  # the module may have put another in its place
+        called = 0
+        while called < len(_callbacks[name]):  # a callback may register another
+            _callbacks[name][called](
+                sys.modules[name]
+            )  # the module may have put another in its place
+            called += 1
 
 
 _finder = _Finder()

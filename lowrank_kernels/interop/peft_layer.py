@@ -16,10 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.nn import functional as F
 
-from ..adapter_files import INITIALISATIONS
+from ..adapter import are_fused, is_bare
+from ..adapter_format import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
 from ..linear4bit import Linear4bit
 from ..nn import LoRALinear4bit
+from ..ragged import is_ragged
 from .peft_mixed import Parts, mixed_batch
 
 # The others read or replace the base layer's dense weight as they are initialised.
@@ -83,6 +85,11 @@ class PeftLinear4bit(peft_lora.Linear):
             parts = self.plain_parts(self.active_adapters)
             if parts is not None:
                 return self._fused(x, [*parts.values()])
+        elif kwargs.get("adapter_names") is not None and is_ragged(x):
+            raise TypeError(
+                "x: expected a dense tensor where adapter_names are given, got a nested one (an AdapterBank "
+                "takes those)"
+            )
         return super().forward(x, *args, **kwargs)
 
     def _mixed_batch_forward(self, x, *args, adapter_names: list[str], **kwargs):
@@ -96,7 +103,7 @@ class PeftLinear4bit(peft_lora.Linear):
         """Those of ``names`` that the layer has; None if for one of them only PEFT's own way is right."""
         modules = self._modules  # past Module.__getattr__, which is slow
         base = modules["base_layer"]
-        if type(base).forward is not Linear4bit.forward or not _is_bare(base):
+        if type(base).forward is not Linear4bit.forward or not is_bare(base):
             return None
         found = {}
         for name in names:
@@ -113,11 +120,11 @@ class PeftLinear4bit(peft_lora.Linear):
         A, B, dropout = (
             modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
         )
-        if name in self.lora_variant or not (type(A) is type(B) is nn.Linear):
+        if name in self.lora_variant or not are_fused(A, B):
             return None
         if type(dropout) not in (nn.Identity, nn.Dropout):
             return None
-        if not (_is_bare(A) and _is_bare(B) and _is_bare(dropout)):
+        if not is_bare(dropout):
             return None
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         if p >= 1.0:
@@ -242,17 +249,6 @@ def adopt(layer: peft_lora.Linear) -> None:
     """Makes a :class:`PeftLinear4bit` of a LoRA layer whose base has become a Linear4bit; its adapters stay."""
     layer.__class__ = PeftLinear4bit
     layer._mixed_pages = layer._bias_aside = None
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Calling ``module`` runs its class's forward and nothing else: no hooks, of accelerate either."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _check_config(config) -> None:

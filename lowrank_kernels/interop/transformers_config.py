@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapter import check_adapter, check_adapter_name
-from ..codebooks import DTYPES, STORAGES, check_blocksize, code_of
+from ..adapter import AdapterSettings, check_adapter_name
+from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES, check_blocksize, code_of
 
 METHOD = "lowrank_kernels"
 _SAVE_AS = (METHOD, "bitsandbytes")
@@ -27,7 +27,8 @@ class LowRankConfig(QuantizationConfigMixin):
     ``BitsAndBytesConfig``: names from the start or the end, or regular expressions; None stands for
     the output embeddings and whatever the architecture keeps in float32, which a list replaces.
     Tied weights stay dense always. ``save_as`` names the library that ``config.json`` will ask
-    for; "bitsandbytes" makes a checkpoint that transformers and bitsandbytes load by themselves.
+    for; "bitsandbytes" makes a checkpoint that transformers and bitsandbytes load by themselves,
+    of a quant_type that they have.
 
     Raises ValueError naming the argument. Source: QLoRA (Dettmers et al. 2023).
     """
@@ -70,6 +71,10 @@ class LowRankConfig(QuantizationConfigMixin):
             raise ValueError(f"skip_modules: expected a list of strings, got {skip_modules!r}")
         if save_as not in _SAVE_AS:
             raise ValueError(f"save_as: expected one of {_SAVE_AS}, got {save_as!r}")
+        if save_as == "bitsandbytes" and quant_type not in BITSANDBYTES_CODES:
+            raise ValueError(
+                f"quant_type: expected one of {BITSANDBYTES_CODES} in a checkpoint for bitsandbytes, got {quant_type!r}"
+            )
         self.quant_method = METHOD
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.quant_storage, self.skip_modules, self.save_as = storage, skip_modules, save_as
@@ -128,7 +133,9 @@ def check_adapters(adapters: object) -> None:
             )
         try:
             check_adapter_name(entry["name"])
-            check_adapter(entry["r"], entry["lora_alpha"], entry["lora_dropout"], True, None)
+            AdapterSettings(
+                entry["r"], entry["lora_alpha"], entry["lora_dropout"], entry["use_rslora"]
+            )
         except ValueError as error:
             raise ValueError(f"adapters: {error}") from None
 

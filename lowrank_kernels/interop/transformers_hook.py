@@ -23,9 +23,10 @@ def register_models(module) -> None:
 
 def public(name: str):
     """What ``lowrank_kernels.<name>`` is, for one of ``NAMES``; ImportError if it cannot be had."""
-    if versions.below(versions.TESTED[0]):
+    if (found := versions.version()) is None or versions.below(versions.TESTED[0]):
         raise ImportError(
             f"{name}: expected transformers >= {versions.TESTED[0]}, < {versions.TESTED[1]}, "
-            f"got {versions.version()}"
+            f"got {found or 'none: it is not installed'}",
+            name="transformers",
         )
     return getattr(importlib.import_module(".transformers_quantizer", __package__), name)

@@ -14,12 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..formats import Weight4bit, quantize_4bit
 from ..nn import Linear4bit, LoRALinear4bit
+from ..quant_state import KEYS
 from . import transformers_save as saved
 
 # Longest first: up to transformers 5.22 the first that a key begins with takes it.
 _ENTRIES = (
-    "weight.quant_state.bitsandbytes__nf4",
-    "weight.quant_state.bitsandbytes__fp4",
+    *sorted((f"weight.{key}" for key in KEYS), key=len, reverse=True),
     "weight.nested_quant_map",
     "weight.nested_absmax",
     "weight.quant_map",

@@ -1,4 +1,4 @@
-"""The operators as Triton kernels, one module per operator or pair of operators.
+"""The operators as Triton kernels, one module per operator and its variants.
 
 They run where the CUDA library does not: GPUs that it was not compiled for, other vendors' GPUs, installations
 without a compiler. With ``TRITON_INTERPRET=1`` in the environment of the process the same functions run on CPU
@@ -13,26 +13,12 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 
 import torch
 
-# operator -> the module here that has a function of its name
-MODULES = {
-    "quantize_4bit": "quantize_4bit",
-    "double_quantize": "quantize_4bit",
-    "dequantize_4bit": "dequantize_4bit",
-    "linear_4bit": "linear_4bit",
-    "linear_4bit_dx": "linear_4bit_dx",
-    "lora_linear_4bit": "lora_linear_4bit",
-    "lora_linear_4bit_backward": "lora_linear_4bit",
-    "lora_linear": "lora_linear",
-    "lora_linear_backward": "lora_linear",
-    "multi_lora_": "multi_lora",
-    "multi_lora_backward": "multi_lora",
-    "multi_lora_linear_4bit": "multi_lora_linear_4bit",
-    "multi_lora_linear_4bit_backward": "multi_lora_linear_4bit",
-}
+EXCEPTIONS = {"double_quantize": "quantize"}  # operators in a module that has another name
 OLDEST = (3, 6)  # of the versions that are tested; pyproject.toml has the newest as well
 INSTALL_COMMAND = "pip install 'triton>={}.{}'".format(*OLDEST)
 
@@ -45,6 +31,11 @@ def installed() -> bool:
 def interpreted() -> bool:
     """Whether this process runs kernels in triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def module_of(op: str) -> str:
+    """The module here that has a function of the operator's name: the name less what tells its variants apart."""
+    return EXCEPTIONS.get(op) or re.sub("_4bit|_dx|_backward|_$", "", op)
 
 
 @functools.cache
@@ -65,7 +56,7 @@ def kernel_of(name: str) -> Callable:
     @functools.cache
     def function() -> Callable:
         _check_version()
-        return getattr(importlib.import_module(f".{MODULES[name]}", __name__), name)
+        return getattr(importlib.import_module(f".{module_of(name)}", __name__), name)
 
     def run(*args):
         first = args[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from .elements import INTERPRETED
+from .primitives import INTERPRETED
 
 
 def launch(kernel, programs: int, *args, **options) -> None:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ..schema import ceil_div
-from .adapter import add_parts
-from .adapters import (
-    Adapters,
+from ..arguments import PagesArgs, PlanArgs, ceil_div, flat
+from .launch import launch, precision_of
+from .lora import add_splits
+from .paged_lora import (
     Batch,
-    Pages,
-    adapters_tile,
+    FactorPages,
+    PagedLora,
     keep_scale_of,
     page_rows,
+    paged_lora_tile,
     threshold_of,
     unpack_batch,
 )  # fmt: skip
-from .arguments import Unpack, require
-from .elements import dot, kept, rounded
-from .launch import launch, precision_of
+from .primitives import dot, kept, rounded
+from .unpack import Unpack, require
 
 
-@triton.jit(do_not_specialize=["parts", "span"])
+@triton.jit(do_not_specialize=["split_k", "span"])
 def _rows_of_adapters(
-    act, plan, pages, out, P, act_stride, out_part, out_stride, max_rank, parts, span,
+    act, plan, pages, out, P, act_stride, out_split, out_stride, max_rank, split_k, span,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """out[part, m, r] = scaling Σ_p dropout(act)[m, p] factor[r, p] over one span of p, for the rows of one tile."""
+    """out[split, m, r] = scaling Σ_p dropout(act)[m, p] factor[r, p] over one span of p, for the rows of one tile."""
     pid = tl.program_id(0)
-    part, tiles_r = pid % parts, tl.cdiv(max_rank, BR)
-    r0, at_tile = pid // parts % tiles_r * BR, plan.tiles + 4 * (pid // parts // tiles_r)
+    split, tiles_r = pid % split_k, tl.cdiv(max_rank, BR)
+    r0, at_tile = pid // split_k % tiles_r * BR, plan.tiles + 4 * (pid // split_k // tiles_r)
     slot, row0 = tl.load(at_tile), tl.load(at_tile + 1)
     count, page0 = tl.load(at_tile + 2), tl.load(at_tile + 3)
     rank = tl.load(pages.ranks + slot, count > 0, 0)
@@ -42,7 +44,7 @@ def _rows_of_adapters(
         acc = tl.zeros((ROWS, BR), tl.float32)
         if pages.seed is not None:
             p_drop = tl.load(pages.dropout_p + slot)
-        for p0 in range(part * span, tl.minimum(part * span + span, P), BP):
+        for p0 in range(split * span, tl.minimum(split * span + span, P), BP):
             p = p0 + tl.arange(0, BP)
             inside = (i < count)[:, None] & (p < P)[None, :]
             left = tl.load(act + act_row[:, None] + p[None, :], inside, 0.0)
@@ -55,7 +57,7 @@ def _rows_of_adapters(
             acc *= keep_scale_of(p_drop)
         if pages.scalings is not None:
             acc *= tl.load(pages.scalings + slot)
-        at = part.to(tl.int64) * out_part + m.to(tl.int64)[:, None] * out_stride + r[None, :]
+        at = split.to(tl.int64) * out_split + m.to(tl.int64)[:, None] * out_stride + r[None, :]
         tl.store(out + at, acc, (i < count)[:, None] & (r < rank)[None, :])
 
 
@@ -95,7 +97,7 @@ def _gradients(
             acc *= keep_scale_of(p_drop)
         if pages.scalings is not None:
             acc *= tl.load(pages.scalings + slot)
-        at = (first + r).to(tl.int64)[:, None] * C + c[None, :]
+        at = (first.to(tl.int64) + r)[:, None] * C + c[None, :]
         tl.store(out + at, acc, (r < rank)[:, None] & (c < C)[None, :])
 
 
@@ -109,7 +111,7 @@ def _add_adapters(
     m = tl.program_id(0) % tiles_m * BM + tl.arange(0, BM)
     j0 = tl.program_id(0) // tiles_m * BJ
     j = j0 + tl.arange(0, BJ)
-    acc = adapters_tile(adapters, m, j0, M, J, PRECISION, BM, BJ)
+    acc = paged_lora_tile(adapters, m, j0, M, J, PRECISION, BM, BJ)
     at = m.to(tl.int64)[:, None] * out_stride + j[None, :]
     inside = (m < M)[:, None] & (j < J)[None, :]
     if ADD:
@@ -118,29 +120,34 @@ def _add_adapters(
     tl.store(out + at, rounded(acc, out.dtype.element_ty), inside)
 
 
-def rows_of_adapters(act: torch.Tensor, batch: Batch, pages: Pages) -> torch.Tensor:
+def rows_of_adapters(act: torch.Tensor, batch: Batch, pages: FactorPages) -> torch.Tensor:
     """S = dropout(x) Aᵀ or dS = scaling dy B of each row: float32 [M, s_stride], zero where there is nothing."""
     (M, P), stride = act.shape, batch.s_stride
     tile_count = batch.plan.tiles.numel() // 4
     span = 256 if M <= 64 else 1024
-    parts = max(1, ceil_div(P, span))
-    out = act.new_zeros((parts, M, stride), dtype=torch.float32)
+    split_k = max(1, ceil_div(P, span))
+    out = act.new_zeros((split_k, M, stride), dtype=torch.float32)
     br = min(64, max(16, triton.next_power_of_2(stride)))
     launch(
-        _rows_of_adapters, tile_count * ceil_div(batch.max_rank, br) * parts,
-        act, batch.plan, pages, out, P, act.stride(0), M * stride, stride, batch.max_rank, parts, span,
+        _rows_of_adapters, tile_count * ceil_div(batch.max_rank, br) * split_k,
+        act, batch.plan, pages, out, P, act.stride(0), M * stride, stride, batch.max_rank, split_k, span,
         PRECISION=precision_of(act.dtype), ROWS=batch.tile_rows, BP=32, BR=br,
         num_warps=4 if batch.tile_rows < 64 else 8,
     )  # fmt: skip
-    if parts == 1:
+    if split_k == 1:
         return out[0]
     result = act.new_empty((M, stride), dtype=torch.float32)
-    add_parts(out, result)
+    add_splits(out, result)
     return result
 
 
 def gradients(
-    act: torch.Tensor, rows: torch.Tensor, batch: Batch, pages: Pages, grad_rows, grad_rank: int
+    act: torch.Tensor,
+    rows: torch.Tensor,
+    batch: Batch,
+    pages: FactorPages,
+    grad_rows,
+    grad_rank: int,
 ) -> torch.Tensor:
     """dA from x and dS, dB (transposed) from dy and S: float32 [grad_rank, width]."""
     C, slots = act.shape[1], pages.ranks.numel()
@@ -154,7 +161,7 @@ def gradients(
     return out
 
 
-def _add(adapters: Adapters, out: torch.Tensor, add: bool) -> None:
+def _add(adapters: PagedLora, out: torch.Tensor, add: bool) -> None:
     M, J = out.shape
     launch(
         _add_adapters, ceil_div(M, 16) * ceil_div(J, 64), adapters, out, M, J, out.stride(0),
@@ -162,46 +169,57 @@ def _add(adapters: Adapters, out: torch.Tensor, add: bool) -> None:
     )  # fmt: skip
 
 
-def multi_lora_(y, x, *args) -> torch.Tensor:
+@flat
+def multi_lora_(y, x, plan: PlanArgs, pages: PagesArgs) -> torch.Tensor:
     unpack = Unpack(x)
     require(x.dim() == 2 and y.dim() == 2, "x, y: expected matrices")
     require(y.dtype == x.dtype, f"y: expected the dtype of x, {x.dtype}, got {y.dtype}")
     (M, K), N = x.shape, y.shape[1]
-    batch = unpack_batch(unpack, args, M, N, K)
+    batch = unpack_batch(unpack, plan, pages, M, N, K)
     x, target = unpack.matrix("x", x, M, K), unpack.matrix("y", y, M, N)
     s = rows_of_adapters(x, batch, batch.A)
-    _add(Adapters(s, batch.s_stride, batch.plan, batch.B), target, add=True)
+    _add(PagedLora(s, batch.s_stride, batch.plan, batch.B), target, add=True)
     if target is not y:
         y.copy_(target)
     return s
 
 
-def unpack_backward(unpack: Unpack, dy, x, s, args: tuple, N: int, K: int):
-    """dy, x and S, the batch, grad_rows and grad_rank; checked."""
-    *_, grad_rows, grad_rank = args
+class Gradients(NamedTuple):
+    """What both backwards have in common: dy as the kernels take it, dS, dA and dB."""
+
+    dy: torch.Tensor
+    batch: Batch
+    ds: torch.Tensor
+    dA: torch.Tensor
+    dB: torch.Tensor
+
+    def through_adapters(self) -> PagedLora:
+        """What the adapters add to dx."""
+        return PagedLora(self.ds, self.batch.s_stride, self.batch.plan, self.batch.A)
+
+
+def adapter_gradients(
+    unpack: Unpack, dy, x, s, plan: PlanArgs, pages: PagesArgs, N: int, K: int, grad_rows, grad_rank
+) -> Gradients:
     M = dy.shape[0]
-    batch = unpack_batch(unpack, args, M, N, K)
-    require(grad_rank >= 0, f"grad_rank: expected at least 0, got {grad_rank}")
+    batch = unpack_batch(unpack, plan, pages, M, N, K)
+    require(0 <= grad_rank < 2**31, f"grad_rank: expected 0..2^31-1, got {grad_rank}")
     s = unpack.data("s", s.contiguous(), torch.float32, M * batch.s_stride)
     grad_rows = unpack.data("grad_rows", grad_rows, torch.int32, batch.A.ranks.numel())
     dy, x = unpack.matrix("dy", dy, M, N), unpack.matrix("x", x, M, K)
-    return dy, x, s, batch, grad_rows, grad_rank
-
-
-def adapter_gradients(dy, x, s, batch: Batch, grad_rows, grad_rank: int):
-    """dS, dA and dB."""
     ds = rows_of_adapters(dy, batch, batch.B)
     # dS has the scaling already, and dropout is of x alone.
     dA = gradients(x, ds, batch, batch.A, grad_rows, grad_rank)
-    return ds, dA, gradients(dy, s, batch, batch.B, grad_rows, grad_rank)
+    dB = gradients(dy, s, batch, batch.B, grad_rows, grad_rank)
+    return Gradients(dy, batch, ds, dA, dB)
 
 
-def multi_lora_backward(dy, x, s, *args):
-    *args, need_dx = args
+@flat
+def multi_lora_backward(dy, x, s, plan: PlanArgs, pages: PagesArgs, grad_rows, grad_rank, need_dx):
     require(dy.dim() == 2 and x.dim() == 2, "dy, x: expected matrices")
-    dy, x, s, batch, *grad = unpack_backward(Unpack(dy), dy, x, s, args, dy.shape[1], x.shape[1])
-    ds, dA, dB = adapter_gradients(dy, x, s, batch, *grad)
+    N, K = dy.shape[1], x.shape[1]
+    g = adapter_gradients(Unpack(dy), dy, x, s, plan, pages, N, K, grad_rows, grad_rank)
     dx = dy.new_empty(x.shape if need_dx else 0)
     if need_dx:
-        _add(Adapters(ds, batch.s_stride, batch.plan, batch.A), dx, add=False)
-    return dx, dA, dB
+        _add(g.through_adapters(), dx, add=False)
+    return dx, g.dA, g.dB

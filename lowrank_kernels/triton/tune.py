@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .elements import INTERPRETED
+from .primitives import INTERPRETED
 
 
 class Config(NamedTuple):
@@ -29,7 +29,7 @@ class Config(NamedTuple):
     rows: int
     columns: int
     depth: int
-    split: int
+    split_k: int
     warps: int
     stages: int
 

@@ -1,4 +1,4 @@
-// The kernels for amx: those for avx512, and large products on tile registers.
+// The kernels for amx: those for avx512, and large products on the tile registers of AMX.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -8,7 +8,7 @@
 // GCC 12 warns of its own intrinsics' undefined vectors.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-// In force to the end of the file: templates are instantiated there.
+// The target is in force to the end of the file: templates are instantiated there.
 #pragma GCC target( \
     "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512,avx512vbmi,amx-tile,amx-bf16")
 
@@ -19,6 +19,6 @@ namespace {
 #include "cpu/kernels/all.inl"
 }  // namespace
 
-const KernelTable kAmxTable = LK_KERNEL_TABLE("amx");
+LK_DEFINE_KERNELS(kAmxTable, "amx");
 }  // namespace lk
 #endif

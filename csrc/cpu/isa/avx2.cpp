@@ -5,7 +5,7 @@
 #include "common/half.h"
 #include "cpu/table.h"
 
-// In force to the end of the file: templates are instantiated there.
+// The target is in force to the end of the file: templates are instantiated there.
 #pragma GCC target("avx2,fma,f16c")
 
 namespace lk {
@@ -15,6 +15,6 @@ namespace {
 #include "cpu/kernels/all.inl"
 }  // namespace
 
-const KernelTable kAvx2Table = LK_KERNEL_TABLE("avx2");
+LK_DEFINE_KERNELS(kAvx2Table, "avx2");
 }  // namespace lk
 #endif

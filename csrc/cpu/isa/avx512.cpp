@@ -8,7 +8,7 @@
 // GCC 12 warns of its own intrinsics' undefined vectors.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-// In force to the end of the file: templates are instantiated there.
+// The target is in force to the end of the file: templates are instantiated there.
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 
 namespace lk {
@@ -18,6 +18,6 @@ namespace {
 #include "cpu/kernels/all.inl"
 }  // namespace
 
-const KernelTable kAvx512Table = LK_KERNEL_TABLE("avx512");
+LK_DEFINE_KERNELS(kAvx512Table, "avx512");
 }  // namespace lk
 #endif

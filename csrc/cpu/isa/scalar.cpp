@@ -10,5 +10,5 @@ namespace {
 #include "cpu/kernels/all.inl"
 }  // namespace
 
-const KernelTable kScalarTable = LK_KERNEL_TABLE("scalar");
+LK_DEFINE_KERNELS(kScalarTable, "scalar");
 }  // namespace lk

@@ -8,18 +8,23 @@ struct Constant {
 };
 
 #include "cpu/kernels/philox.inl"
-#include "cpu/kernels/rows.inl"
+#include "cpu/kernels/convert.inl"
+#include "cpu/kernels/dequant.inl"
 #include "cpu/kernels/gemm.inl"
-#include "cpu/kernels/panel4.inl"
-#include "cpu/kernels/small.inl"
-#ifdef LK_TILES  // of simd/amx.h
-#include "cpu/kernels/parts.inl"
-#include "cpu/kernels/tiles.inl"
+#include "cpu/kernels/dequant_panels.inl"
+#include "cpu/kernels/skinny.inl"
+#ifdef LK_AMX  // of simd/amx.h
+#include "cpu/amx/amx_split.inl"
+#include "cpu/amx/amx_gemm.inl"
 #else
-#include "cpu/kernels/no_tiles.inl"
+constexpr bool kHasAmx = false;
+constexpr int64_t kAmxForward = INT64_MAX, kAmxDx = INT64_MAX;
+template <bool TransposedSource, class Source>
+void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int64_t, int64_t,
+                    int64_t, float*) {}
 #endif
-#include "cpu/kernels/multi_products.inl"
-#include "cpu/kernels/outputs.inl"
+#include "cpu/kernels/sgmv.inl"
+#include "cpu/kernels/epilogue.inl"
 #include "cpu/kernels/gemv.inl"
 #include "cpu/kernels/quantize.inl"
 #ifdef LK_INT8
@@ -28,6 +33,19 @@ struct Constant {
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/multi.inl"
 
-#define LK_KERNEL_TABLE(name)                                                  \
-  {name,       kInt8,  kForward,        kDx,   quantize,      double_quantize, \
-   dequantize, linear, linear_backward, multi, multi_backward}
+// Defines the table of this unit, outside of the anonymous namespace. It is declared here alone and
+// in the list of dispatch.cpp.
+#define LK_DEFINE_KERNELS(table, name)                                                        \
+  extern const KernelTable table;                                                             \
+  const KernelTable table = {                                                                 \
+      name,                                                                                   \
+      kInt8,                                                                                  \
+      kForward,                                                                               \
+      kDx,                                                                                    \
+      quantize,                                                                               \
+      double_quantize,                                                                        \
+      dequantize,                                                                             \
+      [](const LinearArgs& a, const Parallel& pool) { linear(a, nullptr, pool); },            \
+      [](const BackwardArgs& a, const Parallel& pool) { linear_backward(a, nullptr, pool); }, \
+      multi,                                                                                  \
+      multi_backward}

@@ -1,16 +1,16 @@
-// One to kMaxFew rows of activations against a 4-bit weight whose blocks fit its rows: the weight
-// is decoded in registers and never stored.
+// Products of one to kMaxGemv rows of activations and a 4-bit weight whose blocks fit its rows: the
+// weight is decoded in registers and never stored.
 //
-// Activations are laid out to match the chunks of panel4.inl ("shuffled"):
+// Activations are laid out to match the chunks of dequant_panels.inl ("shuffled"):
 //
-//   shuffled[chunk][s][j] = x[chunk*8W + 8j + s]         zero beyond K
+//   shuffled[chunk][s][j] = x[8 kLanes chunk + 8j + s]         zero beyond K
 
-constexpr int kMaxFew = 4;
+constexpr int kMaxGemv = 4;
 
 inline void shuffle_row(float* dst, const float* x, int64_t K) {
   for (int64_t chunk = 0; chunk < K; chunk += kChunk)
     for (int s = 0; s < 8; ++s)
-      for (int j = 0; j < W; ++j) {
+      for (int j = 0; j < kLanes; ++j) {
         const int64_t k = chunk + 8 * j + s;
         *dst++ = k < K ? x[k] : 0.0f;
       }
@@ -19,9 +19,9 @@ inline void shuffle_row(float* dst, const float* x, int64_t K) {
 inline void unshuffle(float* dst, const float* src, int64_t n) {
   for (int64_t chunk = 0; chunk < n; chunk += kChunk)
     for (int s = 0; s < 8; ++s)
-      for (int j = 0; j < W; ++j) {
+      for (int j = 0; j < kLanes; ++j) {
         const int64_t k = chunk + 8 * j + s;
-        if (k < n) dst[k] = src[chunk + s * W + j];
+        if (k < n) dst[k] = src[chunk + s * kLanes + j];
       }
 }
 
@@ -39,37 +39,37 @@ inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* scales,
   const uint8_t* row = chunks.w.packed + n * row_bytes;
   const int block_shift = chunks.w.block_shift;
   const vi scale_lane = chunks.scale_lane;
-  constexpr int Group = Rows < kDotRows ? Rows : kDotRows;
+  constexpr int Group = Rows < kLookupRows ? Rows : kLookupRows;
   for (int64_t k = 0; k < K; k += kChunk, row += kChunk / 2, x += kChunk)
     for (int first = 0; first < Rows; first += Group) {
-      Eight weights[Group];
-      vf part[Group][M];
+      NibbleWeights weights[Group];
+      vf products[Group][M];
       for (int r = 0; r < Group; ++r) {
         const uint8_t* p = row + (first + r) * row_bytes;
-        weights[r] = Eight(
+        weights[r] = NibbleWeights(
             lut, K - k >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>((K - k) >> 3)));
         __builtin_prefetch(p + kDotRowsAhead * row_bytes, 0, 2);
-        for (int m = 0; m < M; ++m) part[r][m] = zero();
+        for (int m = 0; m < M; ++m) products[r][m] = zero();
       }
       for_nibbles([&](auto s) {
         constexpr int S = decltype(s)::value;
         vf activation[M];  // loaded once for the group
-        for (int m = 0; m < M; ++m) activation[m] = load(x + m * x_stride + S * W);
+        for (int m = 0; m < M; ++m) activation[m] = load(x + m * x_stride + S * kLanes);
         for (int r = 0; r < Group; ++r) {
           const vf weight = weights[r].template weight<S>(lut);
-          for (int m = 0; m < M; ++m) part[r][m] = fma(weight, activation[m], part[r][m]);
+          for (int m = 0; m < M; ++m) products[r][m] = fma(weight, activation[m], products[r][m]);
         }
       });
       for (int r = 0; r < Group; ++r) {
         const float* of_row = scales + (first + r) * scales_stride;
         const vf scale = permute(load(of_row + (k >> block_shift)), scale_lane);
         for (int m = 0; m < M; ++m)
-          total[first + r][m] = fma(part[r][m], scale, total[first + r][m]);
+          total[first + r][m] = fma(products[r][m], scale, total[first + r][m]);
       }
     }
 }
 
-struct FewArgs {
+struct GemvArgs {
   const LinearArgs& a;
   const float* x;  // shuffled, M rows of x_stride
   int64_t x_stride;
@@ -78,25 +78,26 @@ struct FewArgs {
   const Expansion* many;
 };
 
-// What the adapters of `many` add to outputs [n0, n0 + kWidth): to[m][n - n0]. Null: nothing.
+// What the adapters of `many` add to outputs [n0, n0 + kStripWidth): to[m][n - n0]. Where to[m] is
+// null they add nothing.
 template <int M>
 struct Deltas {
-  float sums[M * kWidth];
+  float sums[M * kStripWidth];
   const float* to[M] = {};
   int64_t n0 = 0;
 
   void fill(const Expansion& many, int64_t begin, int64_t columns) {
     n0 = begin;
-    for (int64_t k = 0; k < M * kWidth; k += W) store(sums + k, zero());
+    for (int64_t k = 0; k < M * kStripWidth; k += kLanes) store(sums + k, zero());
     many.rows(0, M, n0, columns, true, sums);
-    for (int m = 0; m < M; ++m) to[m] = many.has_adapter(m) ? sums + m * kWidth : nullptr;
+    for (int m = 0; m < M; ++m) to[m] = many.has_adapter(m) ? sums + m * kStripWidth : nullptr;
   }
 };
 
-// Outputs [n0, n0 + Rows) of every activation row.
+// Computes outputs [n0, n0 + Rows) of every activation row.
 template <int Rows, int M>
-void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* scales,
-                 float* b_row, const Deltas<M>& deltas, int64_t n0) {
+void gemv_outputs(const GemvArgs& f, const Chunks& chunks, const Lut& lut, float* scales,
+                  float* b_row, const Deltas<M>& deltas, int64_t n0) {
   const int64_t scales_size = Chunks::scales_size(chunks.w);
   vf total[Rows][M];
   for (int r = 0; r < Rows; ++r) {
@@ -109,7 +110,7 @@ void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* 
     if (f.s) {
       const Matrix& B = f.a.lora.B;
       load_row(b_row, B.data, B.dtype, n * B.stride, B.cols);
-      for (int64_t k = 0; k < f.s_stride; k += W)
+      for (int64_t k = 0; k < f.s_stride; k += kLanes)
         for (int m = 0; m < M; ++m)
           total[r][m] = fma(load(b_row + k), load(f.s + m * f.s_stride + k), total[r][m]);
     }
@@ -123,7 +124,7 @@ void few_outputs(const FewArgs& f, const Chunks& chunks, const Lut& lut, float* 
 }
 
 template <int M>
-void few_forward(const FewArgs& f, const Parallel& pool) {
+void gemv_forward(const GemvArgs& f, const Parallel& pool) {
   constexpr int kRowsAtOnce = 4;
   const Weight4& w = *f.a.base.quantized;
   parallel(pool, ceil_div(w.N, kRowsAtOnce), [&](int64_t begin, int64_t end) {
@@ -132,7 +133,7 @@ void few_forward(const FewArgs& f, const Parallel& pool) {
     const int64_t scales_size = Chunks::scales_size(w);
     const int64_t b_size = f.s ? f.s_stride : 0;
     float* memory = static_cast<float*>(
-        scratch(Slot::rows, (kRowsAtOnce * scales_size + b_size) * sizeof(float)));
+        scratch(Buffer::rows, (kRowsAtOnce * scales_size + b_size) * sizeof(float)));
     float* scales = memory;
     for (int64_t i = 0; i < kRowsAtOnce * scales_size; ++i) scales[i] = 0.0f;
     float* b_row = memory + kRowsAtOnce * scales_size;
@@ -140,23 +141,23 @@ void few_forward(const FewArgs& f, const Parallel& pool) {
     Deltas<M> deltas;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t n = t * kRowsAtOnce;
-      if (f.many && (t - begin) % (kWidth / kRowsAtOnce) == 0)
-        deltas.fill(*f.many, n, min64(kWidth, min64(end * kRowsAtOnce, w.N) - n));
+      if (f.many && (t - begin) % (kStripWidth / kRowsAtOnce) == 0)
+        deltas.fill(*f.many, n, min64(kStripWidth, min64(end * kRowsAtOnce, w.N) - n));
       if (n + kRowsAtOnce <= w.N)
-        few_outputs<kRowsAtOnce, M>(f, chunks, lut, scales, b_row, deltas, n);
+        gemv_outputs<kRowsAtOnce, M>(f, chunks, lut, scales, b_row, deltas, n);
       else
         for (int64_t i = n; i < w.N; ++i)
-          few_outputs<1, M>(f, chunks, lut, scales, b_row, deltas, i);
+          gemv_outputs<1, M>(f, chunks, lut, scales, b_row, deltas, i);
     }
   });
 }
 
-// y for 1 <= M <= kMaxFew; S is in a.s already.
-inline void linear_few(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
+// Computes y for 1 <= M <= kMaxGemv; S is in a.s already.
+inline void linear_gemv(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.data ? a.lora.A.rows : 0;
-  const int64_t x_stride = ceil_div(K, kChunk) * kChunk, s_stride = ceil_div(R, W) * W;
+  const int64_t x_stride = ceil_div(K, kChunk) * kChunk, s_stride = ceil_div(R, kLanes) * kLanes;
   float* memory = static_cast<float*>(
-      scratch(Slot::shared, (M * (x_stride + s_stride) + x_stride) * sizeof(float)));
+      scratch(Buffer::shared, (M * (x_stride + s_stride) + x_stride) * sizeof(float)));
   float* x = memory + x_stride;
   float* s = x + M * x_stride;
   for (int64_t m = 0; m < M; ++m) {
@@ -165,16 +166,16 @@ inline void linear_few(const LinearArgs& a, const Expansion* many, const Paralle
     for (int64_t r = 0; r < s_stride; ++r)
       s[m * s_stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
   }
-  const FewArgs f{a, x, x_stride, R ? s : nullptr, s_stride, many};
+  const GemvArgs f{a, x, x_stride, R ? s : nullptr, s_stride, many};
   switch (M) {
     case 1:
-      return few_forward<1>(f, pool);
+      return gemv_forward<1>(f, pool);
     case 2:
-      return few_forward<2>(f, pool);
+      return gemv_forward<2>(f, pool);
     case 3:
-      return few_forward<3>(f, pool);
+      return gemv_forward<3>(f, pool);
     default:
-      return few_forward<4>(f, pool);
+      return gemv_forward<4>(f, pool);
   }
 }
 
@@ -200,13 +201,13 @@ inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* scales
   for (int r = 0; r < Rows; ++r)
     for (int m = 0; m < M; ++m) gradient[r][m] = dy[m * dy_stride + n + r];
   for (int64_t k = k_begin; k < k_end; k += kChunk, row += kChunk / 2, acc += kChunk) {
-    Eight weights[Rows];
+    NibbleWeights weights[Rows];
     vf coefficient[Rows][M];
     const int64_t left = k_end - k, block = (k >> block_shift) - first;
     for (int r = 0; r < Rows; ++r) {
       const uint8_t* p = row + r * row_bytes;
-      weights[r] =
-          Eight(lut, left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3)));
+      weights[r] = NibbleWeights(
+          lut, left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3)));
       __builtin_prefetch(p + kRowsNear * row_bytes);
       __builtin_prefetch(p + kRowsFar * row_bytes, 0, 2);
       const vf scale = permute(load(scales + r * scales_stride + block), scale_lane);
@@ -215,12 +216,12 @@ inline void outer_rows(const Chunks& chunks, const Lut& lut, const float* scales
     for_nibbles([&](auto s) {
       constexpr int S = decltype(s)::value;
       vf sum[M];
-      for (int m = 0; m < M; ++m) sum[m] = load(acc + m * acc_stride + S * W);
+      for (int m = 0; m < M; ++m) sum[m] = load(acc + m * acc_stride + S * kLanes);
       for (int r = 0; r < Rows; ++r) {
         const vf weight = weights[r].template weight<S>(lut);
         for (int m = 0; m < M; ++m) sum[m] = fma(weight, coefficient[r][m], sum[m]);
       }
-      for (int m = 0; m < M; ++m) store(acc + m * acc_stride + S * W, sum[m]);
+      for (int m = 0; m < M; ++m) store(acc + m * acc_stride + S * kLanes, sum[m]);
     });
   }
 }
@@ -234,29 +235,29 @@ inline void adapter_columns(const BackwardArgs& a, int64_t m, int64_t k_begin, i
   for (int64_t r = 0; r < A.rows; ++r) {
     load_row(row, A.data, A.dtype, r * A.stride + k_begin, n);
     const vf coefficient = set1(a.ds[m * A.rows + r]);
-    for (int64_t k = 0; k < n; k += W)
+    for (int64_t k = 0; k < n; k += kLanes)
       store(dst + k, fma(coefficient, load(row + k), load(dst + k)));
   }
   apply_dropout(a.lora.dropout, m, k_begin, n, dst);
 }
 
 // base[0, k_end - k_begin) += what the adapters of `many` add to these columns of row m of dx.
-inline void add_adapters(const Expansion& many, int64_t m, int64_t k_begin, int64_t k_end,
-                         float* base) {
+inline void add_adapters_to_row(const Expansion& many, int64_t m, int64_t k_begin, int64_t k_end,
+                                float* base) {
   if (!many.has_adapter(m)) return;
-  for (int64_t k = k_begin; k < k_end; k += kWidth) {
-    float sums[kWidth] = {};
-    const int64_t columns = min64(kWidth, k_end - k);
+  for (int64_t k = k_begin; k < k_end; k += kStripWidth) {
+    float sums[kStripWidth] = {};
+    const int64_t columns = min64(kStripWidth, k_end - k);
     many.rows(m, 1, k, columns, true, sums);
     for (int64_t j = 0; j < columns; ++j) base[k - k_begin + j] += sums[j];
   }
 }
 
-// Columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N]; a.ds holds
-// dS already.
+// Computes columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N];
+// a.ds holds dS already.
 template <int M>
-void few_columns(const BackwardArgs& a, const Expansion* many, const float* dy, int64_t k_begin,
-                 int64_t k_end) {
+void gemv_columns(const BackwardArgs& a, const Expansion* many, const float* dy, int64_t k_begin,
+                  int64_t k_end) {
   constexpr int kRowsAtOnce = 4;
   const Weight4& w = *a.base.quantized;
   const Chunks chunks(w);
@@ -265,12 +266,12 @@ void few_columns(const BackwardArgs& a, const Expansion* many, const float* dy, 
   const int64_t scales_size = Chunks::scales_size(w);
   const int64_t first = chunks.first_block(k_begin);
   const int64_t blocks = chunks.first_block(k_end - 1) + 1 - first;
-  float* acc = static_cast<float*>(scratch(Slot::accumulator, M * width * sizeof(float)));
+  float* acc = static_cast<float*>(scratch(Buffer::accumulator, M * width * sizeof(float)));
   float* memory = static_cast<float*>(
-      scratch(Slot::rows, (kRowsAtOnce * scales_size + 3 * width) * sizeof(float)));
+      scratch(Buffer::rows, (kRowsAtOnce * scales_size + 3 * width) * sizeof(float)));
   float* scales = memory;
   for (int64_t i = 0; i < kRowsAtOnce * scales_size; ++i) scales[i] = 0.0f;
-  for (int64_t i = 0; i < M * width; i += W) store(acc + i, zero());
+  for (int64_t i = 0; i < M * width; i += kLanes) store(acc + i, zero());
   int64_t n = 0;
   for (; n + kRowsAtOnce <= w.N; n += kRowsAtOnce) {
     for (int r = 0; r < kRowsAtOnce; ++r) {
@@ -292,14 +293,14 @@ void few_columns(const BackwardArgs& a, const Expansion* many, const float* dy, 
       adapter_columns(a, m, k_begin, k_end, adapter, adapter + width);
       for (int64_t k = 0; k < k_end - k_begin; ++k) base[k] += adapter[k];
     }
-    if (many) add_adapters(*many, m, k_begin, k_end, base);
+    if (many) add_adapters_to_row(*many, m, k_begin, k_end, base);
     store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + k_begin, base, k_end - k_begin);
   }
 }
 
-inline void dx_few(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+inline void dx_gemv(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
-  float* dy = static_cast<float*>(scratch(Slot::shared, M * N * sizeof(float)));
+  float* dy = static_cast<float*>(scratch(Buffer::shared, M * N * sizeof(float)));
   for (int64_t m = 0; m < M; ++m) load_row(dy + m * N, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
   // Wide strips: a strip reads the same few cache lines of every row, and long runs stream better.
   const int64_t chunks = ceil_div(K, kChunk), strips = min64(chunks, pool.threads);
@@ -309,16 +310,16 @@ inline void dx_few(const BackwardArgs& a, const Expansion* many, const Parallel&
                     k_end = min64(K, chunks * (t + 1) / strips * kChunk);
       switch (M) {
         case 1:
-          few_columns<1>(a, many, dy, k_begin, k_end);
+          gemv_columns<1>(a, many, dy, k_begin, k_end);
           break;
         case 2:
-          few_columns<2>(a, many, dy, k_begin, k_end);
+          gemv_columns<2>(a, many, dy, k_begin, k_end);
           break;
         case 3:
-          few_columns<3>(a, many, dy, k_begin, k_end);
+          gemv_columns<3>(a, many, dy, k_begin, k_end);
           break;
         default:
-          few_columns<4>(a, many, dy, k_begin, k_end);
+          gemv_columns<4>(a, many, dy, k_begin, k_end);
       }
     }
   });

@@ -9,15 +9,17 @@
 // The sum over a group is exact in int32; groups are added in float32, in their order. So a row's
 // bits depend on nothing but itself and the weight.
 //
-// Lanes are outputs: packed dwords of W rows of the weight are transposed as in panel4.inl, after
-// which a lookup of the high nibbles gives each lane a quad of weights, 8j, 8j+2, 8j+4, 8j+6, and
-// one of the low nibbles the odd ones. Bytes of x are laid out in tiles of a few rows to match:
+// Lanes are outputs: packed dwords of kLanes rows of the weight are transposed as in
+// dequant_panels.inl, after which a lookup of the high nibbles gives each lane a quad of weights,
+// 8j, 8j+2, 8j+4, 8j+6, and one of the low nibbles the odd ones. Bytes of x are laid out in micro
+// tiles of a few rows to match:
 //
-//   tile     | quad 0: a dword for each row | quad 1: ... |
+//   micro tile   | quad 0: a dword for each row | quad 1: ... |
 //
-// and likewise scale and -128 Σ q by group.
+// Scales and -128 Σ q lie likewise, by group.
 
-constexpr int64_t kInt8Depth = 512;  // k per panel: one of kTile rows fits the first-level cache
+constexpr int64_t kInt8Depth =
+    512;  // k per panel: one of kMicroColumns rows fits the first-level cache
 constexpr int64_t kInt8Bytes = 4 << 20;     // of rounded x at a time
 constexpr float kInt8Smallest = 0x1p-100f;  // a group is rounded as if it had one value this large
 
@@ -33,7 +35,7 @@ struct ByteTable {
     for (int steps = 127; steps >= 64; --steps) {
       const float scale = static_cast<float>(steps) / largest, size = 1.0f / scale;
       vf squares = zero();
-      for (int i = 0; i < 16; i += W) {
+      for (int i = 0; i < 16; i += kLanes) {
         const vf exact = load(code + i), rounded = to_float(to_int(mul(exact, set1(scale))));
         const vf error = fma(rounded, set1(-size), exact);
         squares = fma(error, error, squares);
@@ -42,15 +44,15 @@ struct ByteTable {
       if (best == 0.0f || sum < least) best = scale, least = sum;
     }
     step = 1.0f / best;
-    for (int i = 0; i < 16; i += W) {
-      uint32_t lane[W];
+    for (int i = 0; i < 16; i += kLanes) {
+      uint32_t lane[kLanes];
       storei(lane, to_int(mul(load(code + i), set1(best))));
-      for (int j = 0; j < W; ++j) entry[i + j] = static_cast<uint8_t>(lane[j] + 128);
+      for (int j = 0; j < kLanes; ++j) entry[i + j] = static_cast<uint8_t>(lane[j] + 128);
     }
   }
 };
 
-// Rows of x as bytes, in tiles of `height` rows; row i of them is row m0 + i of x.
+// Rows of x as bytes, in micro tiles of `height` rows; row i of them is row m0 + i of x.
 struct Int8Rows {
   const LinearArgs& a;
   int64_t m0, rows, height, K;
@@ -62,16 +64,16 @@ struct Int8Rows {
   int64_t groups() const { return K >> group_shift; }
   int64_t height_of(int64_t i) const { return min64(height, rows - i); }
 
-  // Columns [k0, k0 + n) of the tile that begins at row i, n at most kInt8Depth.
-  void round_tile(int64_t i, int64_t k0, int64_t n, float step) const {
-    alignas(64) float values[kInt8Depth + W];
-    const int64_t tile_rows = height_of(i), size = int64_t{1} << group_shift;
-    for (int64_t r = 0; r < tile_rows; ++r) {
+  // Rounds columns [k0, k0 + n) of the micro tile that begins at row i; n is at most kInt8Depth.
+  void round_rows(int64_t i, int64_t k0, int64_t n, float step) const {
+    alignas(64) float values[kInt8Depth + kLanes];
+    const int64_t micro_rows = height_of(i), size = int64_t{1} << group_shift;
+    for (int64_t r = 0; r < micro_rows; ++r) {
       load_row(values, a.x.data, a.x.dtype, (m0 + i + r) * a.x.stride + k0, n);
       for (int64_t k = 0; k < n; k += size) {
-        const int64_t g = i * groups() + ((k0 + k) >> group_shift) * tile_rows + r;
-        round_group(values + k, size, step, quads + i * (K / 4) + (k0 + k) / 4 * tile_rows + r,
-                    tile_rows, scale[g], bias[g]);
+        const int64_t g = i * groups() + ((k0 + k) >> group_shift) * micro_rows + r;
+        round_group(values + k, size, step, quads + i * (K / 4) + (k0 + k) / 4 * micro_rows + r,
+                    micro_rows, scale[g], bias[g]);
       }
     }
   }
@@ -80,19 +82,19 @@ struct Int8Rows {
   // A NaN or infinity in the group shows in its scale.
   static void round_group(const float* values, int64_t size, float step, uint32_t* quads,
                           int64_t stride, float& scale, int32_t& bias) {
-    uint32_t order[W];
-    for (uint32_t j = 0; j < W; ++j) order[j] = j / 8 * 8 + j % 4 * 2 + j / 4 % 2;
+    uint32_t order[kLanes];
+    for (uint32_t j = 0; j < kLanes; ++j) order[j] = j / 8 * 8 + j % 4 * 2 + j / 4 % 2;
     const vi permutation = loadi(order);
     const float absmax = absmax_of(values, size);
     const float largest = absmax > kInt8Smallest ? absmax : kInt8Smallest;
     const vf inverse = set1(127.0f / largest);
     vi sum = set1i(0);
-    for (int64_t i = 0; i < size; i += W) {
+    for (int64_t i = 0; i < size; i += kLanes) {
       const vi rounded = to_int(permute(mul(load(values + i), inverse), permutation));
       sum = addi(sum, rounded);
-      uint32_t quad[W / 4];
+      uint32_t quad[kLanes / 4];
       store_bytes(quad, rounded);
-      for (int j = 0; j < W / 4; ++j) quads[(i / 4 + j) * stride] = quad[j];
+      for (int j = 0; j < kLanes / 4; ++j) quads[(i / 4 + j) * stride] = quad[j];
     }
     const bool finite = bits_of(absmax) < 0x7f800000u;
     bias = finite ? -128 * static_cast<int32_t>(hsum(to_float(sum))) : 0;
@@ -105,23 +107,24 @@ inline vi even_bytes(vi lut, vi packed) {
 }
 inline vi odd_bytes(vi lut, vi packed) { return lut_bytes(lut, andi(packed, set1i(0x0f0f0f0f))); }
 
-// -- a few rows: bytes of the weight stay in registers --------------------------------------------
+// -- gemv: bytes of the weight stay in registers --------------------------------------------------
 
-// c[m, 0 .. W) += the products of a tile of M rows with rows n .. n + count of the weight.
+// c[m, 0 .. kLanes) += the products of a micro tile of M rows with rows n .. n + count of the
+// weight.
 template <int M>
-void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_t count,
-              const float* w_scale, float* c) {
+void int8_gemv(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_t count,
+               const float* w_scale, float* c) {
   const int per_group = 1 << (x.group_shift - 3), shift = chunks.w.block_shift;
   vf total[M];
-  for (int m = 0; m < M; ++m) total[m] = load(c + m * kWidth);
+  for (int m = 0; m < M; ++m) total[m] = load(c + m * kStripWidth);
   const uint32_t* quads = x.quads;
   const float* scale = x.scale;
   const int32_t* bias = x.bias;
   for (int64_t k = 0; k < x.K; k += kChunk) {
-    vf dwords[W];
+    vf dwords[kLanes];
     load_chunk(chunks, n, count, k, dwords);
-    chunks.prefetch_rows(n + W, k);
-    const int present = static_cast<int>(min64(W, (x.K - k) / 8));
+    chunks.prefetch_rows(n + kLanes, k);
+    const int present = static_cast<int>(min64(kLanes, (x.K - k) / 8));
     for (int d0 = 0; d0 < present; d0 += per_group) {
       vi even[M], odd[M];  // two sums: one alone would wait for itself
       for (int m = 0; m < M; ++m) {
@@ -136,50 +139,49 @@ void int8_few(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_
           odd[m] = dot4(odd[m], low, set1i(quads[M + m]));
         }
       }
-      const vf weight = load(w_scale + ((k + 8 * d0) >> shift) * W);
+      const vf weight = load(w_scale + ((k + 8 * d0) >> shift) * kLanes);
       for (int m = 0; m < M; ++m)
         total[m] = fma(mul(to_float(addi(even[m], odd[m])), set1(scale[m])), weight, total[m]);
       scale += M;
       bias += M;
     }
   }
-  for (int m = 0; m < M; ++m) store(c + m * kWidth, total[m]);
+  for (int m = 0; m < M; ++m) store(c + m * kStripWidth, total[m]);
 }
 
-// -- more rows: panels of bytes -------------------------------------------------------------------
+// -- gemm: panels of bytes ------------------------------------------------------------------------
 
-// Bytes of rows n0 .. n0 + count (at most kTile) of the weight, k in [p0, p0 + depth).
+// Bytes of rows n0 .. n0 + count (at most kMicroColumns) of the weight, k in [p0, p0 + depth).
 struct Int8Panel {
   const Chunks& chunks;
   int64_t n0, count, p0, depth;
-  uint32_t* quads;  // [quad][v][lane]
-  const float*
-      scales;  // of load_lane_scales, from n0 on; those of the next W rows scale_stride later
-  int64_t scale_stride;
+  uint32_t* quads;       // [quad][v][lane]
+  const float* scales;   // of load_lane_scales, from n0 on
+  int64_t scale_stride;  // from them to those of the next kLanes rows
 
   // `next` will be filled next: its bytes are on their way while this one is multiplied.
   void fill(vi lut, const Int8Panel& next) const {
-    for (int64_t v = 0; v * W < count; ++v)
+    for (int64_t v = 0; v * kLanes < count; ++v)
       for (int64_t p = 0; p < depth; p += kChunk) {
-        vf dwords[W];
-        load_chunk(chunks, n0 + v * W, count - v * W, p0 + p, dwords);
-        chunks.prefetch_rows(next.n0 + v * W, next.p0 + p);
-        const int64_t present = min64(W, (depth - p) / 8);
-        uint32_t* out = quads + (p / 4 * NV + v) * W;
-        for (int64_t d = 0; d < present; ++d, out += 2 * NV * W) {
+        vf dwords[kLanes];
+        load_chunk(chunks, n0 + v * kLanes, count - v * kLanes, p0 + p, dwords);
+        chunks.prefetch_rows(next.n0 + v * kLanes, next.p0 + p);
+        const int64_t present = min64(kLanes, (depth - p) / 8);
+        uint32_t* out = quads + (p / 4 * kMicroVectors + v) * kLanes;
+        for (int64_t d = 0; d < present; ++d, out += 2 * kMicroVectors * kLanes) {
           const vi packed = as_bits(dwords[d]);
           storei(out, even_bytes(lut, packed));
-          storei(out + NV * W, odd_bytes(lut, packed));
+          storei(out + kMicroVectors * kLanes, odd_bytes(lut, packed));
         }
       }
   }
 };
 
-// c += the tile of Rows rows of x that begins at row i0, times the panel. Inlined, it would be
-// short of registers.
+// c += the micro tile of Rows rows of x that begins at row i0, times the panel. Inlined, it would
+// be short of registers.
 template <int Rows, int Vectors>
-__attribute__((noinline)) void int8_tile(const Int8Rows& x, int64_t i0, const Int8Panel& panel,
-                                         float* c) {
+__attribute__((noinline)) void int8_micro_kernel(const Int8Rows& x, int64_t i0,
+                                                 const Int8Panel& panel, float* c) {
   const int64_t first = panel.p0 >> x.group_shift, groups = panel.depth >> x.group_shift;
   const int64_t per_group = int64_t{1} << (x.group_shift - 2);
   const int block_shift = panel.chunks.w.block_shift - x.group_shift;
@@ -187,14 +189,14 @@ __attribute__((noinline)) void int8_tile(const Int8Rows& x, int64_t i0, const In
   const float* scale = x.scale + i0 * x.groups() + first * Rows;
   const int32_t* bias = x.bias + i0 * x.groups() + first * Rows;
   for (int64_t g = 0; g < groups; ++g, scale += Rows, bias += Rows) {
-    // Or g++ carries c from group to group, which takes the registers of the sums.
+    // Without this g++ carries c from group to group, which takes the registers of the sums.
     __asm__ volatile("" : : : "memory");
     vi sum[Rows][Vectors];
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < Vectors; ++v) sum[i][v] = set1i(static_cast<uint32_t>(bias[i]));
-    for (int64_t q = 0; q < per_group; ++q, quads += Rows, bytes += NV * W) {
+    for (int64_t q = 0; q < per_group; ++q, quads += Rows, bytes += kMicroVectors * kLanes) {
       vi b[Vectors];
-      for (int v = 0; v < Vectors; ++v) b[v] = loadi(bytes + v * W);
+      for (int v = 0; v < Vectors; ++v) b[v] = loadi(bytes + v * kLanes);
       for (int i = 0; i < Rows; ++i) {
         const vi a = set1i(quads[i]);
         for (int v = 0; v < Vectors; ++v) sum[i][v] = dot4(sum[i][v], b[v], a);
@@ -202,90 +204,92 @@ __attribute__((noinline)) void int8_tile(const Int8Rows& x, int64_t i0, const In
     }
     vf weight[Vectors];
     for (int v = 0; v < Vectors; ++v)
-      weight[v] = load(panel.scales + ((first + g) >> block_shift) * W + v * panel.scale_stride);
+      weight[v] =
+          load(panel.scales + ((first + g) >> block_shift) * kLanes + v * panel.scale_stride);
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < Vectors; ++v) {
-        float* to = c + i * kWidth + v * W;
+        float* to = c + i * kStripWidth + v * kLanes;
         store(to, fma(mul(to_float(sum[i][v]), set1(scale[i])), weight[v], load(to)));
       }
   }
 }
 
 template <int Rows>
-inline void int8_tile_rows(const Int8Rows& x, int64_t i, const Int8Panel& panel, float* c) {
+inline void int8_micro_kernel_rows(const Int8Rows& x, int64_t i, const Int8Panel& panel, float* c) {
   if constexpr (Rows > 0) {
-    if (x.height_of(i) != Rows) return int8_tile_rows<Rows - 1>(x, i, panel, c);
-    if (panel.count > W) return int8_tile<Rows, NV>(x, i, panel, c);
-    int8_tile<Rows, 1>(x, i, panel, c);
+    if (x.height_of(i) != Rows) return int8_micro_kernel_rows<Rows - 1>(x, i, panel, c);
+    if (panel.count > kLanes) return int8_micro_kernel<Rows, kMicroVectors>(x, i, panel, c);
+    int8_micro_kernel<Rows, 1>(x, i, panel, c);
   }
 }
 
-// c[i, j] += Σ_k of rows [i0, i0 + rows) of x, which are whole tiles, and columns [j0, j0 +
+// c[i, j] += Σ_k of rows [i0, i0 + rows) of x, which are whole micro tiles, and columns [j0, j0 +
 // columns). scales: of load_lane_scales for these columns.
-inline void int8_panels(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t i0, int64_t rows,
-                        int64_t j0, int64_t columns, const float* scales, float* c) {
-  uint32_t* quads = static_cast<uint32_t*>(scratch(Slot::panel, kInt8Depth * kTile));
-  const int64_t stride = chunks.blocks_per_row * W;
+inline void int8_gemm(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t i0, int64_t rows,
+                      int64_t j0, int64_t columns, const float* scales, float* c) {
+  uint32_t* quads = static_cast<uint32_t*>(scratch(Buffer::panel, kInt8Depth * kMicroColumns));
+  const int64_t stride = chunks.blocks_per_row * kLanes;
   const auto panel_of = [&](int64_t j, int64_t p0) -> Int8Panel {
-    const int64_t count = min64(kTile, columns - j), depth = min64(kInt8Depth, x.K - p0);
-    return {chunks, j0 + j, count, p0, depth, quads, scales + j / W * stride, stride};
+    const int64_t count = min64(kMicroColumns, columns - j), depth = min64(kInt8Depth, x.K - p0);
+    return {chunks, j0 + j, count, p0, depth, quads, scales + j / kLanes * stride, stride};
   };
   for (int64_t p0 = 0; p0 < x.K; p0 += kInt8Depth)
-    for (int64_t j = 0; j < columns; j += kTile) {
+    for (int64_t j = 0; j < columns; j += kMicroColumns) {
       const Int8Panel panel = panel_of(j, p0);
-      const Int8Panel next = j + kTile < columns      ? panel_of(j + kTile, p0)
-                             : p0 + panel.depth < x.K ? panel_of(0, p0 + panel.depth)
-                                                      : panel_of(columns, 0);
+      const Int8Panel next = j + kMicroColumns < columns ? panel_of(j + kMicroColumns, p0)
+                             : p0 + panel.depth < x.K    ? panel_of(0, p0 + panel.depth)
+                                                         : panel_of(columns, 0);
       panel.fill(lut, next);
       for (int64_t i = i0; i < i0 + rows; i += x.height)
-        int8_tile_rows<MR>(x, i, panel, c + (i - i0) * kWidth + j);
+        int8_micro_kernel_rows<kMicroRows>(x, i, panel, c + (i - i0) * kStripWidth + j);
     }
 }
 
 // -- the operator ---------------------------------------------------------------------------------
 
-// Outputs of rows [i0, i0 + rows) of x and columns [j0, j0 + columns), at most kWidth.
+// Computes the outputs of rows [i0, i0 + rows) of x and columns [j0, j0 + columns), at most
+// kStripWidth.
 inline void int8_outputs(const LinearArgs& a, const Expansion* many, const Int8Rows& x, vi lut,
                          int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
   const Chunks chunks(*a.base.quantized);
-  float* c = static_cast<float*>(scratch(Slot::accumulator, rows * kWidth * sizeof(float)));
-  for (int64_t k = 0; k < rows * kWidth; k += W) store(c + k, zero());
-  if (many) many->rows(x.m0 + i0, rows, j0, columns, false, c);
-  add_adapter(a, x.m0 + i0, rows, j0, columns, c);
+  float* c = static_cast<float*>(scratch(Buffer::accumulator, rows * kStripWidth * sizeof(float)));
+  for (int64_t k = 0; k < rows * kStripWidth; k += kLanes) store(c + k, zero());
+  add_adapters(a, many, x.m0 + i0, rows, j0, columns, c);
   const float* scales = load_lane_scales(chunks, j0, columns);
-  for (int64_t j = 0; j < columns; j += W) {
-    const int64_t count = min64(W, columns - j);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t count = min64(kLanes, columns - j);
     const float* scale = scales + j * chunks.blocks_per_row;
-    if (x.rows == 1) int8_few<1>(x, chunks, lut, j0 + j, count, scale, c + j);
-    if (x.rows == 2) int8_few<2>(x, chunks, lut, j0 + j, count, scale, c + j);
-    if (x.rows == 3) int8_few<3>(x, chunks, lut, j0 + j, count, scale, c + j);
-    if (x.rows == 4) int8_few<4>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 1) int8_gemv<1>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 2) int8_gemv<2>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 3) int8_gemv<3>(x, chunks, lut, j0 + j, count, scale, c + j);
+    if (x.rows == 4) int8_gemv<4>(x, chunks, lut, j0 + j, count, scale, c + j);
   }
-  if (x.rows > 4) int8_panels(x, chunks, lut, i0, rows, j0, columns, scales, c);
+  if (x.rows > 4) int8_gemm(x, chunks, lut, i0, rows, j0, columns, scales, c);
   store_outputs(a, x.m0 + i0, rows, j0, columns, c);
 }
 
-// Rows x.m0 .. x.m0 + x.rows of y.
+// Computes rows x.m0 .. x.m0 + x.rows of y.
 inline void int8_rows(const LinearArgs& a, const Expansion* many, const ByteTable& table,
                       const Int8Rows& x, const Parallel& pool) {
-  const int64_t tiles = ceil_div(x.rows, x.height), depths = ceil_div(x.K, kInt8Depth);
-  parallel(pool, tiles * depths, [&](int64_t begin, int64_t end) {
+  const int64_t micro_tiles = ceil_div(x.rows, x.height), depths = ceil_div(x.K, kInt8Depth);
+  parallel(pool, micro_tiles * depths, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k0 = t % depths * kInt8Depth;
-      x.round_tile(t / depths * x.height, k0, min64(kInt8Depth, x.K - k0), table.step);
+      x.round_rows(t / depths * x.height, k0, min64(kInt8Depth, x.K - k0), table.step);
     }
   });
   const int64_t N = a.y.cols;
-  int64_t width = kWidth, parts = 1;  // as much work for each thread, in one piece where possible
-  while (width > kTile && ceil_div(N, width) < 4 * pool.threads) width /= 2;
-  while (parts * 2 <= tiles && ceil_div(N, width) * parts < 4 * pool.threads) parts *= 2;
-  const int64_t strips = ceil_div(N, width), part = ceil_div(tiles, parts) * x.height;
-  const int64_t tasks = strips * ceil_div(x.rows, part);
+  int64_t width = kStripWidth,
+          chunks = 1;  // as much work for each thread, in one piece where possible
+  while (width > kMicroColumns && ceil_div(N, width) < 4 * pool.threads) width /= 2;
+  while (chunks * 2 <= micro_tiles && ceil_div(N, width) * chunks < 4 * pool.threads) chunks *= 2;
+  const int64_t strips = ceil_div(N, width), chunk = ceil_div(micro_tiles, chunks) * x.height;
+  const int64_t tasks = strips * ceil_div(x.rows, chunk);
   parallel(pool, tasks, [&](int64_t begin, int64_t end) {
     const vi lut = make_byte_lut(table.entry);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t i0 = t / strips * part, j0 = t % strips * width;
-      int8_outputs(a, many, x, lut, i0, min64(part, x.rows - i0), j0, min64(width, N - j0));
+      const int64_t i0 = t / strips * chunk, j0 = t % strips * width;
+      int8_outputs(a, many, x, lut, i0, min64(chunk, x.rows - i0), j0, min64(width, N - j0));
     }
   });
 }
@@ -297,12 +301,13 @@ inline void linear_int8(const LinearArgs& a, const Expansion* many, const Parall
   const ByteTable table(w.code);
   const int64_t at_once = ceil_div(M, ceil_div(M, most)), groups = K >> shift;
   uint32_t* quads = static_cast<uint32_t*>(
-      scratch(Slot::shared, static_cast<size_t>(at_once * (K + 8 * groups))));
+      scratch(Buffer::shared, static_cast<size_t>(at_once * (K + 8 * groups))));
   float* scale = reinterpret_cast<float*>(quads + at_once * K / 4);
   int32_t* bias = reinterpret_cast<int32_t*>(scale + at_once * groups);
   for (int64_t m = 0; m < M; m += at_once) {
     const int64_t rows = min64(at_once, M - m);
-    const int64_t height = ceil_div(rows, ceil_div(rows, MR));  // 16 rows as 8 + 8, not 14 + 2
+    const int64_t height =
+        ceil_div(rows, ceil_div(rows, kMicroRows));  // 16 rows as 8 + 8, not 14 + 2
     int8_rows(a, many, table, {a, m, rows, height, K, shift, quads, scale, bias}, pool);
   }
 }

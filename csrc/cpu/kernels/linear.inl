@@ -1,22 +1,23 @@
-// The linear operators: which product runs, in which order, over which tasks.
+// The linear operators: which kernel multiplies by the base, in which order, over which tasks.
 
 // -- choice ---------------------------------------------------------------------------------------
 
-constexpr Crossovers kForward{kMaxFew, kMaxSmall, kTilesForward}, kDx{kMaxFew, 0, kTilesDx};
+constexpr Crossovers kForward{kMaxGemv, kMaxSkinny, kAmxForward}, kDx{kMaxGemv, 0, kAmxDx};
 
-// lanes: of a 4-bit weight whose blocks fit its rows.
-inline bool in_lanes(const Base& base) {
+// Whether the base is a 4-bit weight whose blocks fit its rows: then a vector of packed bytes has
+// scales of its own.
+inline bool has_whole_blocks(const Base& base) {
   return base.quantized && blocks_fit_rows(*base.quantized) && base.quantized->K > 0;
 }
 
 inline Kernel kernel_for(const Crossovers& at, const Base& base, int64_t M) {
   const Kernel asked = asked_kernel();
-  const bool any = asked == Kernel::any, lanes = in_lanes(base);
-  if (lanes && M <= at.few && (any || asked == Kernel::few)) return Kernel::few;
-  if (kHasTiles && ((any && M >= at.tiles) || asked == Kernel::tiles)) return Kernel::tiles;
-  if (lanes && M <= at.small && (any || asked == Kernel::small || asked == Kernel::invariant))
-    return Kernel::small;
-  return Kernel::panels;
+  const bool any = asked == Kernel::any, whole = has_whole_blocks(base);
+  if (whole && M <= at.gemv && (any || asked == Kernel::gemv)) return Kernel::gemv;
+  if (kHasAmx && ((any && M >= at.amx) || asked == Kernel::amx)) return Kernel::amx;
+  if (whole && M <= at.skinny && (any || asked == Kernel::skinny || asked == Kernel::invariant))
+    return Kernel::skinny;
+  return Kernel::gemm;
 }
 
 // -- adapter pieces -------------------------------------------------------------------------------
@@ -26,9 +27,9 @@ inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.rows;
   const MutMatrix out{a.s, DType::f32, M, R, R};
   const Operand<false> x{a.x, &a.lora.dropout};
-  for_tiles(pool, M, R, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+  for_pieces(pool, M, R, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     accumulate<true>(x, Dense{a.lora.A}, i0, rows, j0, columns, K, c);
-    store_tiles(out, i0, rows, j0, columns, c);
+    store_strips(out, i0, rows, j0, columns, c);
   });
 }
 
@@ -36,31 +37,31 @@ inline void lora_shrink(const LinearArgs& a, const Parallel& pool) {
 template <class A, class Source>
 void product(const A& a, const Source& source, int64_t depth, float scale, const MutMatrix& out,
              const Parallel& pool) {
-  for_tiles(pool, out.rows, out.cols,
-            [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-              accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
-              store_tiles(out, i0, rows, j0, columns, c, scale);
-            });
+  for_pieces(pool, out.rows, out.cols,
+             [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+               accumulate<false>(a, source, i0, rows, j0, columns, depth, c);
+               store_strips(out, i0, rows, j0, columns, c, scale);
+             });
 }
 
 // -- forward --------------------------------------------------------------------------------------
 
-// y of pieces to which base(i0, rows, j0, columns, c) adds x Wᵀ.
+// Computes y by pieces: base(i0, rows, j0, columns, c) adds x Wᵀ to one.
 template <class Base>
 void linear_pieces(const LinearArgs& a, const Expansion* many, const Parallel& pool,
                    const Base& base) {
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    add_adapter(a, i0, rows, j0, columns, c);
+    add_adapters(a, many, i0, rows, j0, columns, c);
     base(i0, rows, j0, columns, c);
     store_outputs(a, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, a.x.rows, a.y.cols, body);
+  for_pieces(pool, a.x.rows, a.y.cols, body);
 }
 
-// weight_of(j0, columns): W, or at least these of its rows.
+// weight_of(j0, columns) is W, or at least these of its rows.
 template <class WeightOf>
-void linear_panels(const LinearArgs& a, const Expansion* many, const Parallel& pool,
-                   const WeightOf& weight_of) {
+void linear_gemm(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                 const WeightOf& weight_of) {
   const Operand<false> x{a.x};
   linear_pieces(a, many, pool,
                 [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
@@ -69,105 +70,104 @@ void linear_panels(const LinearArgs& a, const Expansion* many, const Parallel& p
 }
 
 template <class Source>
-void linear_on_tiles(const LinearArgs& a, const Expansion* many, const Parallel& pool,
-                     const Source& weight) {
+void linear_amx(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                const Source& weight) {
   const Operand<false> x{a.x};
   linear_pieces(a, many, pool,
                 [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-                  accumulate_tiles<true>(x, weight, i0, rows, j0, columns, a.x.cols, c);
+                  accumulate_amx<true>(x, weight, i0, rows, j0, columns, a.x.cols, c);
                 });
 }
 
-// Of a weight whose blocks fit its rows, by small.inl or by panels.
-inline void linear_lanes(const LinearArgs& a, const Expansion* many, const Parallel& pool,
-                         bool small) {
+// The product with a weight whose blocks fit its rows, by skinny.inl or by gemm.inl.
+inline void linear_whole_blocks(const LinearArgs& a, const Expansion* many, const Parallel& pool,
+                                bool skinny) {
   const int64_t M = a.x.rows, K = a.x.cols;
   const Chunks chunks(*a.base.quantized);
   const Lut lut = make_lut(a.base.quantized->code);
   const auto weight_of = [&](int64_t j0, int64_t columns) {
     return LaneRows(chunks, lut, j0, columns);
   };
-  if (!small) return linear_panels(a, many, pool, weight_of);
-  float* x = static_cast<float*>(scratch(Slot::shared, M * K * sizeof(float)));
+  if (!skinny) return linear_gemm(a, many, pool, weight_of);
+  float* x = static_cast<float*>(scratch(Buffer::shared, M * K * sizeof(float)));
   parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)
       interleave(a.x, k, min64(kStage, K - k), x);
   });
   linear_pieces(a, many, pool, [&](int64_t, int64_t, int64_t j0, int64_t columns, float* c) {
-    for_panels(M, columns, c, [&](int64_t j, int64_t width, float* tile) {
-      accumulate_small(x, M, weight_of(j0 + j, width), tile);
+    for_strips(M, columns, c, [&](int64_t j, int64_t width, float* strip) {
+      accumulate_skinny(x, M, weight_of(j0 + j, width), strip);
     });
   });
 }
 
-// With the adapter of a, or those of `many`, or none.
-inline void linear_with(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
+// y with the adapter of a, or those of `many`, or none.
+inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
 #ifdef LK_INT8
   if (a.int8) return linear_int8(a, many, pool);
 #endif
   const Kernel kernel = kernel_for(kForward, a.base, a.x.rows);
-  if (kernel == Kernel::few) return linear_few(a, many, pool);
+  if (kernel == Kernel::gemv) return linear_gemv(a, many, pool);
   if (a.base.dense) {
     const Dense weight{*a.base.dense};
-    if (kernel == Kernel::tiles) return linear_on_tiles(a, many, pool, weight);
-    return linear_panels(a, many, pool, [&](int64_t, int64_t) { return weight; });
+    if (kernel == Kernel::amx) return linear_amx(a, many, pool, weight);
+    return linear_gemm(a, many, pool, [&](int64_t, int64_t) { return weight; });
   }
   const Quantized weight(*a.base.quantized);
-  if (kernel == Kernel::tiles) return linear_on_tiles(a, many, pool, weight);
-  if (in_lanes(a.base)) return linear_lanes(a, many, pool, kernel == Kernel::small);
-  linear_panels(a, many, pool, [&](int64_t, int64_t) { return weight; });
+  if (kernel == Kernel::amx) return linear_amx(a, many, pool, weight);
+  if (has_whole_blocks(a.base)) return linear_whole_blocks(a, many, pool, kernel == Kernel::skinny);
+  linear_gemm(a, many, pool, [&](int64_t, int64_t) { return weight; });
 }
-
-void linear(const LinearArgs& a, const Parallel& pool) { linear_with(a, nullptr, pool); }
 
 // -- backward -------------------------------------------------------------------------------------
 
-// dx of pieces to which base(i0, rows, j0, columns, c) adds dy W.
+// Computes dx by pieces: base(i0, rows, j0, columns, c) adds dy W to one.
 template <class Base>
 void dx_pieces(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
                const Base& base) {
   const int64_t M = a.dy.rows, K = a.dx.cols, R = a.lora.A.rows;
   const Operand<false> ds{Matrix{a.ds, DType::f32, M, R, R}};
   const auto body = [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    if (many) many->rows(i0, rows, j0, columns, false, c);
     if (a.lora.A.data) {
       accumulate<false>(ds, Dense{a.lora.A}, i0, rows, j0, columns, R, c);
-      for_panels(rows, columns, c, [&](int64_t j, int64_t width, float* tile) {
+      for_strips(rows, columns, c, [&](int64_t j, int64_t width, float* strip) {
         for (int64_t i = 0; i < rows; ++i)
-          apply_dropout(a.lora.dropout, i0 + i, j0 + j, width, tile + i * kWidth);
+          apply_dropout(a.lora.dropout, i0 + i, j0 + j, width, strip + i * kStripWidth);
       });
     }
     base(i0, rows, j0, columns, c);
-    store_tiles(a.dx, i0, rows, j0, columns, c);
+    store_strips(a.dx, i0, rows, j0, columns, c);
   };
-  for_tiles_of(many, pool, M, K, body);
+  for_pieces(pool, M, K, body);
 }
 
-// strip_of(j0, columns): W, or at least these of its columns.
-template <class StripOf>
-void dx_panels(const BackwardArgs& a, const Expansion* many, const Parallel& pool, Kernel kernel,
-               const StripOf& strip_of) {
+// source_of(j0, columns) is W, or at least these of its columns.
+template <class SourceOf>
+void dx_gemm(const BackwardArgs& a, const Expansion* many, const Parallel& pool, Kernel kernel,
+             const SourceOf& source_of) {
   const Operand<false> dy{a.dy};
   dx_pieces(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-    const auto strip = strip_of(j0, columns);
-    if (kernel == Kernel::tiles)
-      accumulate_tiles<false>(dy, strip, i0, rows, j0, columns, a.dy.cols, c);
+    const auto source = source_of(j0, columns);
+    if (kernel == Kernel::amx)
+      accumulate_amx<false>(dy, source, i0, rows, j0, columns, a.dy.cols, c);
     else
-      accumulate<false>(dy, strip, i0, rows, j0, columns, a.dy.cols, c);
+      accumulate<false>(dy, source, i0, rows, j0, columns, a.dy.cols, c);
   });
 }
 
-// dS is in a.ds already.
+// Computes dx; dS is in a.ds already.
 inline void dx(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const Kernel kernel = kernel_for(kDx, a.base, a.dy.rows);
-  if (kernel == Kernel::few) return dx_few(a, many, pool);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
   if (a.base.dense)
-    return dx_panels(a, many, pool, kernel, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
+    return dx_gemm(a, many, pool, kernel, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
   const Quantized weight(*a.base.quantized);
-  if (!in_lanes(a.base))
-    return dx_panels(a, many, pool, kernel, [&](int64_t, int64_t) { return weight; });
-  dx_panels(a, many, pool, kernel, [&](int64_t j0, int64_t columns) {
+  if (!has_whole_blocks(a.base))
+    return dx_gemm(a, many, pool, kernel, [&](int64_t, int64_t) { return weight; });
+  dx_gemm(a, many, pool, kernel, [&](int64_t j0, int64_t columns) {
     return ColumnStrip(weight.w, weight.lut, j0, columns);
   });
 }
@@ -175,10 +175,10 @@ inline void dx(const BackwardArgs& a, const Expansion* many, const Parallel& poo
 // dbias[n] = Σ_m dy[m, n], float32 sums in the order of m.
 inline void bias_gradient(const BackwardArgs& a, const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols;
-  parallel(pool, ceil_div(N, kWidth), [&](int64_t begin, int64_t end) {
+  parallel(pool, ceil_div(N, kStripWidth), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t n0 = t * kWidth, columns = min64(kWidth, N - n0);
-      float sum[kWidth] = {}, row[kWidth];
+      const int64_t n0 = t * kStripWidth, columns = min64(kStripWidth, N - n0);
+      float sum[kStripWidth] = {}, row[kStripWidth];
       for (int64_t m = 0; m < M; ++m) {
         load_row(row, a.dy.data, a.dy.dtype, m * a.dy.stride + n0, columns);
         for (int64_t j = 0; j < columns; ++j) sum[j] += row[j];
@@ -188,8 +188,8 @@ inline void bias_gradient(const BackwardArgs& a, const Parallel& pool) {
   });
 }
 
-inline void linear_backward_with(const BackwardArgs& a, const Expansion* many,
-                                 const Parallel& pool) {
+// The gradients with the adapter of a, or dx with those of `many`.
+inline void linear_backward(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, R = a.lora.A.rows;
   if (a.lora.A.data && (a.dx.data || a.dA.data)) {
     const MutMatrix ds{a.ds, DType::f32, M, R, R};
@@ -203,8 +203,4 @@ inline void linear_backward_with(const BackwardArgs& a, const Expansion* many,
     product(Operand<true>{a.dy}, Dense{Matrix{a.s, DType::f32, M, R, R}}, M, a.lora.scaling, a.dB,
             pool);
   if (a.dbias.data) bias_gradient(a, pool);
-}
-
-void linear_backward(const BackwardArgs& a, const Parallel& pool) {
-  linear_backward_with(a, nullptr, pool);
 }

@@ -45,25 +45,25 @@ struct Nearest {
 // The largest magnitude of n values, whole vectors; as bits, so that a NaN or infinity wins.
 inline float absmax_of(const float* values, int64_t n) {
   vi largest = set1i(0);
-  for (int64_t i = 0; i < n; i += W) largest = maxi(largest, abs_bits(load(values + i)));
+  for (int64_t i = 0; i < n; i += kLanes) largest = maxi(largest, abs_bits(load(values + i)));
   return float_of(hmax(largest));
 }
 
 inline float inverse_absmax(float absmax) { return 1.0f / (absmax > 1e-38f ? absmax : 1e-38f); }
 
-// One block of n values into n / 2 bytes; its absmax. at(i, even, odd): values i .. i + 2W, every
-// other one. Magnitudes compare as bits, so that a NaN or infinity wins.
+// One block of n values into n / 2 bytes; its absmax. at(i, even, odd): values i .. i + 2 kLanes,
+// every other one. Magnitudes compare as bits, so that a NaN or infinity wins.
 template <class At>
 inline float quantize_block(const Nearest& nearest, const At& at, int64_t n, uint8_t* packed) {
   vf even, odd;
   vi largest = set1i(0);
-  for (int64_t i = 0; i < n; i += 2 * W) {
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
     at(i, even, odd);
     largest = maxi(largest, maxi(abs_bits(even), abs_bits(odd)));
   }
   const float absmax = float_of(hmax(largest));
   const vf inverse = set1(inverse_absmax(absmax));
-  for (int64_t i = 0; i < n; i += 2 * W) {
+  for (int64_t i = 0; i < n; i += 2 * kLanes) {
     at(i, even, odd);
     const vi high = nearest.of(mul(even, inverse)), low = nearest.of(mul(odd, inverse));
     store_bytes(packed + i / 2, addi(shl<4>(high), low));
@@ -74,11 +74,11 @@ inline float quantize_block(const Nearest& nearest, const At& at, int64_t n, uin
 constexpr int64_t kMaxBlock = 4096;
 constexpr int64_t kBytesAhead = 2048;  // from a load of the dense weight to its prefetch
 
-// 2W values of the dense weight, every other one.
+// 2 kLanes values of the dense weight, every other one.
 struct LoadF32 {
   using T = float;
   void operator()(const T* p, vf& even, vf& odd) const {
-    even_odd(load(p), load(p + W), even, odd);
+    even_odd(load(p), load(p + kLanes), even, odd);
   }
 };
 struct LoadBf16 {
@@ -88,15 +88,15 @@ struct LoadBf16 {
 struct LoadF16 {
   using T = uint16_t;
   void operator()(const T* p, vf& even, vf& odd) const {
-    even_odd(load_f16(p), load_f16(p + W), even, odd);
+    even_odd(load_f16(p), load_f16(p + kLanes), even, odd);
   }
 };
 
 // Block b, which ends early.
 inline void quantize_last_block(const QuantizeArgs& a, const Nearest& nearest, int64_t b) {
   const int64_t first = b * a.blocksize, n = a.numel - first;
-  const int64_t whole = ceil_div(n, 2 * W) * 2 * W;  // the value after an odd end is zero
-  float* padded = static_cast<float*>(scratch(Slot::rows, kMaxBlock * sizeof(float)));
+  const int64_t whole = ceil_div(n, 2 * kLanes) * 2 * kLanes;  // the value after an odd end is zero
+  float* padded = static_cast<float*>(scratch(Buffer::rows, kMaxBlock * sizeof(float)));
   uint8_t packed[kMaxBlock / 2];
   load_row(padded, a.weight, a.dtype, first, n);
   for (int64_t i = n; i < whole; ++i) padded[i] = 0.0f;
@@ -158,7 +158,7 @@ struct NestedNearest {
   }
   static int count16(float v, const float* thresholds) {
     int count = 0;
-    for (int i = 0; i < 16; i += W) count += count_greater(set1(v), load(thresholds + i));
+    for (int i = 0; i < 16; i += kLanes) count += count_greater(set1(v), load(thresholds + i));
     return count;
   }
 };
@@ -195,14 +195,14 @@ inline void dequantize_halves(const DequantizeArgs& a, const Quantized& source, 
     const float scale = scales[i >> w.block_shift];
     float tail[32];
     uint16_t entries[16];
-    for (int v = 0; v < 16; v += W) {
+    for (int v = 0; v < 16; v += kLanes) {
       const vf value = mul(load(w.code + v), set1(scale));
       if (a.dtype == DType::bf16)
         store_bf16(entries + v, value);
       else
         store_f16(entries + v, value);
     }
-    const Halves table = make_halves(entries);
+    const HalfLut table = make_half_lut(entries);
     const int64_t end = min64(i + size, n);
     int64_t j = i;
     for (; j + 32 <= end; j += 32) lut_halves(table, w.packed + ((first + j) >> 1), out + j);

@@ -1,6 +1,7 @@
-// AVX-512 vocabulary, and tile registers: kernels/tiles.inl.
+// The AVX-512 vocabulary, and a mark that there are the tile registers of AMX, which the code in
+// cpu/amx uses directly.
 #pragma once
 
 #include "cpu/simd/avx512.h"
 
-#define LK_TILES
+#define LK_AMX

@@ -1,15 +1,15 @@
 // AVX2 + FMA + F16C vocabulary: eight lanes. The names are explained in scalar.h.
 #pragma once
 
-constexpr int W = 8;
-constexpr int MR = 6;
-constexpr int NV = 2;
-constexpr int DR = 3;
-constexpr int DC = 4;
-constexpr int kSmallRows = 8;
-constexpr int kMaxSmall = 8;
-constexpr int kSmallWide = 0;
-constexpr int kDotRows = 1;
+constexpr int kLanes = 8;
+constexpr int kMicroRows = 6;
+constexpr int kMicroVectors = 2;
+constexpr int kDotRows = 3;
+constexpr int kDotRanks = 4;
+constexpr int kSkinnyRows = 8;
+constexpr int kMaxSkinny = 8;
+constexpr int kSkinnyWide = 0;
+constexpr int kLookupRows = 1;
 
 typedef __m256 vf;
 typedef __m256i vi;
@@ -72,7 +72,7 @@ inline int count_greater(vf x, vf t) {
       static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, t, _CMP_GT_OQ))));
 }
 inline void even_odd(vf a, vf b, vf& even, vf& odd) {
-  // Quadwords 0, 2, 1, 3 of the sorted ones.
+  // Puts the quadwords of the sorted ones in the order 0, 2, 1, 3.
   even = _mm256_shuffle_ps(a, b, 0x88);
   odd = _mm256_shuffle_ps(a, b, 0xdd);
   even = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
@@ -113,10 +113,10 @@ inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   const vi shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts));
 }
-struct Halves {
+struct HalfLut {
   __m256i low, high;  // bytes of the entries, in both halves
 };
-inline Halves make_halves(const uint16_t* entries) {
+inline HalfLut make_half_lut(const uint16_t* entries) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries));
   const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff)),
                 high = _mm256_srli_epi16(words, 8);
@@ -124,7 +124,7 @@ inline Halves make_halves(const uint16_t* entries) {
   return {_mm256_permute4x64_epi64(_mm256_packus_epi16(low, low), 0x88),
           _mm256_permute4x64_epi64(_mm256_packus_epi16(high, high), 0x88)};
 }
-inline void lut_halves(const Halves& table, const uint8_t* p, uint16_t* dst) {
+inline void lut_halves(const HalfLut& table, const uint8_t* p, uint16_t* dst) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
                 mask = _mm_set1_epi8(15);
   const __m128i first = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask),
@@ -140,12 +140,12 @@ inline void lut_halves(const Halves& table, const uint8_t* p, uint16_t* dst) {
 // Byte by byte: four byte shuffles look up 32 weights, and two rounds of unpacking put their bytes
 // together. Three shuffles a vector of weights, against lut16's two, two shifts and a blend. Called
 // often enough for compilers not to inline it, which costs more than the lookup.
-struct Eight {
+struct NibbleWeights {
   vf weights[8];
 
-  Eight() = default;
-  __attribute__((always_inline)) Eight(const Lut& lut, vi packed) {
-    // Byte b of the four dwords of each half, next to each other.
+  NibbleWeights() = default;
+  __attribute__((always_inline)) NibbleWeights(const Lut& lut, vi packed) {
+    // Brings byte b of the four dwords of each half next to each other.
     const __m256i by_byte = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m256i bytes = _mm256_shuffle_epi8(packed, by_byte), mask = _mm256_set1_epi8(15);

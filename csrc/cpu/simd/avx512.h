@@ -1,15 +1,15 @@
 // AVX-512 (F, BW, DQ, VL) vocabulary: sixteen lanes. The names are explained in scalar.h.
 #pragma once
 
-constexpr int W = 16;
-constexpr int MR = 14;
-constexpr int NV = 2;
-constexpr int DR = 3;
-constexpr int DC = 8;
-constexpr int kSmallRows = 16;
-constexpr int kMaxSmall = 24;
-constexpr int kSmallWide = 12;
-constexpr int kDotRows = 4;
+constexpr int kLanes = 16;
+constexpr int kMicroRows = 14;
+constexpr int kMicroVectors = 2;
+constexpr int kDotRows = 3;
+constexpr int kDotRanks = 8;
+constexpr int kSkinnyRows = 16;
+constexpr int kMaxSkinny = 24;
+constexpr int kSkinnyWide = 12;
+constexpr int kLookupRows = 4;
 
 typedef __m512 vf;
 typedef __m512i vi;
@@ -80,22 +80,22 @@ inline vf lut_nibbles(const Lut& lut, const uint8_t* p) {
   const vi shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
   return lut16(lut, _mm512_srlv_epi32(dwords, shifts));
 }
-struct Halves {
+struct HalfLut {
   __m512i entries;  // twice: vpermw reads five bits of an index
 };
-inline Halves make_halves(const uint16_t* entries) {
+inline HalfLut make_half_lut(const uint16_t* entries) {
   return {_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(entries)))};
 }
-inline void lut_halves(const Halves& table, const uint8_t* p, uint16_t* dst) {
+inline void lut_halves(const HalfLut& table, const uint8_t* p, uint16_t* dst) {
   const vi bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const vi index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
   _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(index, table.entries));
 }
-struct Eight {
+struct NibbleWeights {
   vi dwords;
 
-  Eight() = default;
-  Eight(const Lut&, vi packed) : dwords(packed) {}
+  NibbleWeights() = default;
+  NibbleWeights(const Lut&, vi packed) : dwords(packed) {}
   template <int S>
   vf weight(const Lut& lut) const {
     return lut16(lut, shr<S % 2 ? 4 * (S - 1) : 4 * (S + 1)>(dwords));

@@ -5,7 +5,7 @@
 //   column product   columns[c, r] = Σ_m act[m, c] Q[m, r]    dB (Q = S), dAᵀ (Q = dS)
 //
 // act is x, under dropout or not, or dy; a column of ones beside Q gives dbias. A block owns 256
-// columns of a range of rows and walks down the rows; its part of P stays in shared memory, its
+// columns of a range of rows and walks down the rows; its share of P stays in shared memory, its
 // column sums stay in registers:
 //
 //              256 columns (strip)
@@ -17,10 +17,10 @@
 // A second kernel adds the partial sums in their order. The strips are the same for every number of
 // rows, so the bits of a row of S and dS depend on that row alone.
 //
-// Partial sums are [part][pass][row or column][16], float32.
+// Partial sums are [strip or range][pass][row or column][16], float32.
 //
 // Everything is as accurate as float32: a 16-bit activation is exact in a matrix instruction, the
-// other operand is a sum of parts that are (see Parts).
+// other operand is a sum of splits that are (see Splits).
 #pragma once
 
 #include "cuda/kernels/lora_tile.cuh"
@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kLoraThreads, lora_residents(kRowProduct, kCol
 
   const int pass = args.first_pass + static_cast<int>(blockIdx.x) % args.passes;
   const int strip = static_cast<int>(blockIdx.x) / args.passes % args.strips;
-  const int split = static_cast<int>(blockIdx.x) / args.passes / args.strips;
+  const int range = static_cast<int>(blockIdx.x) / args.passes / args.strips;
   const int column0 = strip * kLoraColumns, r0 = pass * kLoraPass;
   const int rows = static_cast<int>(args.act.rows), cols = static_cast<int>(args.act.cols);
-  const int row0 = split * args.range, end = rows - row0 < args.range ? rows : row0 + args.range;
+  const int row0 = range * args.range, end = rows - row0 < args.range ? rows : row0 + args.range;
   const int steps = (end - row0 + kLoraRows - 1) / kLoraRows;
   const Copier copier(args.act, column0, end);
 
@@ -121,15 +121,15 @@ __global__ void __launch_bounds__(kLoraThreads, lora_residents(kRowProduct, kCol
     write_columns(
         columns,
         args.column_partial +
-            ((int64_t{split} * args.column_passes + pass) * args.act.cols + column0) * kLoraPass,
+            ((int64_t{range} * args.column_passes + pass) * args.act.cols + column0) * kLoraPass,
         cols - column0);
 }
 
-// out[i, r] = scale Σ_part partial[part][r / 16][i][r % 16], and the same without scale into
+// out[i, r] = scale Σ_k partial[k][r / 16][i][r % 16], and the same without scale into
 // after[i] for r = R.
 struct PartialSums {
   const float* partial = nullptr;
-  int parts = 0, passes = 0;
+  int count = 0, passes = 0;
   int first_pass = 0;  // those before it are not wanted
   int64_t items = 0;   // i
   int64_t R = 0;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(256) add_partials(PartialSums first, PartialSu
   const int64_t step = job.passes * job.items * kLoraPass;
   float sum = 0.0f;
 #pragma unroll 8
-  for (int part = 0; part < job.parts; ++part) sum += from[part * step];
+  for (int k = 0; k < job.count; ++k) sum += from[k * step];
   if (is_out)
     store_one(job.out, job.out_dtype, item * job.item_stride + r * job.r_stride, job.scale * sum);
   else

@@ -2,7 +2,7 @@
 // products of one adapter (lora.cuh) and of many (multi.cuh).
 #pragma once
 
-#include "cuda/kernels/lora_parts.cuh"
+#include "cuda/kernels/lora_split.cuh"
 
 namespace lk::cuda {
 
@@ -21,7 +21,7 @@ struct SkinnyRows {
   const void* data = nullptr;
   DType dtype = DType::f32;
   int64_t c_stride = 0, r_stride = 0, R = 0;
-  bool exact = false;  // its elements are exact in one part
+  bool exact = false;  // its elements are exact in one split
 
   __device__ int64_t at(int r) const { return r * r_stride; }
 };
@@ -61,7 +61,7 @@ struct Staged {
     r = thread / 16;
     place = (r * 4 + k % 8 / 2) * 4 + k / 8 * 2 + k % 2;
   }
-  // Of the tile's element in the fragments.
+  // The place of the tile's element in the fragments.
   __device__ int at(int k16, int r8) const { return place + (k16 * kFragmentTiles + r8) * 128; }
 };
 
@@ -96,7 +96,7 @@ __device__ __forceinline__ void stage_p_as(const P& p, int c0, int columns, int 
   }
 }
 
-// The strip's part of P, from column c0 of the activations on.
+// Stages the strip's share of P, from column c0 of the activations on.
 template <class P>
 __device__ __forceinline__ void stage_p(const P& p, int c0, int columns, int r0, float* to) {
   switch (p.dtype) {
@@ -115,7 +115,7 @@ struct QueuedRows {
   static constexpr int kM = kLoraRows / 16;
   float v[kM][kFragmentTiles];
 
-  // Rows [m0, end), at most 32.
+  // Loads rows [m0, end), at most 32.
   template <class Q>
   __device__ void load(const Q& q, int m0, int end, int r0) {
     const Staged s;
@@ -186,7 +186,7 @@ struct Copier {
     }
   }
 
-  // The same where the tile's rows are rows numbers[row0].. of the activations.
+  // Copies a tile whose rows are rows numbers[row0].. of the activations.
   __device__ void issue(unsigned char* tile, const int32_t* numbers, int row0) const {
     const uint16_t* data = static_cast<const uint16_t*>(act.data);
     const int left = column < act.cols ? end - row0 : 0;
@@ -202,8 +202,8 @@ struct Copier {
       ptx::copy_async(tile + offset(i), data + from[i], first_row + i * kLoraWarps < left);
   }
 
-  // Dropout on what this thread has copied, so no other thread need have arrived. number(i) is the
-  // row of the activations that row i of the tile is.
+  // Applies dropout to what this thread has copied, so no other thread need have arrived. number(i)
+  // is the row of the activations that row i of the tile is.
   template <class Number>
   __device__ void drop(unsigned char* tile, Number number, uint64_t seed,
                        uint32_t threshold) const {
@@ -253,46 +253,46 @@ struct Tile {
   using Rows = Sum[kM][kR];
   using Columns = Sum[kLoraSlices][kR];
 
-  static __device__ void load_parts(Parts<T> (&parts)[kR], const float* fragments, int k16) {
+  static __device__ void load_splits(Splits<T> (&splits)[kR], const float* fragments, int k16) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int r = 0; r < kR; ++r)
-      parts[r].set(ptx::load<float4>(fragments + 4 * ((k16 * kR + r) * 32 + lane)));
+      splits[r].set(ptx::load<float4>(fragments + 4 * ((k16 * kR + r) * 32 + lane)));
   }
 
-  // This warp's columns of the row product.
+  // Adds the row product of this warp's columns.
   static __device__ void add_rows(Rows& rows, unsigned char* tile, const float* p, bool exact) {
     const MatrixOffset offset(false);
     const int slice0 = static_cast<int>(threadIdx.x) / 32 * kLoraSlices;
 #pragma unroll 2
     for (int s = 0; s < kLoraSlices; ++s) {
-      Parts<T> parts[kR];
-      load_parts(parts, p, slice0 + s);
+      Splits<T> splits[kR];
+      load_splits(splits, p, slice0 + s);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         uint32_t d[4];
         ptx::load_matrices(d, tile + offset.at(m, s));
         const Activations<T> a(d);
 #pragma unroll
-        for (int r = 0; r < kR; ++r) multiply(rows[m][r], a, parts[r], exact);
+        for (int r = 0; r < kR; ++r) multiply(rows[m][r], a, splits[r], exact);
       }
     }
   }
 
-  // The column product of this warp's columns.
+  // Adds the column product of this warp's columns.
   static __device__ void add_columns(Columns& columns, unsigned char* tile, const float* q) {
     const MatrixOffset offset(true);
 #pragma unroll 1
     for (int m = 0; m < kM; ++m) {
-      Parts<T> parts[kR];
-      load_parts(parts, q, m);
+      Splits<T> splits[kR];
+      load_splits(splits, q, m);
 #pragma unroll
       for (int s = 0; s < kLoraSlices; ++s) {
         uint32_t d[4];
         ptx::load_matrices_transposed(d, tile + offset.at(m, s));
         const Activations<T> a(d);
 #pragma unroll
-        for (int r = 0; r < kR; ++r) multiply(columns[s][r], a, parts[r], false);
+        for (int r = 0; r < kR; ++r) multiply(columns[s][r], a, splits[r], false);
       }
     }
   }
@@ -300,8 +300,8 @@ struct Tile {
 
 // -- partial sums out -----------------------------------------------------------------------------
 
-// The warp's row sums into `sums`, [warp][16 rows, 8 r][lane] float4 in the order of the result's
-// fragment.
+// Writes the warp's row sums to `sums`, [warp][16 rows, 8 r][lane] float4 in the order of the
+// result's fragment.
 template <class Rows>
 __device__ __forceinline__ void leave_rows(const Rows& rows, float* sums) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -334,7 +334,7 @@ __device__ __forceinline__ void write_rows(const float* sums, int count, Write w
   if (row + 8 < count) write(row + 8, r, make_float2(sum.z, sum.w));
 }
 
-// to[column][16], columns before `count`.
+// Writes to[column][16] for columns before `count`.
 template <class Columns>
 __device__ __forceinline__ void write_columns(const Columns& columns, float* to, int count) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;

@@ -1,6 +1,6 @@
 // Expand for many adapters in one batch (see multi_tile.cuh): Δ and its like in dx, for every dtype
-// and shape, on tensor cores as accurate as in float32 (see tile_adapter.cuh). Bound by the bytes
-// of the result.
+// and shape, on tensor cores as accurate as in float32 (see mma_adapter.cuh). The bytes of the
+// result bound it.
 //
 //   accumulate        out += Δ              multi_lora_
 //   else              out = Δ + bias        also where a row has no adapter (zero + bias)
@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/kernels/multi_tile.cuh"
-#include "cuda/kernels/tile_adapter.cuh"
+#include "cuda/kernels/mma_adapter.cuh"
 
 namespace lk::cuda {
 
@@ -29,7 +29,7 @@ struct ExpandArgs {
   int64_t tile_blocks = 0;  // those after them are for rows without adapter
 };
 
-// In place of a TileAdapter: the rows are those of a tile.
+// Stands in place of an MmaAdapter: the rows are those of a tile.
 struct ExpandAdapter {
   const ExpandArgs& args;
   const MultiTile& tile;
@@ -52,7 +52,7 @@ struct ExpandAdapter {
   }
 };
 
-// Eight elements of a row from `column` on, those inside: out = v, or += v.
+// out = v, or += v, for those of eight elements of a row from `column` on that are inside.
 __device__ __forceinline__ void store_eight(const MutMatrix& out, int64_t row, int64_t column,
                                             bool accumulate, float (&v)[8]) {
   const int64_t at = row * out.stride + column, left = out.cols - column;
@@ -99,7 +99,7 @@ __device__ __forceinline__ void add_bias(const Vector& bias, int64_t column, int
     if (column + e < columns) v[e] += load_one(bias.data, bias.dtype, column + e);
 }
 
-// 16 rows x 128 columns of the rows without adapter.
+// Writes 16 rows x 128 columns of the rows without adapter.
 __device__ __forceinline__ void fill_others(const ExpandArgs& a) {
   const int64_t strips = ceil_div(a.out.cols, kExpandColumns), block = blockIdx.x - a.tile_blocks;
   const int64_t row = block / strips * 16 + threadIdx.x / 16;
@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kExpandThreads, 2) multi_expand(ExpandArgs arg
   constexpr int warps_m = rows / 16 < 2 ? 1 : 2, warps_n = 8 / warps_m;
   constexpr int m = rows / warps_m / 16, n = kExpandColumns / warps_n / 8;
   const unsigned strips = static_cast<unsigned>(ceil_div(args.out.cols, kExpandColumns));
-  const unsigned parts = static_cast<unsigned>(args.plan.tile_rows + rows - 1) / rows;
+  const unsigned pieces = static_cast<unsigned>(args.plan.tile_rows + rows - 1) / rows;
   const int64_t column0 = int64_t{blockIdx.x % strips} * kExpandColumns;
-  const int row0 = static_cast<int>(blockIdx.x / strips % parts) * rows;
-  const MultiTile tile(args.plan, args.pages, blockIdx.x / strips / parts);
+  const int row0 = static_cast<int>(blockIdx.x / strips % pieces) * rows;
+  const MultiTile tile(args.plan, args.pages, blockIdx.x / strips / pieces);
   if (row0 >= tile.rows || (args.accumulate && tile.rank == 0))
     return ptx::wait_for_previous_kernel();
   const int32_t* numbers = args.plan.rows + tile.first;

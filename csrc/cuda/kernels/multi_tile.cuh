@@ -8,7 +8,7 @@
 //   gradients  G[r, c]   = scale Σ_m C[m, r] act[m, c]        dA (dS, x), dB (S, dy)
 //
 // Blocks belong to tiles of the plan, never to pairs of rows and adapters; those of padding tiles,
-// and of ranks that the tile's adapter does not have, end at once. But not before the kernel ahead
+// and of ranks that the tile's adapter does not have, end at once, but not before the kernel ahead
 // has: who waits for this one counts on that one as well.
 #pragma once
 
@@ -32,12 +32,13 @@ struct MultiTile {
     if (rows > 0) rank = pages.ranks[slot];
   }
 
-  // Of A_pages and B_pages. Eight ranks from a multiple of 8 on are in rows that follow each other.
+  // The row of A_pages and B_pages that holds rank r. Eight ranks from a multiple of 8 on are in
+  // rows that follow each other.
   __device__ int64_t page_row(int r) const {
     return int64_t{ids[r / page_rank]} * page_rank + r % page_rank;
   }
 
-  // Rows of the slot, if this is its first tile; else none.
+  // How many rows the slot has, if this is its first tile; else none.
   __device__ int rows_of_slot(const BatchPlan& plan, unsigned index) const {
     if (index > 0 && plan.tiles[index - 1].slot == slot) return 0;
     int count = rows;
@@ -72,7 +73,7 @@ struct ShrinkArgs {
   Pages pages;
   Matrix act, factor;    // factor: pages.A or pages.B
   bool dropped = false;  // act under dropout; its scale is applied to the sums
-  bool exact = false;    // the factor's elements are exact in one part (see Parts)
+  bool exact = false;    // the factor's elements are exact in one split (see Splits)
   Planes planes;
 };
 

@@ -44,7 +44,7 @@ struct NearestCode {
   uint32_t nibbles[16];  // of each rank
 };
 
-// By all threads of a block. Equal codes stay in their order.
+// Sorts the codes with all threads of a block. Equal codes stay in their order.
 __device__ inline void sort_codes(const float* code, NearestCode& nearest) {
   const int i = static_cast<int>(threadIdx.x);
   if (i < 16) {

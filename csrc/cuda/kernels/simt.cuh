@@ -4,7 +4,7 @@
 //   out[i, j] = mask(i, j) scale Σ_p a1(i, p) b1(p, j) + Σ_p a2(i, p) b2(p, j) + addend + bias[j]
 #pragma once
 
-#include "cuda/addend.h"
+#include "cuda/epilogue.h"
 #include "cuda/kernels/simt_tile.cuh"
 
 namespace lk::cuda {
@@ -35,7 +35,7 @@ struct SimtArgs {
   Product first, second;
   float scale = 1.0f;  // of the first product
   Dropout mask;        // on the first product, including its scale
-  Addend addend;
+  EpilogueOperand addend;
   Vector bias;
   MutMatrix out;
 };

@@ -33,7 +33,7 @@ __device__ inline void accumulate(const Product& p, int64_t i0, int64_t j0, int6
       b_tile[bp * kSimtPitch + bj] = b_in ? p.b.at(p0 + bp, j0 + bj) : 0.0f;
     }
     __syncthreads();
-    // Not past the depth: zeros there would turn infinities into NaNs.
+    // Stops at the depth: zeros beyond it would turn infinities into NaNs.
     const int depth = static_cast<int>(min64(kSimtDepth, p.depth - p0));
     for (int q = 0; q < depth; ++q) {
       const float4 a = ptx::load<float4>(a_tile + q * kSimtPitch + 4 * ty);

@@ -1,7 +1,7 @@
-// What is not a kernel: errors, the device, how the library was built.
+// The table of the library, and what is not a kernel: errors, the device, how it was built.
 #include <cstdio>
 
-#include "cuda/launch.h"
+#include "cuda/launchers.h"
 
 namespace lk::cuda {
 namespace {
@@ -46,7 +46,24 @@ DeviceInfo device_info([[maybe_unused]] int device) {
 
 }  // namespace lk::cuda
 
-const char* lk_cuda_failure(void) { return lk::cuda::failure; }
+const lk::CudaTable* lk_cuda_kernels(void) {
+  using namespace lk::cuda;
+  static const lk::CudaTable table = {sizeof(lk::CudaTable),
+                                      quantize,
+                                      double_quantize_workspace,
+                                      double_quantize,
+                                      dequantize,
+                                      plan_linear,
+                                      linear,
+                                      plan_linear_backward,
+                                      linear_backward,
+                                      plan_multi,
+                                      multi,
+                                      plan_multi_backward,
+                                      multi_backward,
+                                      [] { return static_cast<const char*>(failure); }};
+  return &table;
+}
 
 const char* lk_cuda_architectures(void) {
 #if defined(LOWRANK_EMULATOR)

@@ -1,5 +1,7 @@
-// The linear operators for the C interface: which family runs, and in which order the parts run.
+// The linear operators: which family runs a call, decided once, and in which order its
+// kernels run.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/launchers.h"
 
@@ -19,13 +21,13 @@ Family family_of(const Args& a, const Matrix& rows) {
   const bool empty = a.base.quantized && a.base.quantized->N * a.base.quantized->K == 0;
   if (rows.rows == 0 || empty) return Family::simt;
   if (a.base.dense) return a.base.dense->dtype == rows.dtype ? Family::matmul : Family::simt;
-  const bool tile = tile_takes(a);
+  const bool tile = mma_takes(a);
   if (rows.rows > (tile ? kMatmulRows : kMatmulRowsGeneral)) return Family::matmul;
-  return tile ? Family::tile : Family::simt;
+  return tile ? Family::mma : Family::simt;
 }
 
 Family family(const LinearArgs& a) {
-  if (a.base.quantized && a.x.rows > 0 && decode_takes(a)) return Family::decode;
+  if (a.base.quantized && a.x.rows > 0 && gemv_takes(a)) return Family::gemv;
   return family_of(a, a.x);
 }
 Family family(const BackwardArgs& a) {
@@ -33,56 +35,66 @@ Family family(const BackwardArgs& a) {
   return a.dx.data ? family_of(a, a.dy) : Family::simt;
 }
 
-}  // namespace
-
-cudaError_t linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
-  if (a.x.rows == 0) return cudaSuccess;
-  if (a.base.quantized && decode_takes(a)) return decode_linear(a, addend, on);
-  if (a.lora.A.data) LK_TRY(lora_takes(a) ? lora_shrink(a, on) : simt_shrink(a, on));
-  return tile_takes(a) ? tile_linear(a, addend, on) : simt_linear(a, addend, on);
+template <class Args>
+LaunchPlan plan(Args a, bool has_rest, int device) {
+  LaunchPlan p;
+  p.family = p.rest = family(a);
+  p.has_rest = has_rest;
+  if constexpr (std::is_same_v<Args, LinearArgs>)
+    if (p.family == Family::gemv) {
+      p.workspace = gemv_workspace(a, device);
+      return p;
+    }
+  if (p.family == Family::matmul) {
+    a.base = {};
+    p.rest = mma_takes(a) ? Family::mma : Family::simt;
+  }
+  p.lora_on_tensor_cores = lora_takes(a);
+  p.workspace = std::max(p.lora_on_tensor_cores ? lora_workspace(a, device) : 0,
+                         p.rest == Family::mma ? mma_workspace(a, device) : 0);
+  return p;
 }
 
-cudaError_t linear_backward(const BackwardArgs& a, const Addend& addend, const Launch& on) {
-  const bool adapter = a.lora.A.data != nullptr, some = adapter || a.dbias.data;
-  if (some && lora_takes(a)) {
-    LK_TRY(lora_gradients(a, on));
+}  // namespace
+
+cudaError_t linear(LinearArgs a, const LaunchPlan& plan, const EpilogueOperand& addend,
+                   const Launch& on) {
+  if (a.x.rows == 0) return cudaSuccess;
+  if (plan.family == Family::gemv) return gemv_linear(a, addend, on);
+  if (plan.family == Family::matmul) a.base = {};
+  if (a.lora.A.data) LK_TRY(plan.lora_on_tensor_cores ? lora_shrink(a, on) : simt_shrink(a, on));
+  return plan.rest == Family::mma ? mma_linear(a, addend, on) : simt_linear(a, addend, on);
+}
+
+cudaError_t linear_backward(BackwardArgs a, const LaunchPlan& plan, const EpilogueOperand& addend,
+                            const Launch& on) {
+  if (plan.family == Family::matmul) a.base = {};
+  const bool adapter = a.lora.A.data != nullptr;
+  if (plan.lora_on_tensor_cores) {
+    if (adapter || a.dbias.data) LK_TRY(lora_gradients(a, on));
   } else {
     if (adapter && (a.dx.data || a.dA.data)) LK_TRY(simt_ds(a, on));
     LK_TRY(simt_adapter_gradients(a, on));
     if (a.dbias.data) LK_TRY(bias_gradient(a, on));
   }
   if (!a.dx.data || a.dx.rows == 0) return cudaSuccess;
-  return tile_takes(a) ? tile_dx(a, addend, on) : simt_dx(a, addend, on);
+  return plan.rest == Family::mma ? mma_dx(a, addend, on) : simt_dx(a, addend, on);
+}
+
+LaunchPlan plan_linear(const LinearArgs& a, int device) {
+  return plan(a, a.lora.A.data || a.bias.data, device);
+}
+
+int linear(const LinearArgs& a, const LaunchPlan& plan, const Launch& on) {
+  return linear(a, plan, {}, on);
+}
+
+LaunchPlan plan_linear_backward(const BackwardArgs& a, int device) {
+  return plan(a, a.lora.A.data != nullptr, device);
+}
+
+int linear_backward(const BackwardArgs& a, const LaunchPlan& plan, const Launch& on) {
+  return linear_backward(a, plan, {}, on);
 }
 
 }  // namespace lk::cuda
-
-using namespace lk;
-
-Plan lk_cuda_plan_linear(const LinearArgs* args, int device) {
-  LinearArgs a = *args;
-  const Family family = cuda::family(a);
-  const bool has_rest = a.lora.A.data || a.bias.data;
-  if (family == Family::decode) return {family, has_rest, cuda::decode_workspace(a, device)};
-  if (family == Family::matmul) a.base = {};
-  return {family, has_rest,
-          std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
-}
-
-int lk_cuda_linear(const LinearArgs* args, const Launch* on) {
-  return cuda::linear(*args, {}, *on);
-}
-
-Plan lk_cuda_plan_linear_backward(const BackwardArgs* args, int device) {
-  BackwardArgs a = *args;
-  const Family family = cuda::family(a);
-  if (family == Family::matmul) a.base = {};
-  return {family, a.lora.A.data != nullptr,
-          std::max(cuda::lora_takes(a) ? cuda::lora_workspace(a, device) : 0,
-                   cuda::tile_takes(a) ? cuda::tile_workspace(a, device) : 0)};
-}
-
-int lk_cuda_linear_backward(const BackwardArgs* args, const Launch* on) {
-  return cuda::linear_backward(*args, {}, *on);
-}

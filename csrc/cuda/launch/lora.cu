@@ -37,24 +37,24 @@ struct Division {
 
   int64_t launches() const { return ceil_div(rows, chunk); }
   int64_t rows_of(int64_t launch) const { return min64(chunk, rows - launch * chunk); }
-  int64_t splits_of(int64_t launch) const { return ceil_div(rows_of(launch), range); }
-  int64_t splits() const {
+  int64_t ranges_of(int64_t launch) const { return ceil_div(rows_of(launch), range); }
+  int64_t ranges() const {
     const int64_t n = launches();
-    return n ? (n - 1) * splits_of(0) + splits_of(n - 1) : 0;
+    return n ? (n - 1) * ranges_of(0) + ranges_of(n - 1) : 0;
   }
   int64_t row_partial_bytes() const { return int64_t{strips} * passes * chunk * kLoraPass * 4; }
   int64_t column_partial_bytes(int column_passes) const {
-    return splits() * column_passes * cols * kLoraPass * 4;
+    return ranges() * column_passes * cols * kLoraPass * 4;
   }
 
  private:
-  // The number of splits for which the busiest multiprocessor has the least to do; a block costs
+  // The number of ranges for which the busiest multiprocessor has the least to do; a block costs
   // about two tiles more than it has.
   int64_t range_for(int slots) const {
     const int64_t tiles = ceil_div(chunk, kLoraRows);
     int64_t best = tiles, least = INT64_MAX;
-    for (int64_t splits = 1; splits <= min64(tiles, 4 * std::max(slots, 1)); ++splits) {
-      const int64_t length = ceil_div(tiles, splits);
+    for (int64_t ranges = 1; ranges <= min64(tiles, 4 * std::max(slots, 1)); ++ranges) {
+      const int64_t length = ceil_div(tiles, ranges);
       const int64_t blocks = ceil_div(tiles, length) * strips * passes;
       const int64_t cost = ceil_div(blocks, std::max(slots, 1)) * (length + 2);
       if (cost < least) least = cost, best = length;
@@ -117,7 +117,7 @@ cudaError_t run(const Products& w, const Launch& on) {
   if (w.column_product) {
     columns = w.columns;
     columns.partial = column_partial;
-    columns.parts = static_cast<int>(d.splits());
+    columns.count = static_cast<int>(d.ranges());
     columns.passes = column_passes;
     columns.first_pass = columns.out ? 0 : static_cast<int>(w.R / kLoraPass);
     columns.items = w.act.cols;
@@ -125,9 +125,9 @@ cudaError_t run(const Products& w, const Launch& on) {
   }
   if (d.launches() == 0) return add({}, columns, on);
 
-  int64_t splits_before = 0;
+  int64_t ranges_before = 0;
   for (int64_t i = 0; i < d.launches(); ++i) {
-    const int64_t row0 = i * d.chunk, rows = d.rows_of(i), splits = d.splits_of(i);
+    const int64_t row0 = i * d.chunk, rows = d.rows_of(i), ranges = d.ranges_of(i);
     SkinnyArgs args;
     args.act = w.act;
     args.act.data = static_cast<const uint16_t*>(w.act.data) + row0 * w.act.stride;
@@ -138,7 +138,7 @@ cudaError_t run(const Products& w, const Launch& on) {
     args.q = w.q;
     if (w.q.data) args.q.data = w.q.data + row0 * w.R;
     args.row_partial = row_partial;
-    args.column_partial = column_partial + splits_before * column_passes * w.act.cols * kLoraPass;
+    args.column_partial = column_partial + ranges_before * column_passes * w.act.cols * kLoraPass;
     args.row_passes = d.passes;
     args.column_passes = column_passes;
     args.first_pass = w.rows ? 0 : columns.first_pass;
@@ -148,13 +148,13 @@ cudaError_t run(const Products& w, const Launch& on) {
     args.range = static_cast<int>(d.range);
     const bool is_bf16 = w.act.dtype == DType::bf16;
     LK_TRY((is_bf16 ? start<Bf16> : start<F16>)(args, w.rows != nullptr, w.column_product,
-                                                splits * d.strips * args.passes, on));
-    splits_before += splits;
+                                                ranges * d.strips * args.passes, on));
+    ranges_before += ranges;
 
     PartialSums sums;
     if (w.rows) {
       sums.partial = row_partial;
-      sums.parts = d.strips;
+      sums.count = d.strips;
       sums.passes = d.passes;
       sums.items = rows;
       sums.R = w.R;

@@ -11,13 +11,14 @@ namespace {
 
 constexpr int64_t kMostPlanes = 16;
 
-// Launches in a row. All but the first may start before the one ahead has completed: the first
-// reads from its beginning what others wrote.
+// Launches one after the other. All but the first may start before the one ahead has completed: the
+// first reads from its beginning what others wrote.
 class Sequence {
  public:
   explicit Sequence(const Launch& on) : on_(on) {}
 
-  // Nothing if there are no blocks. They lie along grid x, which alone has room for many.
+  // Launches the kernel, unless there are no blocks. They lie along grid x, which alone has room
+  // for many.
   template <class... P>
   cudaError_t run(const char* name, int64_t blocks, int threads, size_t shared_bytes,
                   void (*kernel)(P...), typename AsIs<P>::type... args) {
@@ -49,7 +50,7 @@ Planes planes_for(int64_t rows, int64_t columns, const BatchPlan& plan) {
   return p;
 }
 
-// The planes of act times `factor`.
+// Computes the planes of act times `factor`.
 cudaError_t shrink(ShrinkArgs a, Sequence& sequence) {
   a.exact = is_exact(a.factor.dtype, a.act.dtype);
   const int64_t blocks = a.plan.tile_count * a.planes.count;
@@ -70,7 +71,7 @@ cudaError_t add(PlaneSumArgs a, Sequence& sequence) {
                       add_planes, a);
 }
 
-// `others`: of rows without adapter as well.
+// others: rows without adapter are written as well.
 template <bool backward>
 cudaError_t expand(ExpandArgs a, bool others, Sequence& sequence) {
   const int64_t strips = ceil_div(a.out.cols, kExpandColumns);
@@ -107,7 +108,7 @@ cudaError_t gradients(const MultiBackwardArgs& a, Sequence& sequence) {
 // memory takes when they have been added.
 struct Memory {
   int64_t addend_bytes = 0;
-  Addend addend;
+  EpilogueOperand addend;
   Launch base;
   Planes planes;
 
@@ -147,34 +148,28 @@ BackwardArgs base_of(const MultiBackwardArgs& a) {
   return b;
 }
 
-// Of the base alone.
-Plan plan_base(const MultiArgs& a, int device) {
-  const LinearArgs base = base_of(a);
-  Plan p = a.base ? lk_cuda_plan_linear(&base, device) : Plan{};
-  p.has_rest = a.plan.tile_count > 0 || a.bias.data;
-  return p;
-}
-Plan plan_base(const MultiBackwardArgs& a, int device) {
-  const BackwardArgs base = base_of(a);
-  Plan p = a.base ? lk_cuda_plan_linear_backward(&base, device) : Plan{};
-  p.has_rest = a.plan.tile_count > 0;
-  return p;
-}
-
-Memory memory(const MultiArgs& a, const Plan& base, const Launch& on) {
-  const bool addend = a.base && base.family != Family::matmul && a.plan.tile_count > 0;
+Memory memory(const MultiArgs& a, const LaunchPlan& plan, const Launch& on) {
+  const bool addend = a.base && plan.family != Family::matmul && a.plan.tile_count > 0;
   return {a.x.rows, a.y.cols, addend, planes_for(a.x.rows, a.x.cols, a.plan), a.plan, on};
 }
-Memory memory(const MultiBackwardArgs& a, const Plan& base, const Launch& on) {
-  const bool addend = a.base && a.dx.data && base.family != Family::matmul && a.plan.tile_count > 0;
+Memory memory(const MultiBackwardArgs& a, const LaunchPlan& plan, const Launch& on) {
+  const bool addend = a.base && a.dx.data && plan.family != Family::matmul && a.plan.tile_count > 0;
   return {a.dy.rows, a.x.cols, addend, planes_for(a.dy.rows, a.dy.cols, a.plan), a.plan, on};
 }
 
-cudaError_t multi(const MultiArgs& a, const Launch& on) {
+}  // namespace
+
+LaunchPlan plan_multi(const MultiArgs& a, int device) {
+  LaunchPlan p = a.base ? plan_linear(base_of(a), device) : LaunchPlan{};
+  p.has_rest = a.plan.tile_count > 0 || a.bias.data;
+  p.workspace = memory(a, p, {}).bytes(p.workspace);
+  return p;
+}
+
+int multi(const MultiArgs& a, const LaunchPlan& plan, const Launch& on) {
   if (a.x.rows == 0) return cudaSuccess;
-  const Plan base = plan_base(a, on.device);
-  const Memory m = memory(a, base, on);
-  const bool matmul = a.base && base.family == Family::matmul;
+  const Memory m = memory(a, plan, on);
+  const bool matmul = a.base && plan.family == Family::matmul;
   Sequence sequence(on);
   LK_TRY(shrink({a.plan, a.pages, a.x, a.pages.A, true, false, m.planes}, sequence));
   PlaneSumArgs s;
@@ -194,15 +189,21 @@ cudaError_t multi(const MultiArgs& a, const Launch& on) {
   e.accumulate = !a.base;
   e.out = m.addend.data ? m.addend_of(a.y) : a.y;
   if (matmul) e.bias = a.bias;
-  if (a.plan.tile_count > 0 || (matmul && base.has_rest))
+  if (a.plan.tile_count > 0 || (matmul && plan.has_rest))
     LK_TRY(expand<false>(e, matmul, sequence));
-  return a.base && !matmul ? linear(base_of(a), m.addend, m.base) : cudaSuccess;
+  return a.base && !matmul ? linear(base_of(a), plan, m.addend, m.base) : cudaSuccess;
 }
 
-cudaError_t multi_backward(const MultiBackwardArgs& a, const Launch& on) {
-  const Plan base = plan_base(a, on.device);
-  const Memory m = memory(a, base, on);
-  const bool matmul = a.base && base.family == Family::matmul;
+LaunchPlan plan_multi_backward(const MultiBackwardArgs& a, int device) {
+  LaunchPlan p = a.base ? plan_linear_backward(base_of(a), device) : LaunchPlan{};
+  p.has_rest = a.plan.tile_count > 0;
+  p.workspace = memory(a, p, {}).bytes(p.workspace);
+  return p;
+}
+
+int multi_backward(const MultiBackwardArgs& a, const LaunchPlan& plan, const Launch& on) {
+  const Memory m = memory(a, plan, on);
+  const bool matmul = a.base && plan.family == Family::matmul;
   const bool tiles = a.plan.tile_count > 0 && a.dy.rows > 0;
   const bool needs_ds = tiles && (a.dx.data || a.grad_rank > 0);
   Sequence sequence(on);
@@ -233,30 +234,8 @@ cudaError_t multi_backward(const MultiBackwardArgs& a, const Launch& on) {
   }
   if (!a.base) return cudaSuccess;
   BackwardArgs rest = base_of(a);
-  if (matmul) rest.base = {}, rest.dx = {};
-  return linear_backward(rest, m.addend, m.base);
+  if (matmul) rest.dx = {};  // the adapters' term is there already
+  return linear_backward(rest, plan, m.addend, m.base);
 }
 
-template <class Args>
-Plan plan(const Args& a, int device) {
-  Plan p = plan_base(a, device);
-  p.workspace = memory(a, p, {}).bytes(p.workspace);
-  return p;
-}
-
-}  // namespace
 }  // namespace lk::cuda
-
-using namespace lk;
-
-Plan lk_cuda_plan_multi(const MultiArgs* args, int device) { return cuda::plan(*args, device); }
-
-int lk_cuda_multi(const MultiArgs* args, const Launch* on) { return cuda::multi(*args, *on); }
-
-Plan lk_cuda_plan_multi_backward(const MultiBackwardArgs* args, int device) {
-  return cuda::plan(*args, device);
-}
-
-int lk_cuda_multi_backward(const MultiBackwardArgs* args, const Launch* on) {
-  return cuda::multi_backward(*args, *on);
-}

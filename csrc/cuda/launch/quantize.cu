@@ -14,21 +14,6 @@ Shape threads(int64_t count, size_t shared_bytes = 0) {
           shared_bytes};
 }
 
-cudaError_t double_quantize(const DoubleQuantizeArgs& a, const Launch& on) {
-  const int64_t spans = ceil_div(a.blocks, kMeanSpan);
-  double* partial = static_cast<double*>(on.workspace);
-  if (spans)
-    LK_TRY(launch("partial_sums", on,
-                  {dim3(static_cast<unsigned>(spans)), dim3(kQuantizeThreads),
-                   kQuantizeThreads * sizeof(double)},
-                  partial_sums, a.absmax, a.blocks, partial));
-  LK_TRY(launch("mean_of", on, {dim3(1), dim3(32)}, mean_of, partial, spans, a.blocks, a.offset));
-  if (a.blocks == 0) return cudaSuccess;
-  return launch("double_quantize_blocks", on,
-                warps(ceil_div(a.blocks, kNestedBlock), kNestedBlock * sizeof(float)),
-                double_quantize_blocks, a);
-}
-
 template <class T>
 bool is_in_runs(const Weight4& w, int64_t column, const MutMatrix& out) {
   constexpr int64_t length = kRunLength<T>;
@@ -53,8 +38,35 @@ cudaError_t dequantize_as(const Weight4& w, int64_t row, int64_t column, const M
                 column, rectangle, static_cast<uint32_t>(runs));
 }
 
-cudaError_t dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
-                       const Launch& on) {
+}  // namespace
+
+int quantize(const QuantizeArgs& a, const Launch& on) {
+  const int64_t blocks = ceil_div(a.numel, a.blocksize);
+  if (blocks == 0) return cudaSuccess;
+  return launch("quantize_blocks", on, warps(blocks, sizeof(NearestCode)), quantize_blocks, a);
+}
+
+int64_t double_quantize_workspace(int64_t blocks) {
+  return ceil_div(blocks, kMeanSpan) * static_cast<int64_t>(sizeof(double));
+}
+
+int double_quantize(const DoubleQuantizeArgs& a, const Launch& on) {
+  const int64_t spans = ceil_div(a.blocks, kMeanSpan);
+  double* partial = static_cast<double*>(on.workspace);
+  if (spans)
+    LK_TRY(launch("partial_sums", on,
+                  {dim3(static_cast<unsigned>(spans)), dim3(kQuantizeThreads),
+                   kQuantizeThreads * sizeof(double)},
+                  partial_sums, a.absmax, a.blocks, partial));
+  LK_TRY(launch("mean_of", on, {dim3(1), dim3(32)}, mean_of, partial, spans, a.blocks, a.offset));
+  if (a.blocks == 0) return cudaSuccess;
+  return launch("double_quantize_blocks", on,
+                warps(ceil_div(a.blocks, kNestedBlock), kNestedBlock * sizeof(float)),
+                double_quantize_blocks, a);
+}
+
+int dequantize(const Weight4& w, int64_t row, int64_t column, const MutMatrix& out,
+               const Launch& on) {
   if (out.rows * out.cols == 0) return cudaSuccess;
   switch (out.dtype) {
     case DType::f32:
@@ -66,27 +78,4 @@ cudaError_t dequantize(const Weight4& w, int64_t row, int64_t column, const MutM
   }
 }
 
-}  // namespace
 }  // namespace lk::cuda
-
-using namespace lk;
-
-int lk_cuda_quantize(const QuantizeArgs* args, const Launch* on) {
-  const int64_t blocks = ceil_div(args->numel, args->blocksize);
-  if (blocks == 0) return cudaSuccess;
-  return cuda::launch("quantize_blocks", *on, cuda::warps(blocks, sizeof(cuda::NearestCode)),
-                      cuda::quantize_blocks, *args);
-}
-
-int64_t lk_cuda_double_quantize_workspace(int64_t blocks) {
-  return ceil_div(blocks, cuda::kMeanSpan) * static_cast<int64_t>(sizeof(double));
-}
-
-int lk_cuda_double_quantize(const DoubleQuantizeArgs* args, const Launch* on) {
-  return cuda::double_quantize(*args, *on);
-}
-
-int lk_cuda_dequantize(const Weight4* weight, int64_t row, int64_t column, const MutMatrix* out,
-                       const Launch* on) {
-  return cuda::dequantize(*weight, row, column, *out, *on);
-}

@@ -49,7 +49,7 @@ cudaError_t simt_shrink(const LinearArgs& a, const Launch& on) {
   return run("simt_product (S)", args, on);
 }
 
-cudaError_t simt_linear(const LinearArgs& a, const Addend& addend, const Launch& on) {
+cudaError_t simt_linear(const LinearArgs& a, const EpilogueOperand& addend, const Launch& on) {
   const int64_t M = a.x.rows, R = a.lora.A.rows;
   SimtArgs args;
   if (a.lora.A.data) {
@@ -72,7 +72,7 @@ cudaError_t simt_ds(const BackwardArgs& a, const Launch& on) {
   return run("simt_product (dS)", args, on);
 }
 
-cudaError_t simt_dx(const BackwardArgs& a, const Addend& addend, const Launch& on) {
+cudaError_t simt_dx(const BackwardArgs& a, const EpilogueOperand& addend, const Launch& on) {
   const int64_t M = a.dy.rows, R = a.lora.A.rows;
   SimtArgs args;
   if (a.lora.A.data) args.first = {dense({a.ds, DType::f32, M, R, R}), dense(a.lora.A), R};
