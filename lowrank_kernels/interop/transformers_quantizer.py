@@ -15,7 +15,7 @@ from ..dense_layers import DenseLayers, SkippedLayer, stacks, warning_of_stacks
 from ..nn import Linear4bit, LoRALinear4bit
 from ..replace import move_accelerates_hook
 from ..targets import BoundedPatterns
-from . import transformers_save as saved
+from . import transformers_adapters as adapters_in_files
 from . import transformers_version as versions
 from .transformers_config import METHOD, LowRankConfig, pretrained_config
 
@@ -115,7 +115,7 @@ class LowRankQuantizer(HfQuantizer):
         self.conv1d = {n for n, m in model.named_modules() if type(m) is Conv1D}
         self.readers = rule.readers
         if self.pre_quantized and config.adapters is not None:
-            self.adapters = saved.prepare(model, config.adapters)
+            self.adapters = adapters_in_files.prepare(model, config.adapters)
         storage = getattr(torch, config.quant_storage)
         if self.pre_quantized and storage.is_floating_point:
             # transformers 5.20 casts a floating tensor to the dtype of the parameter it is for.
@@ -154,7 +154,7 @@ class LowRankQuantizer(HfQuantizer):
         for layer in layers.values():
             after_loading(layer)
         if self.pre_quantized:
-            saved.finish(model, config.adapters or [])
+            adapters_in_files.finish(model, config.adapters or [])
             self._warn_of_readers(layers)
         else:
             # What no file had was initialised: a new head, which is there to be trained.
