@@ -158,6 +158,8 @@ def wants_grad(x: torch.Tensor, w: Weight4bit | None, *others: torch.Tensor | No
         for tensor in inputs:
             if tensor is not None and tensor.requires_grad:
                 needed = True
+    if needed and torch.jit.is_tracing():
+        needed = False  # torch.jit.trace records operators, which TorchScript then runs without gradients
     if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
     if backends.kernel_in_force == "invariant":
