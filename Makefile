@@ -14,6 +14,8 @@ TORCH ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 JOBS := $(shell nproc 2>/dev/null || echo 2)
+GGML := build/ggml
+LLAMA_CPP := 0.3.36
 
 # Of every C++ compilation, also of those in setup.py.
 COMMON_FLAGS := $(shell grep -v '^\#' csrc/flags)
@@ -40,11 +42,20 @@ test: build/.installed emulator build/triton-oldest build/transformers-oldest ##
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
 
-bench-peers: build/.installed ## build ggml for the benchmarks to compare with (a minute or a few)
-	@$(PY) -m bench.peer_ggml --build
+bench-peers: $(VENV)/.requirements ## build ggml for the benchmarks to compare with (a minute or a few)
+	@echo '[ggml] fetch'
+	@mkdir -p $(GGML)/llama
+	@$(PIP) install --upgrade --target $(GGML)/tools cmake==4.4.4
+	@$(PIP) download --no-deps --no-binary llama-cpp-python --dest $(GGML) llama-cpp-python==$(LLAMA_CPP)
+	@tar -xzf $(GGML)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(GGML)/llama --strip-components 1
+	@echo '[ggml] compile'
+	@$(GGML)/tools/cmake/data/bin/cmake -S bench/ggml -B $(GGML)/cmake -DCMAKE_BUILD_TYPE=Release \
+		-DGGML=$(abspath $(GGML))/llama/vendor/llama.cpp/ggml >$(GGML)/log 2>&1 || { cat $(GGML)/log; exit 1; }
+	@$(GGML)/tools/cmake/data/bin/cmake --build $(GGML)/cmake --target lowrank_ggml --parallel $(JOBS) \
+		>$(GGML)/log 2>&1 || { cat $(GGML)/log; exit 1; }
 
-gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names
-	@$(PYTHON) -m bench.gpu $(ARGS)
+gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names (ARGS='bench --quick')
+	@PYTHON=$(PYTHON) bench/gpu.sh $(ARGS)
 
 lint: $(VENV)/.lint ## check style and that imports go down only: ruff, clang-format, import-linter
 	@echo '[lint] ruff check'

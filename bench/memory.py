@@ -19,20 +19,21 @@ import torch
 import lowrank_kernels as lk
 from lowrank_kernels.benchmark import providers
 from lowrank_kernels.benchmark.case import Case
+from lowrank_kernels.benchmark.harness import Provider
 
 from . import variants
-from .cases import RANK
+from .suite import RANK
 
 ROOT = pathlib.Path(__file__).parent.parent
 COMPARED = "dequantize + matmul"  # what fused calls avoid
 # name -> (operator, provider)
 PROVIDERS = {
-    "linear_4bit": ("linear_4bit", providers.linear_lowrank),
-    "linear_4bit_dx": ("linear_4bit_dx", providers.dx_lowrank),
-    "lora_linear_4bit": ("lora_linear_4bit", providers.lora_lowrank),
-    "lora_linear_4bit_fwd_bwd": ("lora_linear_4bit_fwd_bwd", providers.lora_lowrank),
-    "linear_4bit, int8 activations": ("linear_4bit", variants.linear_int8_unchecked),
-    COMPARED: ("linear_4bit", providers.linear_dequantize),
+    "linear_4bit": ("linear_4bit", Provider(providers.linear_lowrank)),
+    "linear_4bit_dx": ("linear_4bit_dx", Provider(providers.dx_lowrank)),
+    "lora_linear_4bit": ("lora_linear_4bit", Provider(providers.lora_lowrank)),
+    "lora_linear_4bit_fwd_bwd": ("lora_linear_4bit_fwd_bwd", Provider(providers.lora_lowrank)),
+    "linear_4bit, int8 activations": ("linear_4bit", variants.int8),
+    COMPARED: ("linear_4bit", Provider(providers.linear_dequantize)),
 }
 # What is freed goes back to the system at once, so that no call runs in memory that another left.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -44,13 +45,9 @@ def measure(N: int, K: int, tokens: tuple[int, ...], threads: int) -> dict:
     extra: dict[str, dict[str, int] | str] = {}
     for name in PROVIDERS:
         command = [sys.executable, "-m", "bench.memory", name, f"{N}x{K}", str(threads)]
-        done = subprocess.run(
-            [*command, *map(str, sorted(tokens))],
-            cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
-            capture_output=True,
-            text=True,
-        )
+        command += map(str, sorted(tokens))
+        how = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True}
+        done = subprocess.run(command, **how)
         failed = done.returncode != 0
         lines = (done.stderr if failed else done.stdout).strip().splitlines()
         last = lines[-1] if lines else f"exit code {done.returncode}"
@@ -67,11 +64,6 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
-def _bytes_of(outputs: object) -> int:
-    tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _case(op: str, N: int, K: int, M: int) -> Case:
     return Case(op, N, K, M, cache="hot", R=RANK if "lora" in op else 0)
 
@@ -81,18 +73,19 @@ def beyond_outputs(name: str, N: int, K: int, tokens: list[int]) -> dict[int, in
     op, provider = PROVIDERS[name]
     # What the first calls of a process cost whoever makes them: threads, Python's own, torch's.
     torch.mm(*torch.randn(2, 512, 512))
-    exact = providers.linear_lowrank if provider is variants.linear_int8_unchecked else provider
     with lk.backends.use("reference"):
-        exact(_case(op, 64, 64, 1))[0]()
-    calls = {M: provider(_case(op, N, K, M))[0] for M in tokens}
+        provider.calls(_case(op, 64, 64, 1))[0]()
+    calls = {M: provider.calls(_case(op, N, K, M))[0] for M in tokens}
     gc.collect()
     gc.disable()
     before, found = _resident("VmRSS"), {}
     for M, call in calls.items():
         RESET.write_text("5")
-        outputs = call()
+        with provider.context():
+            outputs = call()
         y = 4 * M * N if op.endswith("fwd_bwd") else 0  # where backward starts
-        found[M] = max(0, _resident("VmHWM") - before - _bytes_of(outputs) - y)
+        made = sum(t.nbytes for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+        found[M] = max(0, _resident("VmHWM") - before - made - y)
         del outputs
     return found
 

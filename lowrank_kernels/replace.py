@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
+from tabulate import SEPARATING_LINE, tabulate
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import tables
 from .dense_layers import (
     OF_THE_CODE,
     PART,
@@ -75,7 +75,9 @@ class ReplaceReport:
         for layer in self.replaced:
             rows.append(_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", layer))
         rows.append(_row("total", f"{len(self.replaced)} layers", self))
-        lines = [tables.text(rows, rules=(1, -1))]
+        rows.insert(-1, SEPARATING_LINE)
+        look = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
+        lines = [tabulate(rows, headers="firstrow", **look)]
         if self.skipped:
             width = max(len(layer.name) for layer in self.skipped)
             lines += ["", f"skipped: {len(self.skipped)}"]

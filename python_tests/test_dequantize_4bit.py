@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
+from conftest import each_case
 from lowrank_kernels import reference
 from lowrank_kernels.schema import ops
 
@@ -14,7 +16,7 @@ def reference_bytes(args):
     return reference.dequantize_4bit(*args).to(args[-1])
 
 
-@pytest.mark.parametrize("case", cases.WEIGHTS)
+@each_case(cases.LARGE, cases.WEIGHTS, edges.weights)
 def test_same_bits_as_the_reference(case, backend):
     args = cases.make("dequantize_4bit", case)
     tolerance.assert_same_bits("W", ops.dequantize_4bit(*args), reference_bytes(args))
@@ -128,8 +130,13 @@ SHAPES = [(16, 4096), (17, 64), (3, 5), (33, 63), (64, 128), (5, 2048), (2, 62),
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("blocksize", lk.formats.BLOCKSIZES)
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_same_bits_as_bitsandbytes(quant_type, blocksize, double_quant, shape, bnb, backend):
+def test_same_bits_as_bitsandbytes(quant_type, blocksize, double_quant, bnb, backend, subtests):
+    for shape in SHAPES:
+        with subtests.test(shape=shape):
+            compare_with_bitsandbytes(bnb, shape, quant_type, blocksize, double_quant)
+
+
+def compare_with_bitsandbytes(bnb, shape, quant_type, blocksize, double_quant):
     packed, state, w = bitsandbytes_pair(bnb, shape, quant_type, blocksize, double_quant)
     for dtype in cases.FACTORS["dtype"]:
         actual = w.dequantize(dtype)

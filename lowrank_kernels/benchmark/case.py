@@ -109,6 +109,14 @@ class Case:
             return 2 * self.weight_bytes + 3 * adapter + 2 * rows + self.M * self.K * size
         return self.weight_bytes + adapter + rows
 
+    def document(self) -> dict:
+        """What a result document says of this case."""
+        return dataclasses.asdict(self) | {"flops": self.flops, "bytes": self.bytes}
+
+    def rate(self, result: dict) -> dict[str, float]:
+        """What a result of this case has besides; see models.py."""
+        return {}
+
     def limit_seconds(self, gbs: float, gflops: float) -> float:
         """The time that memory bandwidth or arithmetic alone would take, whichever is longer."""
         return max(self.bytes / (gbs * 1e9), self.flops / (gflops * 1e9))
