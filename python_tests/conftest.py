@@ -192,7 +192,7 @@ SLOW_BACKENDS = ("cpu-scalar", "emulator")
 
 
 def pytest_collection_modifyitems(config, items):
-    kept, dropped = [], []
+    kept, dropped, begun = [], [], set()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         case, backend = params.get("case"), params.get("backend")
@@ -202,8 +202,10 @@ def pytest_collection_modifyitems(config, items):
         too_slow = not FULL and item.get_closest_marker("slow")
         if ONLY_TRITON and not ON_GPU and not FULL:
             large = isinstance(case, cases.Case) and case.N * case.K > 2_000_000
-            shared = "triton" not in item.path.stem  # with the other backends
-            too_slow = too_slow or large or (shared and number % TRITON_SHARDS)
+            too_slow = too_slow or large
+            if not too_slow and "triton" not in item.path.stem:  # shared with the other backends
+                too_slow = item.path in begun and number % TRITON_SHARDS
+                begun.add(item.path)  # the first of each file runs
         elsewhere = number // 4 % SHARD[1] != SHARD[0]
         (dropped if too_slow or elsewhere else kept).append(item)
     if dropped:
