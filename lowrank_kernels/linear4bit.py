@@ -204,6 +204,11 @@ class Linear4bit(nn.Linear):
         return self.weight
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that W had before quantization. PEFT reads it as that of a base layer in 4 bits."""
+        return self._weight4bit.dtype
+
+    @property
     def quant_type(self) -> str:
         return self._weight4bit.quant_type
 
