@@ -1,7 +1,7 @@
 # Everything but `gpu` runs in a virtual environment of its own, .venv; nothing else is touched.
 #   PYTHON=python3.12   the Python that .venv is made from (3.10 or newer), and that a wheel is for
 #   CXX=g++-13          the C++ compiler
-#   ARGS='...'          more arguments for the program that demo, test, bench, gpu or wheel-check runs
+#   ARGS='...'          more arguments for the program that demo, test, bench, bench-pytest, gpu or wheel-check runs
 #   ARCHS='8.0 9.0a'    GPU architectures, for wheel
 #   PYTHONS='python3.10 python3.12' TORCH='2.10.0 2.13.0'    every pair of them, for wheel-check
 
@@ -14,6 +14,8 @@ TORCH ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 JOBS := $(shell nproc 2>/dev/null || echo 2)
+GGML := build/ggml
+LLAMA_CPP := 0.3.36
 
 # Of every C++ compilation, also of those in setup.py.
 COMMON_FLAGS := $(shell grep -v '^\#' csrc/flags)
@@ -23,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check clean
+.PHONY: help demo test lint format docs bench bench-pytest bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check planted-faults clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -37,14 +39,29 @@ test: build/.installed emulator build/triton-oldest build/transformers-oldest ##
 	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
 		LOWRANK_TRANSFORMERS_OLDEST=$(abspath build/transformers-oldest) $(PY) -m pytest $(ARGS)
 
+planted-faults: build/.installed emulator ## plant faults in a copy of the sources; the tests must notice each (ARGS='--list', '--shard 0/4')
+	@PYTHONPATH=. $(PY) python_tests/planted_faults.py $(ARGS)
+
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
 
-bench-peers: build/.installed ## build ggml for the benchmarks to compare with (a minute or a few)
-	@$(PY) -m bench.peer_ggml --build
+bench-pytest: build/.installed $(VENV)/.bench ## run some of the benchmarks in pytest-benchmark (ARGS='--benchmark-autosave')
+	@$(PY) -m pytest bench --benchmark-only $(ARGS)
 
-gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names
-	@$(PYTHON) -m bench.gpu $(ARGS)
+bench-peers: $(VENV)/.requirements ## build ggml for the benchmarks to compare with (a minute or a few)
+	@echo '[ggml] fetch'
+	@mkdir -p $(GGML)/llama
+	@$(PIP) install --upgrade --target $(GGML)/tools cmake==4.4.4
+	@$(PIP) download --no-deps --no-binary llama-cpp-python --dest $(GGML) llama-cpp-python==$(LLAMA_CPP)
+	@tar -xzf $(GGML)/llama_cpp_python-$(LLAMA_CPP).tar.gz -C $(GGML)/llama --strip-components 1
+	@echo '[ggml] compile'
+	@$(GGML)/tools/cmake/data/bin/cmake -S bench/ggml -B $(GGML)/cmake -DCMAKE_BUILD_TYPE=Release \
+		-DGGML=$(abspath $(GGML))/llama/vendor/llama.cpp/ggml >$(GGML)/log 2>&1 || { cat $(GGML)/log; exit 1; }
+	@$(GGML)/tools/cmake/data/bin/cmake --build $(GGML)/cmake --target lowrank_ggml --parallel $(JOBS) \
+		>$(GGML)/log 2>&1 || { cat $(GGML)/log; exit 1; }
+
+gpu: ## run tests and benchmarks on this machine's GPU, in the Python that PYTHON names (ARGS='bench --quick')
+	@PYTHON=$(PYTHON) bench/gpu.sh $(ARGS)
 
 lint: $(VENV)/.lint ## check style and that imports go down only: ruff, clang-format, import-linter
 	@echo '[lint] ruff check'

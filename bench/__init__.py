@@ -1,7 +1,6 @@
-"""The benchmark suite: ``python -m bench`` measures, ``bench.report`` writes the docs.
+"""The benchmark suite: ``python -m bench`` measures, ``python -m bench.report`` writes the docs.
 
-``bench_<op>.py`` lists cases and providers of one operator; ``harness.py`` times them with
-pytest-benchmark; ``lowrank_kernels.benchmark`` and ``peer_*.py`` hold what is compared,
-``variants.py`` this library in other ways; ``report_targets.py`` says what the figures are to reach;
-``results/<machine>.json`` what was measured.
+``suite.py`` lists the cases and who computes each; ``lowrank_kernels.benchmark`` times and checks them, as for the
+command line; ``providers.py`` and ``peer_*.py`` hold what only the suite compares; ``results/<machine>.json``
+what was measured. ``test_ops.py`` times some of the cases with pytest-benchmark.
 """

@@ -6,49 +6,25 @@ README.md is generated; what stands outside is written by hand and left alone.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import pathlib
-import sys
 
-from lowrank_kernels.tables import digits, times_faster
+from lowrank_kernels import files
+from lowrank_kernels.benchmark import harness
+from lowrank_kernels.benchmark import report as shared
+from lowrank_kernels.benchmark.ops import OURS
+from lowrank_kernels.benchmark.report import Rows, cell, median, names_of, of_limit
 
-from . import report_cpu, report_multi, report_targets
-from .tables import (
-    OURS,
-    cell,
-    is_variant,
-    markdown,
-    median,
-    of_limit,
-    plain,
-    ratio,
-)
+from .suite import INT8
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PEERS = ("bitsandbytes", "bitsandbytes + PEFT")
-TITLES = {
-    "linear_4bit": "`linear_4bit`: y = x Wᵀ",
-    "linear_4bit_dx": "`linear_4bit_dx`: dx = dy W",
-    "lora_linear_4bit": "`lora_linear_4bit`, forward, r = 16",
-    "lora_linear_4bit_fwd_bwd": "`lora_linear_4bit`, forward and gradients of x, A, B, r = 16",
-    "quantize_4bit": "`quantize_4bit`: NF4 with double quantization",
-    "dequantize_4bit": "`dequantize_4bit`",
-}
-
-
-# Picture -> what it shows to who cannot see it; "growth" stands with its table.
-PICTURES = {
-    "time": "Time per call against the limit of the machine",
-    "speedup": "How many times faster than others, by the number of tokens",
-    "limit": "Share of the limit of the machine, by the number of tokens",
-}
-# On a GPU: what columns are called where that is not the provider's name, and who else is a peer.
-GPU_NAMES = {"torch": "cuBLAS"}
-GPU_PEERS = ("torch", "Unsloth's scheme")
+GPU_PEERS = (*PEERS, "torch", "torch + PEFT")
+OPS = [op for op in shared.TITLES if not op.startswith(("multi_lora", "model"))]
+PICTURE = "How many times faster than others, by the number of tokens"
+Tables = list[tuple[str, Rows]]  # each with a title
 
 
 def machine_name(document: dict) -> str:
@@ -63,178 +39,123 @@ def machine_name(document: dict) -> str:
     return "-".join(words)
 
 
-# -- tables ----------------------------------------------------------------------------------------
-
-
-def peer_of(case: dict) -> str | None:
-    return next((name for name in case["providers"] if name in PEERS), None)
-
-
-def _groups(document: dict) -> dict[tuple, list[dict]]:
-    groups: dict[tuple, list[dict]] = {}
-    for case in document["cases"]:
-        if case["op"] not in TITLES:  # many adapters and growth have tables of their own
-            continue
-        key = (case["op"], case["N"], case["K"], case["dtype"], case["cache"])
-        groups.setdefault(key, []).append(case)
-    order = list(TITLES)
-    return dict(sorted(groups.items(), key=lambda item: order.index(item[0][0])))
-
-
-def _table(group: list[dict]) -> list[list[str]]:
-    """Header and rows: time per provider, ratios to its peers, share of the limit.
-
-    On a CPU the peer is bitsandbytes, on a GPU others are as well; dequantizing has a rate, too.
-    """
-    first = group[0]
-    names = list(dict.fromkeys(name for case in group for name in case["providers"]))
-    names = [name for name in names if not is_variant(name)]
-    names.sort(key=lambda name: (name != OURS, name not in PEERS))
-    on_gpu, rows = first.get("device") == "cuda", []
-    peers = [name for name in names if name in PEERS or (on_gpu and name in GPU_PEERS)]
-    called = GPU_NAMES if on_gpu else {}
-    head = ["M"] if first["M"] else []
-    head += [called.get(name, name) for name in names]
-    head += [f"vs {called.get(name, name)}" for name in peers]
-    head += ["of limit"] if first["cache"] == "cold" else []
-    with_rate = on_gpu and first["op"] == "dequantize_4bit"
-    head += ["GB/s written"] if with_rate else []
-    for case in sorted(group, key=lambda case: case["M"]):
-        row = [str(case["M"])] if case["M"] else []
-        row += [cell(case, name) for name in names]
-        row += [times_faster(ratio(case, peer)) for peer in peers]
-        row += [of_limit(case)] if case["cache"] == "cold" else []
-        row += [written(case)] if with_rate else []
-        rows.append(row)
-    return [head, *rows]
-
-
-def written(case: dict) -> str:
-    """GB/s at which this library writes the dense matrix, 2 bytes an element."""
-    ours = median(case, OURS)
-    return f"{2 * case['N'] * case['K'] / ours / 1e6:.0f}" if ours else "-"
-
-
-def _group_name(key: tuple) -> str:
-    _, N, K, dtype, cache = key
-    return f"W {N} x {K}, {dtype}, {cache} caches"
-
-
-def _rates(document: dict) -> str:
+def rates(document: dict) -> str:
     """The limits of the machine in words."""
+    words = {
+        "read_gbs": "memory read **{:.1f} GB/s**",
+        "copy_gbs": "copy **{:.0f} GB/s** (bytes read and written)",
+        "sgemm_gflops": "float32 matrix product **{:.0f} GFLOP/s**",
+        "matmul_tflops": "bfloat16 matrix product **{:.0f} TFLOP/s** (random data)",
+    }
     limits = document["limits"]
-    if "gpu" in document:
-        return (
-            f"copies {limits['copy_gbs']:.0f} GB/s, writes {limits['write_gbs']:.0f} GB/s, "
-            f"bfloat16 matmul {limits['matmul_tflops']:.0f} TFLOP/s"
-        )
-    return (
-        f"reads {limits['read_gbs']:.1f} GB/s, float32 matmul {limits['sgemm_gflops']:.0f} GFLOP/s"
-    )
+    return ", ".join(words[name].format(limits[name]) for name in words if name in limits)
+
+
+# -- one adapter, or none --------------------------------------------------------------------------
+
+
+def _of_ops(document: dict) -> dict[str, Tables]:
+    found: dict[str, Tables] = {}
+    unit, versus = (", microseconds", GPU_PEERS) if "gpu" in document else ("", PEERS)
+    for group in shared.groups(document, OPS).values():
+        names = sorted(names_of(group), key=lambda name: (name != OURS, name not in PEERS))
+        others = [name for name in names if name.startswith(f"{OURS}, ") and name != INT8]
+        names = [name for name in names if name not in others]
+        title, of_op = shared.group_name(group), found.setdefault(shared.title(group), [])
+        of_op.append((f"{title}{unit}", shared.table(group, names, versus)))
+        if others:
+            of_op.append(
+                (f"{title}{unit}, in other ways", shared.table(group, [OURS, *others], ()))
+            )
+    return found
+
+
+# -- many adapters in one batch --------------------------------------------------------------------
+
+MANY = {
+    "multi_lora_": "`multi_lora_`: y += each row's adapter",
+    "multi_lora_linear_4bit": "`multi_lora_linear_4bit`: base and adapters",
+}
+MANY_WORDS = """\
+*Identical*: all rows have one adapter; *uniform*: ceil(sqrt(rows)) adapters, evenly; *zipf 1.5*: adapters with 1, 1.5,
+1.5², ... rows, rounded down; *distinct*: one row each (Punica's definitions and shape). Rows of one adapter are
+adjacent. Pages and stacks have the dtype of the activations. *Mixed ranks*: 8, 16, 32 and 64 in turn. The batches of a
+case take turns over adapters of their own, so that one with few adapters does not find them in a cache. *torch loop*,
+for each adapter: `y[rows] += scaling * (x[rows] @ A.T) @ B.T`, the rows a slice; *addmm_*: the same in place.
+*gather + bmm*: A and B of every row by `index_select` out of a stack padded to the largest rank, then two
+`bmm`.""".replace("\n", " ")
+
+
+def _many_table(cases: list[dict]) -> Rows:
+    """A row per case; a column per provider."""
+    names = names_of(cases)
+    rows = [["W", "dtype", "rows", "adapters", *names, "of limit"]]
+    for case in cases:
+        name = "zipf 1.5" if case["popularity"] == "zipf" else case["popularity"]
+        ranks = "mixed ranks" if case["mixed"] else f"r = {case['R']}"
+        row = [f"{case['N']} x {case['K']}", case["dtype"], str(case["M"]), f"{name}, {ranks}"]
+        rows.append([*row, *(cell(case, name) for name in names), of_limit(case)])
+    return rows
+
+
+def _of_many(document: dict) -> Tables:
+    unit = "microseconds" if "gpu" in document else "milliseconds"
+    found = {op: [case for case in document["cases"] if case["op"] == op] for op in MANY}
+    return [(f"{MANY[op]}, {unit}", _many_table(cases)) for op, cases in found.items() if cases]
+
+
+# -- all of it -------------------------------------------------------------------------------------
+
+
+def sections(document: dict) -> dict[str, Tables]:
+    """Title -> tables, of all that there are results for."""
+    found = _of_ops(document)
+    if tables := _of_many(document):
+        found[f"Many adapters in one batch\n\n{MANY_WORDS}"] = tables
+    return found
 
 
 def text(document: dict) -> str:
     """All tables for a terminal."""
-    machine = f"{document['cpu']['model']}, {document['threads']} threads, {document['isa']}"
-    unit = "milliseconds"
-    if gpu := document.get("gpu"):
-        machine, unit = gpu["name"], "microseconds"
-    lines = [
-        f"{machine}: {_rates(document)}",
-        f"{unit}, median ± half the interquartile range",
-    ]
-    for key, group in _groups(document).items():
-        lines += ["", f"{TITLES[key[0]]}; {_group_name(key)}", plain(_table(group))]
-        if of_variants := report_cpu.variants_table(document, group):
-            lines += ["", f"{OURS} in other ways; {_group_name(key)}", plain(of_variants)]
-    lines += report_cpu.text(document) + report_multi.text(document)
-    if not gpu:
-        lines += report_targets.text(document)
-    return "\n".join(lines + missing(document))
+    where = f"{shared.machine_of(document)}, {document['threads']} threads"
+    unit = "microseconds" if "gpu" in document else "milliseconds"
+    lines = [f"{where}: {rates(document)}", f"{unit}, median ± half the interquartile range"]
+    for words, tables in sections(document).items():
+        for name, rows in tables:
+            lines += ["", f"{words.splitlines()[0]}; {name}", "", shared.plain(rows)]
+    return "\n".join(lines + shared.missing(document))
 
 
-def missing(document: dict) -> list[str]:
-    """What did not run, and why; of what failed also where, since no other case need fail."""
-    reasons = set()
-    for case in document["cases"]:
-        where = f"{case['op']} {case['N']}x{case['K']}" + (f" M={case['M']}" if case["M"] else "")
-        for name, result in case["providers"].items():
-            if "unavailable" in result:
-                reasons.add(f"{name} did not run: {result['unavailable']}")
-            if "error" in result:
-                reasons.add(f"{name} failed, {where}: {result['error']}")
-    return ["", *sorted(reasons)] if reasons else []
-
-
-# -- documents -------------------------------------------------------------------------------------
-
-
-def _cpu_head(document: dict) -> list[str]:
-    cpu, limits = document["cpu"], document["limits"]
-    return [
-        f"## {cpu['model']}, {document['threads']} threads",
-        "",
-        f"{cpu['identity']}; {cpu['cores']} cores, last-level cache "
-        f"{cpu['last_level_cache_bytes'] / 2**20:.0f} MiB; kernels for {document['isa']}. "
-        f"Measured {document['date']} with {_installed(document)}.",
-        "",
-        f"Limits, same run: memory read **{limits['read_gbs']:.1f} GB/s**, "
-        f"float32 matrix product **{limits['sgemm_gflops']:.0f} GFLOP/s**.",
-    ]
-
-
-def _gpu_head(document: dict) -> list[str]:
-    gpu, limits = document["gpu"], document["limits"]
-    built = ", ".join(gpu["architectures"] or ["unknown architectures"])
-    lines = [
-        f"## {gpu['name']}",
-        "",
-        f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
-        f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA "
-        f"{gpu['cuda']}; kernels built for {built}. Measured {document['date']} at commit "
-        f"{document['commit'] or 'unknown'} with {_installed(document)}.",
-        "",
-        f"Limits, same run: copy **{limits['copy_gbs']:.0f} GB/s** (bytes read and written), write "
-        f"**{limits['write_gbs']:.0f} GB/s**, bfloat16 matrix product "
-        f"**{limits['matmul_tflops']:.0f} TFLOP/s** (random data){_clocks(gpu['states'])}.",
-    ]
+def _head(document: dict) -> list[str]:
+    cpu, gpu = document["cpu"], document.get("gpu")
+    versions = document["versions"].items()
+    installed = ", ".join(f"{name} {number}" for name, number in versions if number)
+    if gpu:
+        name, built = gpu["name"], ", ".join(gpu["architectures"] or ["unknown architectures"])
+        what = (
+            f"Capability {gpu['capability']}, {gpu['multiprocessors']} multiprocessors, L2 "
+            f"{gpu['l2_bytes'] / 2**20:.0f} MiB; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda']}; "
+            f"kernels built for {built}, commit {document['commit'] or 'unknown'}"
+        )
+    else:
+        name = f"{cpu['model']}, {document['threads']} threads"
+        cache = f"last-level cache {cpu['last_level_cache_bytes'] / 2**20:.0f} MiB"
+        what = f"{cpu['identity']}; {cpu['cores']} cores, {cache}; kernels for {document['isa']}"
+    lines = [f"## {name}", "", f"{what}. Measured {document['date']} with {installed}."]
+    lines += ["", f"Limits, same run: {rates(document)}."]
     if not document.get("complete", True):
         lines += ["", "**The run was cut short: cases are missing.**"]
-    if document.get("note"):
-        lines += ["", f"**{document['note']}**"]
-    return lines
+    return [*lines, "", f"**{document['note']}**"] if document.get("note") else lines
 
 
-def _clocks(states: list[dict]) -> str:
-    clocks = [state["sm_mhz"] for state in states if state.get("sm_mhz")]
-    return f"; clock {min(clocks):.0f} to {max(clocks):.0f} MHz after it" if clocks else ""
-
-
-def _installed(document: dict) -> str:
-    return ", ".join(f"{name} {number}" for name, number in document["versions"].items() if number)
-
-
-def machine_section(document: dict, plots: dict[str, str] | None = None) -> str:
-    """One machine's part of docs/performance.md. ``plots``: their paths by plots.py's names."""
-    on_gpu, plots = "gpu" in document, plots or {}
-    lines = _gpu_head(document) if on_gpu else _cpu_head(document)
-    for name, words in PICTURES.items():
-        if name in plots:
-            lines += ["", f"![{words}]({plots[name]})"]
-    if not on_gpu:
-        lines += report_targets.section(document)
-    op = None
-    for key, group in _groups(document).items():
-        if key[0] != op:
-            op = key[0]
-            lines += ["", f"### {TITLES[op]}"]
-        unit = ", microseconds" if on_gpu else ""
-        lines += ["", f"{_group_name(key)}{unit}:", "", markdown(_table(group))]
-        if of_variants := report_cpu.variants_table(document, group):
-            lines += ["", f"{_group_name(key)}, {OURS} in other ways:", "", markdown(of_variants)]
-    lines += report_cpu.section(document, plots.get("growth"))
-    lines += report_multi.section(document)
-    return "\n".join(lines + missing(document))
+def machine_section(document: dict, picture: str = "") -> str:
+    """One machine's part of docs/performance.md. ``picture``: its path, if there is one."""
+    lines = _head(document) + (["", f"![{PICTURE}]({picture})"] if picture else [])
+    for words, tables in sections(document).items():
+        lines += ["", f"### {words}"]
+        for name, rows in tables:
+            lines += ["", f"{name}:", "", shared.markdown(rows)]
+    return "\n".join(lines + shared.missing(document))
 
 
 def readme_section(document: dict) -> str:
@@ -246,88 +167,60 @@ def readme_section(document: dict) -> str:
     shape = (document["cases"][0]["N"], document["cases"][0]["K"])
     rows = [["", "M", "bitsandbytes, ms", "lowrank_kernels, ms", "faster", "of limit"]]
     for op, words in wanted.items():
-        group = _groups(document).get((op, *shape, "float32", "cold"), [])
+        group = shared.groups(document, wanted).get((op, *shape, "float32", "cold"), [])
         for case in sorted(group, key=lambda case: case["M"]):
-            ours, peer = median(case, OURS), median(case, peer_of(case))
+            ours = median(case, OURS)
+            peer = next((ms for name in PEERS if (ms := median(case, name))), None)
             if ours and peer:
-                share = f"{case['limit_ms'] / ours:.0%}"
-                rows.append(
-                    [
-                        words,
-                        str(case["M"]),
-                        digits(peer),
-                        digits(ours),
-                        f"{peer / ours:.1f}x",
-                        share,
-                    ]
-                )
+                times = [shared.digits(peer), shared.digits(ours), f"{peer / ours:.1f}x"]
+                rows.append([words, str(case["M"]), *times, of_limit(case)])
                 words = ""
-    return "\n".join(
-        [
-            markdown(rows),
-            "",
-            f"W {shape[0]} x {shape[1]}, NF4 with double quantization, float32, cold caches; "
-            f"{document['cpu']['model']}, {document['threads']} threads; bitsandbytes "
-            f"{document['versions']['bitsandbytes']} (for training with PEFT "
-            f"{document['versions']['peft']}). *Of limit*: share of what memory bandwidth or "
-            "float32 arithmetic of the machine allow, measured in the same run. "
-            "All numbers: [docs/performance.md](docs/performance.md).",
-        ]
+    versions = document["versions"]
+    words = (
+        f"W {shape[0]} x {shape[1]}, NF4 with double quantization, float32, cold caches; "
+        f"{document['cpu']['model']}, {document['threads']} threads; bitsandbytes "
+        f"{versions['bitsandbytes']} (for training with PEFT {versions['peft']}). *Of limit*: share of what memory "
+        "bandwidth or float32 arithmetic of the machine allow, measured in the same run. "
+        "All numbers: [docs/performance.md](docs/performance.md)."
     )
+    return f"{shared.markdown(rows)}\n\n{words}"
 
 
-def replace_block(path: pathlib.Path, block: str) -> bool:
-    """Puts ``block`` between the markers of ``path``; False where there is no such file or marker."""
+def replace_block(path: pathlib.Path, block: str) -> str:
+    """Puts ``block`` between the markers of ``path``, if there are such a file and markers; what it did, in words."""
     content = path.read_text() if path.exists() else ""
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        return False
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(f"{before}{BEGIN}\n{block}\n{END}{after}")
-    os.replace(temporary, path)
-    return True
-
-
-def _primary(documents: list[dict]) -> dict:
-    """The CPU that README.md shows: the newest result with bitsandbytes in it."""
-    with_peer = [d for d in documents if d["versions"].get("bitsandbytes")] or documents
-    return max(with_peer, key=lambda document: document["date"])
+        return f"skipped {path}: no {BEGIN} ... {END} in it"
+    with files.written(path) as file:
+        file.write(f"{before}{BEGIN}\n{block}\n{END}{after}".encode())
+    return f"wrote {path}"
 
 
 def write_documents(results: pathlib.Path, root: pathlib.Path) -> list[str]:
-    """Rewrites the blocks and plots under ``root``; what it did, in words."""
+    """Rewrites the blocks and plots under ``root``; what it did, in words.
+
+    README.md shows the CPU with the newest result that has bitsandbytes in it.
+    """
     from . import plots
 
-    documents, sections, done = [], [], []
+    docs, documents, parts, done = root / "docs", [], [], []
     for path in sorted(results.glob("*.json")):
-        document = json.loads(path.read_text())
-        pictures = plots.write(document, root / "docs" / "benchmarks", path.stem)
-        relative = {name: os.path.relpath(p, root / "docs") for name, p in pictures.items()}
-        sections.append(machine_section(document, relative))
+        document = harness.read(path)
+        picture = docs / "benchmarks" / f"{path.stem}-speedup.png"
+        if drawn := plots.speedup(document, picture):
+            done.append(f"wrote {picture}")
+        parts.append(machine_section(document, os.path.relpath(picture, docs) if drawn else ""))
         documents.append(document)
-        done += [f"wrote {picture}" for picture in pictures.values()]
     if not documents:
         raise FileNotFoundError(f"no results in {results}: run python -m bench first")
-    blocks = {root / "docs" / "performance.md": "\n\n".join(sections)}
+    done.append(replace_block(docs / "performance.md", "\n\n".join(parts)))
     if of_cpus := [document for document in documents if "gpu" not in document]:
-        blocks[root / "README.md"] = readme_section(_primary(of_cpus))
-    for path, block in blocks.items():
-        written = replace_block(path, block)
-        done.append(f"wrote {path}" if written else f"skipped {path}: no {BEGIN} ... {END} in it")
+        first = max(of_cpus, key=lambda d: (bool(d["versions"].get("bitsandbytes")), d["date"]))
+        done.append(replace_block(root / "README.md", readme_section(first)))
     return done
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER")
-    args = parser.parse_args(argv)
-    try:
-        print("\n".join(write_documents(args.results, args.root)))
-    except FileNotFoundError as error:
-        sys.exit(f"bench.report: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    print("\n".join(write_documents(RESULTS, ROOT)))

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from .adapter import AdapterLayer, layer_of
-from .adapter_files import read_adapter, read_state_dict
+from .adapter import AdapterLayer, check_fused, layer_of, train_only
+from .adapter_format import read_adapter, read_state_dict
 from .multi_lora.pages import ModulePages, home_of
 from .multi_lora.plan import PageTable, Plan
 from .nn import LoRALinear4bit, lora_layers
@@ -253,10 +253,7 @@ class AdapterBank(PageTable):
                 )
         layers = [owner.layer for owner in self._layers.values()]
         for owner in self._layers.values():
-            for adapter in owner.layer.r:
-                wanted = adapter in names and self._slots[adapter] in owner.own
-                for parameter in owner.layer.adapter_parameters(adapter):
-                    parameter.requires_grad_(wanted)
+            train_only(owner.layer, [name for name in names if self._slots[name] in owner.own])
         return [
             parameter
             for layer in layers
@@ -285,7 +282,9 @@ class AdapterBank(PageTable):
         if plan.bank is not self:
             raise ValueError("plan: expected one of this bank, got one of another AdapterBank")
         with plan.in_use():
-            for pages in self._modules.values():
+            for owner, pages in zip(self._layers.values(), self._modules.values(), strict=True):
+                for slot in owner.own.keys() & set(plan.slots):
+                    check_fused(owner.layer, owner.own[slot][0])
                 pages.parameters(plan)
             yield plan
 

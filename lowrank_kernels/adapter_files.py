@@ -1,45 +1,51 @@
-"""Adapters in PEFT's file format: a folder with a configuration and a safetensors file.
-
-Layer ``<path>`` of the model is saved as ``base_model.model.<path>.lora_A.weight [r, K]`` and
-``base_model.model.<path>.lora_B.weight [N, r]``. The configuration gives r and lora_alpha, and for
-single layers, by regular expressions, ``rank_pattern`` and ``alpha_pattern``.
-"""
+"""Adapters of a model in files of PEFT's format: :func:`save_adapter`, :func:`load_adapter`."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from .adapter import AdapterLayer, check_adapter_name
+from .adapter_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from .nn import PREFIX, LoRALinear4bit, lora_layers
-from .schema import FLOAT_DTYPES
-from .targets import BoundedPatterns, is_end, matches
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
-_MAX_CONFIG_BYTES = 2**24
-# PEFT's init_lora_weights. The others change the base weight, which a 4-bit base cannot follow.
-INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+from .paths import named_modules, some, unwrap
+from .targets import matches
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
     """Writes adapter ``name`` of ``model`` to folder ``path``, for PEFT or :func:`load_adapter`.
 
-    A and B keep their dtype. Each file is written under another name and then renamed.
-    Raises ValueError if no layer has the adapter, or if its layers differ in lora_dropout or
-    use_rslora, which the format holds only once; RuntimeError for a layer that is one process's part
-    (see :func:`lowrank_kernels.distributed.save_adapter`).
+    A and B keep their dtype. Paths are those of the model inside of its wrappers (``torch.compile``,
+    DistributedDataParallel, checkpoint wrappers, PEFT's). Each file is written under another name and
+    then renamed. A warning names what requires gradients and is not in the file, such as biases,
+    norms, a head, or other adapters: nobody else saves it.
+
+    ``adapter_model.safetensors`` holds ``base_model.model.<path>.lora_A.weight [r, K]`` and ``.lora_B.weight [N, r]``
+    of each layer, ``adapter_config.json`` the settings.
+
+    Raises:
+        ValueError: no layer has the adapter; its layers differ in lora_dropout or use_rslora, which the format
+            holds only once; a parameter is on the meta device, as those of an offloaded model are.
+        RuntimeError: a layer is one process's part (see :func:`lowrank_kernels.distributed.save_adapter`).
+
+    Source: the format of PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.save_adapter(torch.compile(model), "adapter", "policy")
+    >>> from safetensors import safe_open
+    >>> sorted(safe_open("adapter/adapter_model.safetensors", "pt").keys())[0]
+    'base_model.model.0.lora_A.weight'
     """
     write_adapter(model, path, name, lambda layer: layer.whole_adapter(name))
 
@@ -53,13 +59,20 @@ def write_adapter(
     """:func:`save_adapter` with A and B of each layer from ``parameters``."""
     layers = lora_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
+    everywhere = layers.values()
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
     if not layers:
         raise ValueError(f"name: expected an adapter of the model, one of {adapters}, got {name!r}")
     config = _config_of(model, layers, name)
+    _warn_of_the_rest(model, everywhere, name)
     tensors = {}
     for layer_path, layer in layers.items():
         for part, parameter in zip(("lora_A", "lora_B"), parameters(layer), strict=True):
+            if parameter.is_meta:
+                raise ValueError(
+                    f"name: {layer_path}.{part}: expected a parameter with data, got one on the meta device (is the "
+                    "model offloaded? Save it before, or after accelerate.hooks.remove_hook_from_submodules)"
+                )
             tensor = parameter.detach().to("cpu", copy=True).contiguous()
             tensors[f"{PREFIX}{layer_path}.{part}.weight"] = tensor
     folder = Path(path)
@@ -76,16 +89,39 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     (an optimizer goes on working) and takes the values; a layer not in the file loses it. All of
     the file is checked before anything changes. Only safetensors is read, never pickle.
 
-    Raises FileNotFoundError if a file is missing; ValueError, naming the file, the key, what was
-    expected and what came, for a layer that is no :class:`LoRALinear4bit`, wrong shapes, missing
-    partners and what the layers cannot represent (DoRA, trained biases or other modules,
-    initialisations that change the base weight); RuntimeError while an adapter is merged.
+    The file may be a stranger's: keys, shapes and dtypes are compared with the layers before the first
+    tensor is read, patterns are matched in bounded time, NaN and infinities are refused. Any finite
+    ``lora_alpha`` is taken: 0 switches an adapter off, a negative one takes away what it learnt.
+    Names that torch's wrappers left in keys (``_orig_mod``) are passed over.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: naming the file, the key, what was expected and what came: a layer that is no
+            :class:`LoRALinear4bit`, wrong shapes, missing partners, numbers that are not finite, and what the
+            layers cannot represent (DoRA, trained biases, embeddings or other modules, initialisations that
+            change the base weight).
+        RuntimeError: an adapter is merged.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.save_adapter(model, "adapter", "policy")
+    >>> lk.load_adapter(model, "adapter", "again")
+    >>> model[0].active_adapter, model[0].r
+    ('again', {'policy': 8, 'again': 8})
     """
     check_adapter_name(name)
     layers = lora_layers(model)
     for layer_path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"load_adapter: {layer_path} is merged; call unmerge() first")
+        if name in layer.r and not all(
+            "weight" in m._parameters for m in layer.adapter_modules(name)
+        ):
+            raise ValueError(
+                f"name: {layer_path}: adapter {name!r} computes its weight (it is parametrized, pruned or has weight "
+                "norm), so values cannot be loaded into it; delete it first, or give another name"
+            )
     loaded = read_adapter(layers, path, model)
 
     for layer_path, layer in layers.items():
@@ -109,6 +145,34 @@ def _write(target: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _warn_of_the_rest(model: nn.Module, layers: Iterable[LoRALinear4bit], name: str) -> None:
+    """Names what trains and is in no adapter file, so that nobody takes the file for the whole model."""
+    adapter_of = {
+        id(part): adapter
+        for layer in layers
+        for adapter in layer.r
+        for module in layer.adapter_modules(adapter)
+        for part in module.parameters()
+    }
+    rest: dict[str, None] = {}
+    for path, module in named_modules(model):
+        for own, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            adapter = adapter_of.get(id(parameter))
+            if adapter is None:
+                rest[f"{path}.{own}" if path else own] = None
+            elif adapter != name:
+                rest[f"adapter {adapter!r}"] = None
+    if rest:
+        warnings.warn(
+            f"save_adapter: what requires gradients and is not in the file of adapter {name!r}, which holds its A "
+            f"and B alone: {some(rest)}. If it was trained, save it too: other adapters by their names, "
+            "the rest from model.state_dict()",
+            stacklevel=4,
+        )
+
+
 def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -> dict:
     def single(field: str):
         values = {getattr(layer, field)[name] for layer in layers.values()}
@@ -125,7 +189,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -
 
     r, rank_pattern = common("r")
     lora_alpha, alpha_pattern = common("lora_alpha")
-    base = model.get_submodule("base_model.model") if _is_wrapped(model) else model
+    base = unwrap(model)
     model_config = getattr(base, "config", None)
     causal = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return {
@@ -148,16 +212,11 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -
     }
 
 
-def _is_wrapped(model: nn.Module) -> bool:
-    return any(path == PREFIX[:-1] for path, _ in model.named_modules())
-
-
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
     """Short names if they select just these layers of the plain model, else paths, else a regex."""
     wanted = set(layers)
     inside = tuple(f"{path}." for path in lora_layers(model))
-    paths = {path.removeprefix(PREFIX) for path, _ in model.named_modules()}
-    paths = {path for path in paths if not path.startswith(inside)}
+    paths = {path for path, _ in named_modules(model) if not path.startswith(inside)}
     for names in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
         if {path for path in paths if matches(path, names)} == wanted:
             return names
@@ -165,203 +224,6 @@ def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
 
 
 # -- loading ---------------------------------------------------------------------------------------
-
-
-def read_adapter(
-    layers: Mapping[str, LoRALinear4bit], path: str | os.PathLike, model: nn.Module | None = None
-) -> dict[str, AdapterLayer]:
-    """The adapter in folder ``path`` by layer, all of it checked; ``model``, if given, for better messages.
-
-    Raises what :func:`load_adapter` raises for a file.
-    """
-    folder = Path(path)
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"path: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE} "
-                f"(pickled weights are not read), got {str(folder)!r} without {file}"
-            )
-    config = _read_config(folder / CONFIG_FILE)
-    file = folder / WEIGHTS_FILE
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file}: expected a safetensors file: {error}") from None
-    return _match(model, layers, config, tensors, str(file))
-
-
-def read_state_dict(
-    layers: Mapping[str, LoRALinear4bit],
-    tensors: Mapping[str, torch.Tensor],
-    lora_alpha: float | None,
-    use_rslora: bool,
-) -> dict[str, AdapterLayer]:
-    """The adapter in a state dict with the keys of PEFT's files, with or without ``base_model.model.``.
-
-    r is that of each A; ``lora_alpha`` None: scaling is 1. Raises ValueError as :func:`read_adapter`.
-    """
-    if lora_alpha is not None and not _is_number(lora_alpha):
-        raise ValueError(f"lora_alpha: expected a finite number, got {lora_alpha!r}")
-    names = {key: key if key.startswith(PREFIX) else PREFIX + key for key in map(str, tensors)}
-    config = {field: default for field, (default, _, _) in _FIELDS.items()}
-    config |= {"r": None, "lora_alpha": lora_alpha, "use_rslora": bool(use_rslora)}
-    loaded = _match(None, layers, config, {names[k]: v for k, v in tensors.items()}, "source")
-    if lora_alpha is None:
-        for layer in loaded.values():
-            layer.lora_alpha = math.sqrt(layer.r) if use_rslora else layer.r
-    return loaded
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e30  # False for a NaN
-
-
-def _is_rank(value: object) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
-def _is_pattern(check: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
-
-
-def _is_targets(value: object) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(name, str) for name in value)
-    return value is None or isinstance(value, str)
-
-
-# field -> (what PEFT takes when it is absent, check, words)
-_FIELDS = {
-    "peft_type": (None, lambda v: v == "LORA", "'LORA'"),
-    "r": (8, _is_rank, "an integer >= 1"),
-    "lora_alpha": (8, _is_number, "a finite number"),
-    "lora_dropout": (0.0, lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
-    "use_rslora": (False, lambda v: isinstance(v, bool), "true or false"),
-    "rank_pattern": ({}, _is_pattern(_is_rank), "an object of integers >= 1"),
-    "alpha_pattern": ({}, _is_pattern(_is_number), "an object of finite numbers"),
-    "target_modules": (None, _is_targets, "a string, a list of strings or null"),
-    "bias": ("none", lambda v: v == "none", "'none' (trained biases are not supported)"),
-    "init_lora_weights": (
-        True,
-        lambda v: v in INITIALISATIONS,
-        "true, false, 'gaussian', 'eva' or 'orthogonal'",
-    ),
-}
-# Fields without a say in what a trained adapter computes; any other must be unset.
-_INERT = {
-    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-    "peft_version", "layers_to_transform", "layers_pattern", "exclude_modules", "loftq_config",
-    "eva_config", "corda_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
-}  # fmt: skip
-
-
-def _read_config(file: Path) -> dict:
-    if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{file}: expected at most {_MAX_CONFIG_BYTES} bytes, got {size}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: expected JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
-    for field, value in config.items():
-        if field not in _FIELDS and field not in _INERT and value not in (None, False, [], {}):
-            raise ValueError(f"{file}: {field}: expected it unset (not supported), got {value!r}")
-    for field, (default, check, words) in _FIELDS.items():
-        value = config.setdefault(field, default)
-        if not check(value):
-            raise ValueError(f"{file}: {field}: expected {words}, got {value!r}")
-    # Matched in bounded time: the file may be a stranger's.
-    patterns = config["patterns"] = BoundedPatterns(str(file))
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in config[field]:
-            patterns.check(pattern, field)
-    if isinstance(config["target_modules"], str):
-        patterns.check(config["target_modules"], "target_modules")
-    return config
-
-
-def _lookup(config: dict, field: str, path: str, default):
-    """PEFT's rule: the first pattern that matches the path, or an end of it that follows a dot."""
-    for pattern, value in config[field].items():
-        if config["patterns"].matches_end(pattern, path):
-            return value
-    return default
-
-
-def _is_targeted(path: str, config: dict) -> bool:
-    targets = config["target_modules"]
-    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
-        return True
-    if isinstance(targets, str):
-        return config["patterns"].fullmatch(targets, path)
-    return any(is_end(path, target) for target in targets)
-
-
-def _match(
-    model: nn.Module | None,
-    layers: Mapping[str, LoRALinear4bit],
-    config: dict,
-    tensors: Mapping[str, torch.Tensor],
-    source: str,
-) -> dict[str, AdapterLayer]:
-    """``tensors`` by layer, all checked. ``r`` None in the configuration: as A has it."""
-    loaded: dict[str, AdapterLayer] = {}
-    for key, tensor in tensors.items():
-        if not (found := _KEY.fullmatch(key)):
-            expected = f"{PREFIX}<layer>.lora_A.weight or .lora_B.weight"
-            raise ValueError(f"{source}: {key}: expected a key {expected}")
-        path, part = found.groups()
-        where = f"{source}: {key}"
-        if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
-            got = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"{where}: expected a matrix, got {got}")
-        if path not in loaded:
-            _check_layer(where, model, layers, path, config)
-            r = _lookup(config, "rank_pattern", path, config["r"])
-            loaded[path] = AdapterLayer(
-                r or max(1, tensor.shape["AB".index(part)]),
-                _lookup(config, "alpha_pattern", path, config["lora_alpha"]),
-                float(config["lora_dropout"]),
-                config["use_rslora"],
-            )
-        layer, r = layers[path], loaded[path].r
-        shape = (r, layer.in_features) if part == "A" else (layer.out_features, r)
-        words = f"[r, in_features] = {shape}" if part == "A" else f"[out_features, r] = {shape}"
-        if tuple(tensor.shape) != shape:
-            known = f"r from {CONFIG_FILE}" if config["r"] else "r of its partner"
-            raise ValueError(
-                f"{where}: expected shape {words} with {known}, got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{where}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        setattr(loaded[path], part, tensor)
-    if not loaded:
-        raise ValueError(f"{source}: expected at least one layer, got no tensors")
-    for path, layer in loaded.items():
-        for part in ("A", "B"):
-            if getattr(layer, part) is None:
-                raise ValueError(
-                    f"{source}: {PREFIX}{path}.lora_{part}.weight: expected it, got none"
-                )
-    return loaded
-
-
-def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str, config) -> None:
-    if path not in layers:
-        modules = {} if model is None else dict(model.named_modules())
-        module = modules.get(path, modules.get(PREFIX + path))
-        got = "no such module" if module is None else f"a {type(module).__name__}"
-        raise ValueError(
-            f"{where}: {path}: expected a LoRALinear4bit (see replace_linear), got {got}"
-        )
-    if layers[path].weight.is_meta:
-        raise ValueError(f"{where}: {path}: expected a layer with data, got one on the meta device")
-    if not _is_targeted(path, config):
-        raise ValueError(
-            f"{where}: expected a layer of target_modules in {CONFIG_FILE} "
-            f"({config['target_modules']!r}), got {path}"
-        )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from . import backends, int8
 from .formats import Weight4bit
+from .ragged import by_rows, is_ragged
 from .schema import FLOAT_DTYPES, check_float, check_linear, check_lora, check_tensor, ops
 
 
@@ -157,6 +158,8 @@ def wants_grad(x: torch.Tensor, w: Weight4bit | None, *others: torch.Tensor | No
         for tensor in inputs:
             if tensor is not None and tensor.requires_grad:
                 needed = True
+    if needed and torch.jit.is_tracing():
+        needed = False  # torch.jit.trace records operators, which TorchScript then runs without gradients
     if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
     if backends.kernel_in_force == "invariant":
@@ -194,7 +197,8 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
     """``y = x Wᵀ + bias`` with W in 4 bits; never expands W.
 
     Args:
-        x: ``[..., K]`` float32, bfloat16 or float16; any leading shape, empty too.
+        x: ``[..., K]`` float32, bfloat16 or float16; any leading shape, empty too. A nested tensor of either
+            layout gives one of the same layout, here and in the functions below.
         w: the weight, ``[N, K]``, on x's device. Frozen: no gradient.
         bias: ``[N]`` floating, or None.
 
@@ -207,6 +211,8 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
         ValueError: shapes or devices do not fit; the message names the argument.
     """
     check_weight(w)
+    if is_ragged(x):
+        return by_rows(lambda rows: linear_4bit(rows, w, bias), x)
     check_tensor("x", x)
     x = autocast(x)
     N, K = w.shape
@@ -257,6 +263,8 @@ def lora_linear_4bit(
     ``dS = scaling dY B, dX = dY W + mask (dS A), dA = dSᵀ dropout(X), dB = scaling dYᵀ S``.
     """
     check_weight(w)
+    if is_ragged(x):
+        return by_rows(lambda rows: lora_linear_4bit(rows, w, A, B, scaling, bias, dropout_p), x)
     check_tensor("x", x)
     x = autocast(x)
     N, K = w.shape
@@ -291,6 +299,8 @@ def lora_linear(
 
     Differentiable in x, A, B, bias, and in weight where it requires a gradient.
     """
+    if is_ragged(x):
+        return by_rows(lambda rows: lora_linear(rows, weight, A, B, scaling, bias, dropout_p), x)
     check_tensor("x", x)
     x = autocast(x)
     check_float("weight", weight)

@@ -12,7 +12,9 @@ from torch import nn
 
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear, taken
+from .packed import Params4bit, plain
 from .quant_state import KEYS_IN_WORDS
+from .ragged import by_rows, is_ragged
 from .schema import FLOAT_DTYPES
 
 # Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
@@ -25,28 +27,6 @@ _BUFFERS = {
 }
 
 
-class Params4bit(nn.Parameter):
-    """The packed bytes of a 4-bit weight, as a parameter that never requires a gradient.
-
-    PEFT and accelerate know packed parameters by this class name: they then neither upcast a
-    bfloat16 ``quant_storage`` (``prepare_model_for_kbit_training``) nor count two weights as one.
-    """
-
-    def __new__(cls, data: torch.Tensor, requires_grad: bool = False):
-        return torch.Tensor._make_subclass(cls, data.detach(), False)
-
-    def requires_grad_(self, requires_grad: bool = True):
-        """Does nothing, so that ``model.requires_grad_(True)`` passes over the packed bytes."""
-        return self
-
-    def to(self, *args, **kwargs):
-        moved = super().to(*args, **kwargs)
-        return self if moved is self else type(self)(moved)
-
-    def __reduce_ex__(self, protocol):
-        return type(self), (self.data,)
-
-
 def is_dtensor(tensor: torch.Tensor) -> bool:
     """Whether it is a shard that torch.distributed's fully_shard (FSDP2) made of a parameter."""
     module = sys.modules.get("torch.distributed.tensor")  # slow to import, and not needed before
@@ -55,10 +35,10 @@ def is_dtensor(tensor: torch.Tensor) -> bool:
 
 def apply_to_bytes(fn: Callable, tensor: torch.Tensor) -> torch.Tensor:
     """``fn`` of Module._apply on the bytes of ``tensor``: moves, shares, empties; never casts."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    flat = plain(tensor).reshape(-1).view(torch.uint8)
     out = fn(flat)
     if out is flat:
-        return tensor.detach()  # plain: Module._apply may wrap it in an nn.Parameter
+        return plain(tensor)  # Module._apply may wrap it in an nn.Parameter
     if out.dtype != torch.uint8:  # Module.type() casts integers too
         out = flat.to(out.device)
     return out.view(tensor.dtype).reshape(tensor.shape)
@@ -224,6 +204,11 @@ class Linear4bit(nn.Linear):
         return self.weight
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that W had before quantization. PEFT reads it as that of a base layer in 4 bits."""
+        return self._weight4bit.dtype
+
+    @property
     def quant_type(self) -> str:
         return self._weight4bit.quant_type
 
@@ -241,6 +226,8 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype; see :func:`linear_4bit`."""
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         w = self.weight4bit
         return linear(taken(x, w), w, self._parameters["bias"])
 
@@ -322,6 +309,8 @@ class Linear4bit(nn.Linear):
                 entries[name] = entries[name].clone()
         del entries[key]
         destination.update(entries)
+        if not keep_vars:
+            destination[key] = plain(destination[key])
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -331,6 +320,7 @@ class Linear4bit(nn.Linear):
         if self.merged and own:
             error_msgs.append(f"{key}: the layer is merged; call unmerge() before loading")
             return
+        self._warn_of_adapters(state_dict, prefix)
         rest = {k: v for k, v in state_dict.items() if k not in own}
         missing: list[str] = []
         super()._load_from_state_dict(
@@ -362,6 +352,20 @@ class Linear4bit(nn.Linear):
             copies = {n: t.to(self.weight.device, copy=True) for n, t in w.tensors().items()}
             w = dataclasses.replace(w, **copies)
         self._set_weight4bit(w)
+
+    def _warn_of_adapters(self, state_dict, prefix: str) -> None:
+        """With ``strict=False``, which torch does not tell us, adapters that the layer lacks would vanish."""
+        start = prefix + "lora_A."
+        names = {
+            key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)
+        }
+        lost = names - set(self._modules.get("lora_A", ()))
+        if lost:
+            warnings.warn(
+                f"load_state_dict: the adapters {sorted(lost)} of the state dict are not loaded, since layers lack "
+                "them; add them first (replace_linear, add_adapter), or use save_adapter and load_adapter",
+                stacklevel=2,
+            )
 
     def _read_weight(self, entries: dict[str, torch.Tensor], key: str) -> Weight4bit:
         """The 4-bit weight in ``entries``, or a dense one quantized; ValueError if neither."""

@@ -5,15 +5,25 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .adapter import check_adapter, check_adapter_name, lora_scaling
-from .functional import linear, lora, taken
+from .adapter import (
+    AdapterSettings,
+    are_fused,
+    check_adapter_name,
+    is_bare,
+    lora_scaling,
+    train_only,
+)
+from .functional import linear, linear_4bit, lora, taken
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi
 from .multi_lora.in_force import in_force
 from .multi_lora.pages import ModulePages, save_plainly
 from .multi_lora.plan import Plan
+from .paths import named_modules
+from .ragged import by_rows, is_ragged
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
@@ -47,46 +57,47 @@ class LoRALinear4bit(Linear4bit):
         out_features: int,
         bias: bool = True,
         *,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        r: int = AdapterSettings.r,
+        lora_alpha: float = AdapterSettings.lora_alpha,
+        lora_dropout: float = AdapterSettings.lora_dropout,
+        use_rslora: bool = AdapterSettings.use_rslora,
+        init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
         adapter_name: str = "default",
-        adapter_dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
         **base,
     ) -> None:
         """Adapter arguments as in :meth:`add_adapter`; ``base``: the keywords of Linear4bit."""
-        super().__init__(in_features, out_features, bias, **base)
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        settings = AdapterSettings(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
         )
+        super().__init__(in_features, out_features, bias, **base)
+        self._add_adapter(adapter_name, settings)
 
     @classmethod
     def from_linear(
         cls,
         linear: nn.Linear,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
+        r: int = AdapterSettings.r,
+        lora_alpha: float = AdapterSettings.lora_alpha,
+        lora_dropout: float = AdapterSettings.lora_dropout,
+        use_rslora: bool = AdapterSettings.use_rslora,
+        init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
         adapter_name: str = "default",
         quant_type: str = "nf4",
         blocksize: int = 64,
         double_quant: bool = True,
         quant_storage: torch.dtype = torch.uint8,
-        adapter_dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     ) -> LoRALinear4bit:
         """``linear`` quantized as by :meth:`Linear4bit.from_linear`, with one active adapter.
 
         The other arguments, and what they raise: :meth:`add_adapter`.
         """
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-        self = super().from_linear(linear, quant_type, blocksize, double_quant, quant_storage)
-        self.add_adapter(
-            adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        settings = AdapterSettings(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
         )
+        self = super().from_linear(linear, quant_type, blocksize, double_quant, quant_storage)
+        self._add_adapter(adapter_name, settings)
         return self
 
     def _setup(self, w, bias):
@@ -109,12 +120,12 @@ class LoRALinear4bit(Linear4bit):
     def add_adapter(
         self,
         name: str,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
-        init_lora_weights: bool | str = True,
-        adapter_dtype: torch.dtype | None = None,
+        r: int = AdapterSettings.r,
+        lora_alpha: float = AdapterSettings.lora_alpha,
+        lora_dropout: float = AdapterSettings.lora_dropout,
+        use_rslora: bool = AdapterSettings.use_rslora,
+        init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
+        adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     ) -> None:
         """Adds adapter ``name``; it becomes active if none is, otherwise by :meth:`set_adapter`.
 
@@ -123,22 +134,29 @@ class LoRALinear4bit(Linear4bit):
         ``adapter_dtype`` is float32 unless given, also over a 16-bit base.
         Raises ValueError or TypeError naming the argument, also for a name that exists.
         """
+        settings = AdapterSettings(
+            r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
+        )
+        self._add_adapter(name, settings)
+
+    def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
         check_adapter_name(name)
         if name in self.r:
             raise ValueError(f"name: expected a new adapter, got {name!r}, one of {list(self.r)}")
-        check_adapter(r, lora_alpha, lora_dropout, init_lora_weights, adapter_dtype)
-        factory = {"device": self.weight.device, "dtype": adapter_dtype or torch.float32}
+        r, dtype = settings.r, settings.adapter_dtype or torch.float32
+        factory = {"device": self.weight.device, "dtype": dtype}
         A = nn.Linear(self.in_features, r, bias=False, **factory)
         B = nn.Linear(r, self.out_features, bias=False, **factory)
-        if init_lora_weights == "gaussian":
+        if settings.init_lora_weights == "gaussian":
             nn.init.normal_(A.weight, std=1 / r)
-        if init_lora_weights:
+        if settings.init_lora_weights:
             nn.init.zeros_(B.weight)
         self.lora_A[name] = A.train(self.training).requires_grad_(False)
         self.lora_B[name] = B.train(self.training).requires_grad_(False)
-        self.r[name], self.lora_alpha[name] = r, lora_alpha
-        self.lora_dropout[name], self.use_rslora[name] = float(lora_dropout), bool(use_rslora)
-        self.scaling[name] = lora_scaling(r, lora_alpha, use_rslora)
+        self.r[name], self.lora_alpha[name] = r, settings.lora_alpha
+        self.lora_dropout[name] = float(settings.lora_dropout)
+        self.use_rslora[name] = settings.use_rslora
+        self.scaling[name] = lora_scaling(r, settings.lora_alpha, settings.use_rslora)
         if self._active_adapter is None and not self.merged:
             self.set_adapter(name)
 
@@ -166,19 +184,23 @@ class LoRALinear4bit(Linear4bit):
             raise TypeError(f"name: expected a string, got {type(name).__name__}")
         self._require_unmerged("set_adapter")
         self._active_adapter = name
-        for adapter in self.r:
-            for parameter in self.adapter_parameters(adapter):
-                parameter.requires_grad_(adapter == name)
+        train_only(self, (name,))
 
     def adapter_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A ``[r, in_features]`` and B ``[out_features, r]`` of adapter ``name``."""
-        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
-        modules = self._modules
-        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        A, B = self.adapter_modules(name)
         try:
             return A._parameters["weight"], B._parameters["weight"]
-        except KeyError:  # a replica of nn.DataParallel has attributes instead
+        except (
+            KeyError
+        ):  # a replica of nn.DataParallel has attributes, a parametrized layer computes
             return A.weight, B.weight
+
+    def adapter_modules(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """The modules that hold A and B of adapter ``name``."""
+        # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
+        modules = self._modules
+        return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
 
     def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as they are saved. Raises RuntimeError where this process has only parts of them."""
@@ -237,6 +259,11 @@ class LoRALinear4bit(Linear4bit):
             state = "adapters are disabled" if self._disabled else "no adapter is active"
             raise RuntimeError(f"merge: {state} on this layer, which has {list(self.r)}")
         if (name := self._active_adapter) in self.r:
+            if not all(map(is_bare, self.adapter_modules(name))):
+                raise RuntimeError(
+                    f"merge: lora_A or lora_B of adapter {name!r} has hooks (offloading, weight norm, pruning, or "
+                    "your own), which a merged weight cannot have; remove them first"
+                )
             A, B = self.adapter_parameters(name)
             self._merge_weight(lambda W: W.addmm_(B.float(), A.float(), alpha=self.scaling[name]))
         else:
@@ -252,6 +279,8 @@ class LoRALinear4bit(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype: :func:`lora_linear_4bit`."""
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         bias, name = self._parameters["bias"], self._active_adapter
         under = self.in_force(entries) if (entries := in_force.entries) else None
         w = self.weight4bit
@@ -265,6 +294,8 @@ class LoRALinear4bit(Linear4bit):
         if self._disabled or self._unmerged is not None or name not in self.r:
             return linear(x, w, bias)
         dropout_p = self.lora_dropout[name] if self.training else 0.0
+        if not are_fused(*self.adapter_modules(name)):
+            return self._by_calls(x, name, dropout_p)
         A, B = self.adapter_parameters(name)
         return lora(x, w, A, B, self.scaling[name], bias, dropout_p)
 
@@ -306,14 +337,19 @@ class LoRALinear4bit(Linear4bit):
             )
         return super()._replicate_for_data_parallel()
 
+    def _by_calls(self, x: torch.Tensor, name: str, dropout_p: float) -> torch.Tensor:
+        """The forward where A or B is more than its weight: what they are is called, as PEFT does."""
+        A, B = self.adapter_modules(name)
+        y = linear_4bit(x, self.weight4bit, self._parameters["bias"])
+        own = next(A.parameters(), x).dtype
+        return (y + B(A(F.dropout(x.to(own), dropout_p))) * self.scaling[name]).to(y.dtype)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, active_adapter={self._active_adapter!r}"
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
-    """Every LoRALinear4bit by its path in the model, not in a PEFT wrapper of it."""
+    """Every LoRALinear4bit by its path in the model, not in a wrapper of the model or of its parts."""
     return {
-        path.removeprefix(PREFIX): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALinear4bit)
+        path: module for path, module in named_modules(model) if isinstance(module, LoRALinear4bit)
     }

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
+from tabulate import SEPARATING_LINE, tabulate
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import tables
 from .dense_layers import (
     OF_THE_CODE,
     PART,
@@ -75,7 +75,9 @@ class ReplaceReport:
         for layer in self.replaced:
             rows.append(_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", layer))
         rows.append(_row("total", f"{len(self.replaced)} layers", self))
-        lines = [tables.text(rows, rules=(1, -1))]
+        rows.insert(-1, SEPARATING_LINE)
+        look = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
+        lines = [tabulate(rows, headers="firstrow", **look)]
         if self.skipped:
             width = max(len(layer.name) for layer in self.skipped)
             lines += ["", f"skipped: {len(self.skipped)}"]
@@ -231,6 +233,7 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
     wrapper = _wrapper(model, names[0])
     for hook in _HOOKS:  # the same dictionaries, so that the handles of the hooks still remove them
         setattr(new, hook, getattr(old, hook))
+    move_accelerates_hook(old, new)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
@@ -241,6 +244,15 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
         adapter_bytes = sum(p.numel() * p.element_size() for p in _adapter_parameters(new))
     shape = (new.out_features, new.in_features)
     return ReplacedLayer(names[0], shape, before, _nbytes(new) - adapter_bytes, adapter_bytes)
+
+
+def move_accelerates_hook(old: nn.Module, new: nn.Module) -> None:
+    """accelerate's hook, if ``old`` has one, becomes one of ``new``."""
+    if (hook := getattr(old, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
 
 
 # -- which layers ----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Fixtures: the backend, seeds, threads; and which tests run by default.
 
-``LOWRANK_TEST_FULL=1`` runs everything. Without it a test marked ``slow`` runs only when the checksum of
-its name falls into one quarter (the same quarter every time), and of what all backends run, the emulator
-runs one half. ``LOWRANK_TEST_SHARD=0/4`` runs a quarter of all tests, chosen likewise.
+Every operator runs its cases on every instruction set of this CPU and on the emulator (``each_case``): the edges of
+the kernels and the large problems on all of them; the rest is shared out, so that each case meets one of them.
+``LOWRANK_TEST_FULL=1`` runs everything everywhere, and what is marked ``slow``, which otherwise does not run.
+``LOWRANK_TEST_SHARD=0/4`` runs a quarter of all tests, those whose names have that checksum.
 A test marked ``large_memory(gigabytes)`` runs when twice that much memory is available.
 ``LOWRANK_BACKEND=reference`` tests the reference alone, for work on the tests without a build.
 ``LOWRANK_TEST_DEVICE=cuda`` tests the CUDA kernels alone, on the GPU: every tensor is made there.
@@ -18,7 +19,10 @@ import pathlib
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+# Read when torch is loaded: threads that wait sleep, so that tests share a machine with other programs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
@@ -33,10 +37,13 @@ from lowrank_kernels.codebooks import code_of
 EMULATOR = pathlib.Path(__file__).parents[1] / "build/emulator/liblowrank_cuda_emulated.so"
 os.environ.setdefault("LOWRANK_EMULATOR", str(EMULATOR))
 
+# The same work on every machine: a kernel that cuts it wrongly shows only where it is cut.
+THREADS = 2
+torch.set_num_threads(THREADS)
+
 FULL = os.environ.get("LOWRANK_TEST_FULL") == "1"
-SHARDS = 4
 SHARD = tuple(map(int, os.environ.get("LOWRANK_TEST_SHARD", "0/1").split("/")))
-TRITON_SHARDS = 24
+TRITON_SHARDS = 16
 ONLY_REFERENCE = os.environ.get("LOWRANK_BACKEND") == "reference"
 ONLY_TRITON = os.environ.get("LOWRANK_BACKEND") == "triton"
 ON_GPU = os.environ.get("LOWRANK_TEST_DEVICE") == "cuda"
@@ -47,21 +54,41 @@ elif ONLY_TRITON:
 elif ON_GPU:
     KERNELS = ("cuda",)
 else:
-    KERNELS = (*(f"cpu-{isa}" for isa in reversed(lk.backends.isas(compiled=True))), "emulator")
+    # Those of this CPU, the simplest first; test_dispatch.py names the others.
+    KERNELS = (*(f"cpu-{isa}" for isa in reversed(lk.backends.isas())), "emulator")
+ISAS = tuple(name.removeprefix("cpu-") for name in KERNELS if name.startswith("cpu-"))
+
+
+def each_case(
+    everywhere: Sequence[cases.Case],
+    shared: Sequence[cases.Case] = (),
+    edges_of: Callable[[str], Sequence[cases.Case]] = lambda isa: (),
+) -> pytest.MarkDecorator:
+    """Parametrizes ``case`` and ``backend``: ``everywhere`` runs on each of ``KERNELS``, and so do the edges of its
+    instruction set; ``shared`` is shared out among the instruction sets, and the emulator runs the part of the first.
+
+    Neighbours have one case, so that its reference is computed once (``tolerance.problem``).
+    """
+    parts = 1 if FULL else max(1, len(ISAS))
+    backends_of: dict[cases.Case, list[str]] = {}
+    for number, backend in enumerate(KERNELS):
+        part = [case for i, case in enumerate(shared) if i % parts == number % parts]
+        isas = [name for name in ISAS if FULL or backend == f"cpu-{name}"]
+        if backend == "emulator":  # the CUDA kernels' edges are in test_cuda_*.py
+            isas = []
+        for case in dict.fromkeys((*everywhere, *part, *(c for i in isas for c in edges_of(i)))):
+            backends_of.setdefault(case, []).append(backend)
+    pairs = [(case, backend) for case, names in backends_of.items() for backend in names]
+    return pytest.mark.parametrize(("case", "backend"), pairs, indirect=["backend"])
 
 
 @contextlib.contextmanager
 def entered(name: str) -> Iterator[str]:
-    """Runs the operators on one of ``KERNELS`` or "reference", and makes sure that they do.
-
-    A CPU without the instruction set is a skip; a library that was not built is an error.
-    """
+    """Runs the operators on one of ``KERNELS`` or "reference", and makes sure that they do."""
     kind, _, isa = name.partition("-")
     with contextlib.ExitStack() as stack:
         stack.enter_context(lk.backends.use(kind))
         if isa:
-            if isa not in lk.backends.isas():
-                pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
             stack.enter_context(lk.backends.use_isa(isa))
             assert lk.backends.isa() == isa
         if kind == "cuda" or (kind == "triton" and ON_GPU):
@@ -103,8 +130,8 @@ def enough_memory(request) -> None:
     marker = request.node.get_closest_marker("large_memory")
     if marker is None:
         return
-    if ON_GPU:
-        pytest.skip("these weights are pages of the operating system")
+    if not ISAS:
+        pytest.skip("these weights are pages of the operating system, for the native CPU kernels")
     needed, available = marker.args[0], available_gigabytes()
     if available < 2 * needed:
         pytest.skip(f"needs {needed} GB of memory and as much again free, has {available:.1f} GB")
@@ -155,27 +182,30 @@ def pytest_make_parametrize_id(config, val, argname):
 
 
 def pytest_report_header(config):
-    slow = "all" if FULL else f"1 of {SHARDS} (LOWRANK_TEST_FULL=1 runs all)"
-    return f"lowrank_kernels: {lk.backends.report()}; slow tests: {slow}"
+    slow = "run" if FULL else "do not run (LOWRANK_TEST_FULL=1 runs them)"
+    return f"lowrank_kernels: {lk.backends.report()}; slow tests {slow}"
+
+
+# What takes scalar code and the emulator seconds takes vector code milliseconds.
+SLOW_BACKENDS = ("cpu-scalar", "emulator")
 
 
 def pytest_collection_modifyitems(config, items):
-    kept, dropped = [], []
+    kept, dropped, begun = [], [], set()
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        case = params.get("case")
-        if isinstance(case, cases.Case) and case.slow:
+        case, backend = params.get("case"), params.get("backend")
+        if isinstance(case, cases.Case) and case.slow and backend in SLOW_BACKENDS:
             item.add_marker(pytest.mark.slow)
         number = zlib.crc32(item.nodeid.rpartition("/")[2].encode())
-        too_slow = item.get_closest_marker("slow") and number % SHARDS
-        too_slow = not FULL and (too_slow or (params.get("backend") == "emulator" and number % 2))
+        too_slow = not FULL and item.get_closest_marker("slow")
         if ONLY_TRITON and not ON_GPU and not FULL:
             large = isinstance(case, cases.Case) and case.N * case.K > 2_000_000
-            shared = "triton" not in item.path.stem  # with the other backends
-            too_slow = (
-                large or item.get_closest_marker("slow") or (shared and number % TRITON_SHARDS)
-            )
-        elsewhere = number // SHARDS % SHARD[1] != SHARD[0]
+            too_slow = too_slow or large
+            if not too_slow and "triton" not in item.path.stem:  # shared with the other backends
+                too_slow = item.path in begun and number % TRITON_SHARDS
+                begun.add(item.path)  # the first of each file runs
+        elsewhere = number % SHARD[1] != SHARD[0]
         (dropped if too_slow or elsewhere else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

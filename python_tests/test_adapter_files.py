@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    checkpoint_wrapper,
+    offload_wrapper,
+)
 
+import lowrank_kernels as lk
+from lowrank_kernels import adapter_format
 from lowrank_kernels.adapter_files import load_adapter, save_adapter
 from lowrank_kernels.nn import Linear4bit, LoRALinear4bit
 from lowrank_kernels.replace import replace_linear
@@ -309,12 +316,24 @@ def _raw(name, text):
     return lambda path: (path / name).write_bytes(text)
 
 
+def _other(name):
+    return _tensors(lambda t: t.update({f"base_model.model.{Q0}.{name}": torch.zeros(4, 64)}))
+
+
+def _header_twice(path):
+    """One key twice in the header of a safetensors file, for two readers to take two tensors."""
+    entry = {"dtype": "F32", "shape": [4, 64], "data_offsets": [0, 1024]}
+    header = f'{{"{KEY}": {json.dumps(entry)}, "{KEY}": {json.dumps(entry)}}}'.encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(1024)
+    (path / "adapter_model.safetensors").write_bytes(data)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (_tensors(lambda t: t.pop(KEY)), f"{KEY}: expected it, got none"),
         (_tensors(lambda t: t.update({KEY: t[KEY][:, 1:].clone()})), r"lora_A.* = \(4, 64\).* \(4, 63\)"),
-        (_tensors(lambda t: t.update({KEY: t[KEY].double()})), "lora_A.*float16, got torch.float64"),
+        (_tensors(lambda t: t.update({KEY: t[KEY].double()})), "lora_A.*float16, got F64"),
         (_tensors(lambda t: t.update({"x.weight": t[KEY].clone()})), "x.weight: expected a key base_"),
         (
             _tensors(lambda t: t.update({KEY.replace("q_proj", "qq"): t[KEY].clone()})),
@@ -342,7 +361,27 @@ def _raw(name, text):
         (_config(peft_type="IA3"), "peft_type: expected 'LORA', got 'IA3'"),
         (_config(peft_type=None), "peft_type: expected 'LORA', got None"),
         (_config(use_dora=True), "use_dora: expected it unset"),
-        (_config(fan_in_fan_out=True), "fan_in_fan_out: expected it unset"),
+        (_tensors(lambda t: t[KEY].fill_(float("nan"))), f"{KEY}: expected finite numbers, got a NaN"),
+        (_tensors(lambda t: t[KEY][0, 0].fill_(-float("inf"))), f"{KEY}: expected finite numbers"),
+        (_tensors(lambda t: t.update({KEY: torch.zeros(0, 64)})), r"\(4, 64\) .* got \(0, 64\)"),
+        (_tensors(lambda t: t.update({KEY: t[KEY].char()})), "lora_A.*float16, got I8"),
+        (_tensors(lambda t: t.update({KEY: t[KEY][None].clone()})), r"a matrix, got \(1, 4, 64\)"),
+        (_other("lora_B.bias"), "got a trained bias of an adapter .lora_bias., which is not supp"),
+        (_other("lora_embedding_A"), "got an adapter of an embedding, which"),
+        (_other("lora_magnitude_vector.weight"), "got DoRA, which is not supported"),
+        (_other("modules_to_save.weight"), "got a module that was trained whole"),
+        (_other("weight"), r"got a module that was saved whole \(modules_to_save, or save_embedding_l"),
+        (_other("bias"), "got a trained bias of the model"),
+        (_other("ia3_l"), "got another name"),
+        (_config(r=2**31 - 1), r"\(2147483647, 64\) with r from adapter_config.json, got \(4, 64\)"),
+        (_config(r=2**31), "r: expected an integer >= 1"),
+        (_config(r=True), "r: expected an integer >= 1, got True"),
+        (_config(r=4.0), "r: expected an integer >= 1, got 4.0"),
+        (_config(rank_pattern={"q_proj": True}), "rank_pattern: expected an object of integers"),
+        (_config(lora_alpha=True), "lora_alpha: expected a finite number, got True"),
+        (_config(lora_dropout=False), r"lora_dropout: expected a number in \[0, 1\), got False"),
+        (_raw("adapter_config.json", b'{"r": 4, "r": 8}'), "JSON: the name 'r' comes twice"),
+        (_header_twice, "expected a safetensors file: the name 'base_model.* comes twice"),
         (_config(modules_to_save=["lm_head"]), "modules_to_save: expected it unset"),
         (_config(a_field_of_the_future=1), "a_field_of_the_future: expected it unset"),
         (_config(bias="all"), "bias: expected 'none'"),
@@ -404,3 +443,207 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# -- wrapped models --------------------------------------------------------------------------------
+
+
+def _each_block(wrap):
+    def wrapped(model):
+        for i, block in enumerate(model.model.layers):
+            model.model.layers[i] = wrap(block)
+        return model
+
+    return wrapped
+
+
+def _peft(model):
+    peft = pytest.importorskip("peft", reason=WHY)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+
+
+WRAPPERS = {
+    "compile": torch.compile,
+    "data_parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "compiled_blocks": _each_block(torch.compile),
+    "checkpointed_blocks": _each_block(checkpoint_wrapper),
+    "offloaded_blocks": _each_block(offload_wrapper),
+    "peft": _peft,
+    "several": lambda m: torch.compile(
+        nn.DataParallel(_peft(_each_block(lambda b: torch.compile(checkpoint_wrapper(b)))(m)))
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:save_adapter")  # PEFT's adapter of lm_head trains
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_names_of_wrappers_never_enter_files(tmp_path, wrap):
+    model, _ = pair(target_modules=["q_proj", "down_proj"])
+    replace_linear(model, ["layers.0.mlp.up_proj"], r=4, lora_alpha=3, progress=False)
+    save_adapter(model, tmp_path / "bare")
+    wrapped = wrap(copy.deepcopy(model))
+    save_adapter(wrapped, tmp_path / "wrapped")
+    files = [tmp_path / name for name in ("bare", "wrapped")]
+    assert config_of(files[0]) == config_of(files[1])
+    tensors = [load_file(path / "adapter_model.safetensors") for path in files]
+    assert tensors[0].keys() == tensors[1].keys()
+    load_adapter(model, files[1], "again")
+    load_adapter(wrapped, files[0], "again")
+    assert list(lk.adapters(wrapped)["again"].layers) == list(lk.adapters(model)["again"].layers)
+    bank = lk.AdapterBank.for_model(wrapped, num_pages=2)
+    assert bank.module_names == tuple(lora_layers(model))
+    bank.load("file", files[0])
+
+
+def test_a_layer_called_module_keeps_its_name(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.ModuleDict({"model": nn.Linear(8, 8)})
+
+    net = Net()
+    replace_linear(net, r=2, progress=False)
+    save_adapter(nn.DataParallel(net), tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert keys == {f"base_model.model.module.model.lora_{x}.weight" for x in "AB"}
+
+
+def test_marks_in_a_file_are_read(tmp_path):
+    """Files that were saved from a model with compiled blocks, by others or by an older version."""
+    model, _ = pair(target_modules=["q_proj"])
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    marked = {key.replace("layers.0", "layers.0._orig_mod"): t for key, t in tensors.items()}
+    save_file(marked, path)
+    load_adapter(model, tmp_path, "marked")
+    layer = lora_layers(model)[Q0]
+    assert torch.equal(layer.lora_A["marked"].weight, layer.lora_A["default"].weight)
+    save_file(marked | {key: t.clone() for key, t in tensors.items()}, path)
+    with pytest.raises(ValueError, match=r"expected one key for .*layers\.0.*, got .* too"):
+        load_adapter(model, tmp_path)
+
+
+# -- what was trained and is not in the file -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("model.norm.weight", "model.norm.weight"),
+        ("lm_head.weight", "lm_head.weight"),
+        (f"{Q0}.bias", f"{Q0}.bias"),
+        (f"{Q0}.lora_A.other.weight", "adapter 'other'"),
+    ],
+)
+def test_a_warning_names_what_trains_and_is_not_saved(tmp_path, name, named):
+    model, _ = pair(target_modules=["q_proj"])
+    lora_layers(model)[Q0].add_adapter("other", r=2)
+    lora_layers(model)[Q0].bias = nn.Parameter(torch.zeros(64), requires_grad=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(model, tmp_path)
+    model.get_parameter(name).requires_grad_(True)
+    with pytest.warns(
+        UserWarning, match=f"not in the file of adapter 'default'.*: {named}\\. "
+    ) as w:
+        save_adapter(model, tmp_path)
+    assert w[0].filename == __file__
+    with pytest.warns(UserWarning, match=f": {named}\\. "):
+        save_adapter(torch.compile(model), tmp_path)
+
+
+# -- files from strangers --------------------------------------------------------------------------
+
+
+def test_nothing_is_read_before_every_size_is_checked(tmp_path, monkeypatch):
+    """A file whose last tensor is wrong costs the memory of none of them."""
+    model, _ = pair(target_modules=["q_proj"])
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    last = sorted(tensors)[-1]
+    save_file(tensors | {last: torch.zeros(64, 5)}, path)
+
+    def read(*_):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(adapter_format, "_read_finite", read)
+    with pytest.raises(ValueError, match=r"\(64, 4\) .* got \(64, 5\)"):
+        load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("lora_alpha", [0, -3, 0.5])
+def test_any_finite_alpha_is_taken(tmp_path, lora_alpha):
+    """0 switches an adapter off and a negative one takes away what it learnt: both are meant."""
+    model, plain = pair(target_modules=["q_proj"])
+    save_adapter(model, tmp_path)
+    _config(lora_alpha=lora_alpha)(tmp_path)
+    load_adapter(model, tmp_path)
+    assert lora_layers(model)[Q0].scaling == {"default": lora_alpha / 4}
+    peft = pytest.importorskip("peft", reason=WHY)
+    assert_same_outputs(model, peft.PeftModel.from_pretrained(plain, tmp_path))
+
+
+def test_a_state_dict_is_checked_as_a_file_is():
+    model, _ = pair(target_modules=["q_proj"])
+    bank = lk.AdapterBank.for_model(model, num_pages=2)
+    good = {
+        f"{path}.lora_{x}.weight": torch.ones(4, 64) if x == "A" else torch.ones(64, 4)
+        for path in bank.module_names
+        for x in "AB"
+    }
+    short = KEY.removeprefix("base_model.model.")
+    nan = torch.full((4, 64), float("nan"))
+    for change, message in (
+        ({short: nan}, f"{short}: expected finite numbers"),
+        ({short: torch.ones(4, 64, device="meta")}, "expected a tensor with data, got one on the meta"),
+        ({short: torch.ones(4, 64).double()}, "float16, got torch.float64"),
+        ({short: [1.0]}, f"{short}: expected a matrix, got list"),
+        ({short: torch.ones(5, 64)}, r"\[out_features, r\] = \(64, 5\) with r of its partner"),
+        ({KEY: torch.ones(4, 64)}, "expected it once, with 'base_model.model.' or without, got both"),
+        ({"lm_head.weight": torch.ones(4, 64)}, "got a module that was saved whole"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            bank.load("x", good | change)
+        assert bank.free_pages == 2
+    bank.load("x", good)
+
+
+def test_adapters_of_conv1d(tmp_path):
+    """PEFT's files of GPT-2 say fan_in_fan_out, which is about the base weight: A is [r, in] all the same."""
+    peft = pytest.importorskip("peft", reason=WHY)
+    transformers = pytest.importorskip("transformers", reason="the model of these tests")
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    load = transformers.GPT2LMHeadModel.from_pretrained
+    ours = load(tmp_path / "base", quantization_config=lk.LowRankConfig()).eval()
+    replace_linear(ours, ["c_attn", "c_fc"], progress=False)
+    plain = load(tmp_path / "base").eval()
+    for path, layer in lora_layers(ours).items():
+        plain.get_submodule(path).weight.data.copy_(layer.dequantize().T)
+    for name in plain.state_dict():
+        if name.endswith("c_proj.weight"):
+            layer = ours.get_submodule(name.removesuffix(".weight"))
+            plain.get_submodule(name.removesuffix(".weight")).weight.data.copy_(
+                layer.dequantize().T
+            )
+    arguments = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    theirs = peft.get_peft_model(plain, peft.LoraConfig(**arguments, init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "a")
+    assert config_of(tmp_path / "a")["fan_in_fan_out"] is True
+    load_adapter(ours, tmp_path / "a")
+    assert_same_outputs(ours, theirs.eval())
+    bank = lk.AdapterBank.for_model(ours, num_pages=2)
+    bank.load("a", tmp_path / "a")
+    with bank.using(bank.plan(["a"] * 2, tokens_per_sequence=[TOKENS.shape[1]] * 2)):
+        assert_same_outputs(ours, theirs)

@@ -1,154 +1,127 @@
-"""The benchmark suite on tiny sizes: valid results, correct limits, providers that compute the same."""
+"""The benchmark suite on tiny sizes: results, limits, cold caches, wrong results found, tables and pages."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
-import torch
 
 import lowrank_kernels as lk
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `bench` is no part of the installed package
 
-pytest.importorskip("pytest_benchmark", reason="the suite runs on pytest-benchmark")
-
-from bench import (  # noqa: E402
-    bench_linear_4bit,
-    bench_linear_4bit_dx,
-    bench_lora_linear_4bit,
-    bench_multi_lora,
-    harness,
-    report,
-    report_cpu,
-    report_multi,
-)
-from bench.cases import cases  # noqa: E402
-from bench.tables import INT8  # noqa: E402
-from lowrank_kernels.benchmark import check, cuda, multi_providers, providers  # noqa: E402
+from bench import limits, report, suite, test_ops  # noqa: E402
+from bench.__main__ import parse  # noqa: E402
+from lowrank_kernels.benchmark import check, harness, machine, providers  # noqa: E402
+from lowrank_kernels.benchmark import multi_providers as many  # noqa: E402
 from lowrank_kernels.benchmark.case import Case, rows_per_adapter  # noqa: E402
+from lowrank_kernels.benchmark.ops import OURS  # noqa: E402
 
-PEERS = {"bitsandbytes", "bitsandbytes + PEFT", "torch + PEFT"}
+RESULTS = sorted(report.RESULTS.glob("*.json"))
+TINY = suite.SIZES["cpu"].chosen([(96, 128)], [1, 17])
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "bench", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+# -- a run, and the documents made of it -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[dict, str]:
-    """The document and the printed tables of one tiny run."""
+    """The document and the printed tables of one tiny run; it ends with an error if a result was wrong."""
     output = tmp_path_factory.mktemp("bench") / "tiny.json"
-    sizes = (
-        "--threads",
-        "1",
-        "--shape",
-        "96x128",
-        "--tokens",
-        "1",
-        "--tokens",
-        "17",
-        "--seconds",
-        "0.01",
-    )
-    done = bench("--quick", *sizes, "--output", str(output))
+    sizes = ("--shape", "96x128", "--tokens", "1", "--tokens", "17", "--seconds", "0.01")
+    sizes = ("--threads", "1", *sizes)
+    command = [sys.executable, "-m", "bench", "--quick", *sizes, "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(output.read_text()), done.stdout
 
 
-def test_document(run):
-    document, _ = run
-    assert document["schema"] == harness.SCHEMA
-    assert document["threads"] >= 1
-    assert document["versions"]["torch"] == torch.__version__ or document["versions"]["torch"]
-    assert document["cpu"]["model"]
-    assert document["limits"]["read_gbs"] > 0.1
-    assert document["limits"]["sgemm_gflops"] > 0.1
-    assert ("sgemm_avx2_gflops" in document["limits"]) == ("avx2" in lk.backends.isas()[1:])
-    assert len(document["memory"]["extra"]["linear_4bit"]) == 2
-    for case in document["cases"]:
-        assert case["limit_ms"] > 0
-        assert "median_ms" in case["providers"]["lowrank_kernels"], case
-        for result in case["providers"].values():
-            if "unavailable" in result:
-                assert result["unavailable"]
-            else:
-                assert 0 < result["q1_ms"] <= result["median_ms"] <= result["q3_ms"]
-                assert result["rounds"] >= 3 and result["copies"] >= 1
-
-
-def test_every_operator_is_covered(run):
-    document, _ = run
-    ops = {case["op"] for case in document["cases"]}
-    assert ops == {*report.TITLES, *report_multi.TITLES, report_cpu.GROWTH}
-    for op in report.TITLES.keys() - {"quantize_4bit", "dequantize_4bit"}:
-        of_op = [c for c in document["cases"] if c["op"] == op and c["cache"] == "cold"]
-        assert {(c["M"], c["dtype"]) for c in of_op} == {
-            (M, dtype) for M in (1, 17) for dtype in ("float32", "bfloat16")
-        }
-
-
-def test_tables(run):
+def test_results(run):
+    """Every case of every operator, with what a reader needs to judge the numbers."""
     document, printed = run
-    titles = (report.TITLES, report_multi.TITLES, report_cpu.TITLES)
-    for title in (title for of_module in titles for title in of_module.values()):
-        assert title in printed
-    assert report.text(document) in printed
+    assert document["schema"] == harness.SCHEMA and document["versions"]["torch"]
+    assert document["threads"] == 1 and document["cpu"]["model"] and "complete" not in document
+    assert document["limits"]["read_gbs"] > 0.1 and document["limits"]["sgemm_gflops"] > 0.1
+    expected = {case: of_case for case, of_case in suite.entries(TINY)}
+    fields = [field.name for field in dataclasses.fields(Case)]
+    measured = {Case(**{f: case[f] for f in fields}): case for case in document["cases"]}
+    assert measured.keys() == expected.keys()
+    for case, result in measured.items():
+        limit = case.limit_seconds(*limits.rates(document["limits"]))
+        assert result["limit_ms"] == pytest.approx(1e3 * limit)
+        assert "median_ms" in result["providers"][OURS], case
+        for provider in result["providers"].values():
+            if provider.get("unavailable"):
+                continue
+            assert 0 < provider["q1_ms"] <= provider["median_ms"] <= provider["q3_ms"]
+            assert provider["rounds"] >= 3 and provider["copies"] >= 1
+    titles = [title.splitlines()[0] for title in report.sections(document)]
+    assert len(titles) == 7 and all(title in printed for title in titles)
 
 
 def test_documents(run, tmp_path):
+    """What is generated replaces what stood between the markers; a second run changes nothing."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     results, docs = tmp_path / "results", tmp_path / "docs"
     results.mkdir()
     docs.mkdir()
+    with pytest.raises(FileNotFoundError, match="python -m bench"):
+        report.write_documents(results, tmp_path)
     (results / "tiny.json").write_text(json.dumps(run[0]))
-    page = docs / "performance.md"
+    page, readme = docs / "performance.md", tmp_path / "README.md"
     page.write_text(f"by hand\n{report.BEGIN}\nstale numbers\n{report.END}\nalso by hand\n")
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     done = report.write_documents(results, tmp_path)
-    for name in ("speedup", "limit", "growth"):
-        assert (docs / "benchmarks" / f"tiny-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert any("skipped" in line and "README.md" in line for line in done)
     text = page.read_text()
     assert text.startswith("by hand\n") and text.endswith("\nalso by hand\n")
-    assert "stale numbers" not in text
-    assert "| M | lowrank_kernels |" in text
-    assert text.count("(benchmarks/tiny-") == 3
-    (tmp_path / "README.md").write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
+    assert "stale numbers" not in text and text.count("(benchmarks/tiny-") == 1
+    assert (docs / "benchmarks/tiny-speedup.png").read_bytes().startswith(b"\x89PNG")
+    readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
     report.write_documents(results, tmp_path)
-    assert "LoRA training" in (tmp_path / "README.md").read_text()
-    assert page.read_text() == text, "a second run changes nothing"
+    assert "LoRA training" in readme.read_text() and page.read_text() == text
+    assert sorted(path.name for path in docs.iterdir()) == ["benchmarks", "performance.md"]
 
 
-def test_missing_peers_are_named(run):
-    document = json.loads(json.dumps(run[0]))
-    for case in document["cases"]:
-        for name in PEERS & set(case["providers"]):
-            case["providers"][name] = {"unavailable": "not installed"}
-    assert "bitsandbytes did not run: not installed" in report.text(document)
-    assert "| - |" in report.machine_section(document, None)
-    report.readme_section(document)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_committed_documents_are_those_of_the_committed_results(path):
+    document = harness.read(path)
+    picture = f"benchmarks/{path.stem}-speedup.png"
+    assert (ROOT / "docs" / picture).exists()
+    assert report.machine_section(document, picture) in (ROOT / "docs/performance.md").read_text()
+    newest = max(map(harness.read, RESULTS), key=lambda document: document["date"])
+    assert report.readme_section(newest) in (ROOT / "README.md").read_text()
 
 
-def test_no_results(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    with pytest.raises(FileNotFoundError, match="python -m bench"):
-        report.write_documents(tmp_path, tmp_path)
+def test_what_is_missing_is_named():
+    document = harness.read(RESULTS[0])
+    document["cases"][0]["providers"] |= {
+        "bitsandbytes": {"unavailable": "not installed"},
+        "torch": {"error": "wrong result"},
+    }
+    lines = report.shared.missing(document)
+    assert "bitsandbytes did not run: not installed" in lines
+    assert "torch failed, linear_4bit 4096x4096 M=1: wrong result" in lines
+    row = next(iter(report.sections(document).values()))[0][1][1]
+    assert "failed" in row and "-" in row
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--threads", "0"], ["--op", "none"], ["--shape", "4096"], ["--tokens", "0"]]
-)
-def test_wrong_arguments(arguments):
-    from bench.__main__ import parse
+@pytest.mark.parametrize("content", ['{"schema": 99, "cases": []}', "[]", '{"cases": []}'])
+def test_results_of_another_format_are_refused(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(ValueError, match="schema 1 to"):
+        harness.read(tmp_path / "x.json")
 
+
+@pytest.mark.parametrize("wrong", ["--threads 0", "--op none", "--shape 4096", "--tokens 0"])
+def test_wrong_arguments(wrong):
     with pytest.raises(SystemExit) as error:
-        parse(arguments)
+        parse(wrong.split())
     assert error.value.code == 2
 
 
@@ -162,79 +135,42 @@ def test_limits():
     assert case.bytes == case.weight_bytes + 2 * 16 * 4096 * 4
     # arithmetic: 0.537 GFLOP at 256 GFLOP/s; memory: 9.2 MB at 22 GB/s
     assert case.limit_seconds(22.0, 256.0) == pytest.approx(2.097e-3, rel=1e-3)
-    assert Case("linear_4bit", 4096, 4096, 1).limit_seconds(22.0, 256.0) == pytest.approx(
-        0.395e-3, rel=1e-2
-    )
-
-
-def test_training_costs_three_adapter_passes_and_two_base_passes():
+    one = Case("linear_4bit", 4096, 4096, 1)
+    assert one.limit_seconds(22.0, 256.0) == pytest.approx(0.395e-3, rel=1e-2)
     forward = Case("lora_linear_4bit", 64, 128, 8, R=16)
     both = Case("lora_linear_4bit_fwd_bwd", 64, 128, 8, R=16)
     base, adapter = 2 * 8 * 64 * 128, 2 * 8 * 16 * (64 + 128)
-    assert forward.flops == base + adapter
-    assert both.flops == 2 * base + 3 * adapter
+    assert forward.flops == base + adapter and both.flops == 2 * base + 3 * adapter
+    assert limits.rates({"read_gbs": 22.0, "sgemm_gflops": 256.0}) == (22.0, 256.0)
+    assert limits.rates({"copy_gbs": 4000.0, "matmul_tflops": 700.0}) == (4000.0, 700e3)
 
 
-def test_cold_weights_exceed_the_cache():
-    from lowrank_kernels.cli import machine
-
-    case = Case("linear_4bit", 4096, 4096, 1)
-    count = providers.copies(case, case.weight_bytes)
-    assert (count - 1) * case.weight_bytes >= 1.25 * machine.last_level_cache_bytes()
-    assert providers.copies(Case("linear_4bit", 4096, 4096, 1, cache="hot"), 1) == 1
-
-
-def test_copies_have_their_own_memory():
-    case = Case("linear_4bit", 64, 2048, 1)
-    weights = providers.weights_4bit(case)[:3]
-    assert len({w.packed.data_ptr() for w in weights}) == len(weights) > 1
-    assert weights[0].nbytes >= case.weight_bytes
+def test_the_best_turn_is_the_limit(monkeypatch):
+    monkeypatch.setattr(limits, "_product", lambda size: None)
+    work, _ = limits.LIMITS["cpu"]["read_gbs"]
+    monkeypatch.setitem(limits.LIMITS["cpu"], "read_gbs", (work, lambda: None))
+    found = {}
+    for seconds in (0.1, 0.05, 0.2):
+        monkeypatch.setattr(limits, "best_seconds", lambda call, device, s=seconds: s)
+        limits.measure("cpu", found)
+    assert found["read_gbs"] == pytest.approx(21.47, rel=1e-3)
+    assert found["sgemm_gflops"] == pytest.approx(343.6, rel=1e-3)
 
 
-# -- the providers of an operator compute the same ---------------------------------------------------
-
-
-def modules():
-    for module in (bench_linear_4bit, bench_linear_4bit_dx, bench_lora_linear_4bit):
-        for op in dict.fromkeys(case.op for case in module.CASES):
-            of_op = module.PROVIDERS | getattr(module, "FLOAT32_PROVIDERS", {})
-            for name in of_op:
-                if name.startswith("ggml"):  # other values: test_bench_peers.py
-                    continue
-                yield pytest.param(op, of_op, name, id=f"{op}-{name}")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("op, of_op, name", list(modules()))
-def test_providers_agree(op, of_op, name, dtype):
-    case = Case(op, 96, 128, 5, dtype, "hot", R=4 if "lora" in op else 0)
-    try:
-        got = of_op[name](case)[0]()
-    except providers.Unavailable as reason:
-        pytest.skip(str(reason))
-    expected = of_op["dequantize + matmul"](case)[0]()
-    if not isinstance(got, tuple):
-        got, expected = (got,), (expected,)
-    # On a CPU with bfloat16 units bitsandbytes multiplies in bfloat16, whatever x is.
-    rounded = dtype == "bfloat16" or (op, name) == ("linear_4bit", "bitsandbytes") or name == INT8
-    tolerance = 0.03 if rounded else 1e-5
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape
-        assert (a.float() - b.float()).norm() <= tolerance * b.float().norm()
-
-
-def test_cases_keep_shapes_together():
-    shapes = [(case.N, case.K) for case in cases("linear_4bit", hot=(1,))]
-    assert shapes == sorted(shapes, key=shapes.index)
-
-
-# -- many adapters in one batch ----------------------------------------------------------------------
-
-
-def many(
-    op: str, M: int, popularity: str, mixed: bool = False, dtype="float32", cache="cold"
-) -> Case:
+def case_of_many(op: str, M: int, popularity: str, mixed=False, dtype="float32", cache="cold"):
     return Case(op, 96, 128, M, dtype, cache, 64 if mixed else 4, "cpu", popularity, mixed)
+
+
+def test_what_many_adapters_cost():
+    """Each adapter of the batch is read once, at its own rank; y is read and written."""
+    case = case_of_many("multi_lora_", 6, "distinct", mixed=True)
+    ranks = [8, 16, 32, 64, 8, 16]
+    assert case.ranks == ranks and case.flops == 2 * sum(ranks) * (96 + 128)
+    assert case.bytes == 4 * (sum(ranks) * (96 + 128) + 6 * (128 + 2 * 96))
+    zipf = case_of_many("multi_lora_linear_4bit", 5, "zipf", dtype="bfloat16")
+    assert zipf.flops == 2 * 5 * 96 * 128 + 2 * 5 * 4 * (96 + 128)
+    adapters = len(rows_per_adapter(5, "zipf"))
+    assert zipf.bytes == zipf.weight_bytes + 2 * (adapters * 4 + 5) * (96 + 128)
 
 
 def test_rows_per_adapter():
@@ -245,213 +181,171 @@ def test_rows_per_adapter():
     assert rows_per_adapter(7, "uniform") == [3, 2, 2]
     assert rows_per_adapter(64, "zipf") == [17, 17, 11, 7, 5, 3, 2, 1, 1]
     assert rows_per_adapter(512, "4") == [128] * 4
-    for popularity in report_multi.POPULARITIES:
+    for popularity in suite.POPULARITIES:
         for M in range(1, 70):
             rows = rows_per_adapter(M, popularity)
             assert sum(rows) == M and min(rows) > 0 and rows == sorted(rows, reverse=True)
 
 
-def test_what_many_adapters_cost():
-    """Each adapter of the batch is read once, at its own rank; y is read and written."""
-    case = many("multi_lora_", 6, "distinct", mixed=True)
-    ranks = [8, 16, 32, 64, 8, 16]
-    assert case.ranks == ranks
-    assert case.flops == 2 * sum(ranks) * (96 + 128)
-    assert case.bytes == 4 * (sum(ranks) * (96 + 128) + 6 * (128 + 2 * 96))
-    zipf = many("multi_lora_linear_4bit", 5, "zipf", dtype="bfloat16")
-    assert zipf.flops == 2 * 5 * 96 * 128 + 2 * 5 * 4 * (96 + 128)
-    adapters = len(rows_per_adapter(5, "zipf"))
-    assert zipf.bytes == zipf.weight_bytes + 2 * (adapters * 4 + 5) * (96 + 128)
-    training = many("multi_lora_linear_4bit_fwd_bwd", 6, "2")
-    assert training.flops == 2 * 2 * 6 * 96 * 128 + 3 * 2 * 6 * 4 * (96 + 128)
+# -- cold caches -------------------------------------------------------------------------------------
 
 
-def test_cases_of_many_adapters():
-    ids = [case.id for case in bench_multi_lora.CASES]
-    assert len(set(ids)) == len(ids) == 22
-    grid = [case for case in bench_multi_lora.CASES if (case.N, case.K) == (11008, 4096)]
-    assert {(case.M, case.popularity) for case in grid} == {
-        (1, "identical"),
-        *((M, popularity) for M in (4, 16, 64) for popularity in report_multi.POPULARITIES),
-    }
+def test_cold_weights_exceed_the_cache():
+    case = Case("linear_4bit", 4096, 4096, 1)
+    count = providers.copies(case, case.weight_bytes)
+    assert (count - 1) * case.weight_bytes >= 1.25 * machine.last_level_cache_bytes()
+    assert providers.copies(dataclasses.replace(case, cache="hot"), 1) == 1
+    weights = providers.weights_4bit(Case("linear_4bit", 64, 2048, 1))[:3]
+    assert len({w.packed.data_ptr() for w in weights}) == len(weights) > 1
 
 
 def test_batches_of_few_adapters_are_cold_too(monkeypatch):
     """All that the calls of a case read exceeds the cache, and no call reads what another one does."""
-    monkeypatch.setattr(providers.machine, "last_level_cache_bytes", lambda: 1 << 20)
-    for case in (many("multi_lora_", 1, "identical"), many("multi_lora_", 9, "uniform")):
-        pages = []
-        for call in multi_providers.many_lowrank(case):
-            plan, module = call.args[2:]
-            pages += [(module.name, page) for s in plan.slots for page in module.bank.pool.pages(s)]
-        assert len(set(pages)) == len(pages)
-        assert len(pages) * 4 * (96 + 128) * 4 > 1.25 * (1 << 20)
+    monkeypatch.setattr(machine, "last_level_cache_bytes", lambda: 1 << 20)
+    for batch in ((1, "identical"), (9, "uniform")):
+        read = []
+        for call in many.many_lowrank(case_of_many("multi_lora_", *batch)):
+            plan, pages = call.args[2:]
+            read += [(id(pages), name) for name in plan.names]
+        assert len(set(read)) == len(read)
+        assert len(read) * 4 * (96 + 128) * 4 > 1.25 * (1 << 20)
 
 
-def many_providers():
-    outside = bench_multi_lora.IN_PLACE | bench_multi_lora.PADDED
-    for op, of_op in bench_multi_lora.PROVIDERS.items():
-        for name in of_op | (outside if op == "multi_lora_" else {}):
-            yield pytest.param(op, (of_op | outside)[name], id=f"{op}-{name}")
+# -- cases, and who computes them --------------------------------------------------------------------
+
+
+def test_cases():
+    """A shape's cases come together; 16-bit activations and hot caches have the first shape alone."""
+    entries = suite.entries(suite.SIZES["cpu"])
+    shapes = [shape for shape, _ in itertools.groupby((case.N, case.K) for case, _ in entries)]
+    assert len(shapes) == len(set(shapes))
+    linear = [case for case, _ in entries if case.op == "linear_4bit"]
+    special = [case for case in linear if (case.dtype, case.cache) != ("float32", "cold")]
+    assert len(linear) == 20 and {(case.N, case.K) for case in special} == {(4096, 4096)}
+    assert len([case for case, _ in entries if case.op.startswith("multi_lora")]) == 21
+    few = suite.entries(suite.SIZES["cpu"], ["linear_4bit"], only="M16-", quick=True)
+    assert {(case.N, case.M) for case, _ in few} == {(4096, 16)}
+    names = {case.id: set(of_case) for case, of_case in entries}
+    grid = names["multi_lora_-11008x4096-M64-distinct-float32-cold"]
+    mixed = names["multi_lora_-4096x4096-M64-distinct-mixed-float32-cold"]
+    assert mixed - grid == {"torch loop, addmm_"}
+
+
+SPOIL = {
+    "linear_4bit": lambda y: 2 * y,
+    "linear_4bit_dx": lambda y: y[:, :-1],
+    "lora_linear_4bit": lambda y: y * float("nan"),
+    "lora_linear_4bit_fwd_bwd": lambda gradients: (*gradients[:-1], gradients[-1] * 1.05),
+    "multi_lora_": lambda y: 2 * y,
+    "multi_lora_linear_4bit": lambda y: y.flip(0),
+    "quantize_4bit": lambda w: dataclasses.replace(w, absmax=w.absmax.flip(0)),
+}
+
+
+@pytest.mark.parametrize("op", SPOIL)
+def test_a_wrong_result_is_not_timed(op):
+    """The others of its case are."""
+    case, of_case = next(entry for entry in suite.entries(TINY) if entry[0].op == op)
+
+    def wrong(case: Case) -> providers.Calls:
+        return [lambda call=call: SPOIL[op](call()) for call in of_case[OURS].calls(case)]
+
+    results = harness.measure(case, {OURS: of_case[OURS], "wrong": harness.Provider(wrong)}, 1e-6)
+    assert "median_ms" in results[OURS]
+    assert results["wrong"]["error"].startswith(("wrong result: relative error", "shapes"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("M, popularity, mixed", [(7, "zipf", False), (6, "distinct", True)])
-@pytest.mark.parametrize("op, provider", list(many_providers()))
-def test_providers_of_many_adapters(op, provider, M, popularity, mixed, dtype, monkeypatch):
-    """Every call of every provider gives what its own adapters make of the rows."""
+@pytest.mark.parametrize("op", ["multi_lora_", "multi_lora_linear_4bit"])
+def test_every_batch_has_its_own_adapters(op, M, popularity, mixed, dtype, monkeypatch):
+    """Each call of each provider gives what its own adapters make of the rows, and not those of the next call."""
     monkeypatch.setattr(providers, "MAX_COPIES", 2)
-    monkeypatch.setattr(check, "TOLERANCE", 0.02 if dtype == "bfloat16" else 2e-6)
-    case = many(op, M, popularity, mixed, dtype)
-    outputs = []
-    for call in provider(case):
-        output = call()
-        outputs.append(output if isinstance(output, tuple) else output.clone())
-        if op == "multi_lora_":  # on a CPU all calls add to one y
-            output.zero_()
-    assert len(outputs) == 2 * case.groups
-    check.verify(case, outputs)
-    if case.groups > 1:
-        with pytest.raises(check.Wrong):
-            check.verify(case, outputs[1:])
+    case = case_of_many(op, M, popularity, mixed, dtype)
+    of_op = next(
+        p for c, p in suite.entries(TINY) if c.op == op and (c.mixed or op != "multi_lora_")
+    )
+    for name, provider in of_op.items():
+        outputs = []
+        for call in provider.calls(case):
+            output = call()
+            outputs.append(output.clone())
+            if op == "multi_lora_":  # on a CPU all calls add to one y
+                output.zero_()
+        assert len(outputs) == 2 * case.groups, name
+        check.verify(case, outputs, 0.02 if dtype == "bfloat16" else 2e-6)
+        if case.groups > 1:
+            with pytest.raises(check.Wrong):
+                check.verify(case, outputs[1:])
 
 
-def test_providers_by_case():
-    def names(case):
-        return set(bench_multi_lora.providers_of(case))
-
-    grid, target, *_, mixed = (
-        bench_multi_lora.many("multi_lora_", shape, 64, popularity)
-        for shape, popularity in (
-            ((11008, 4096), "distinct"), ((4096, 4096), "distinct"), ((4096, 4096), "mixed"),
-        )
-    )  # fmt: skip
-    assert names(target) - names(grid) == {"torch loop, addmm_"}
-    assert names(mixed) - names(target) == {"padded to 64"}
+# -- this library in other ways, freed memory, pytest-benchmark --------------------------------------
 
 
-VLLM_TRITON = """
-import sys
-sys.path.insert(0, "python_tests")
-from test_bench import check, many, multi_providers
-for case in (
-    many("multi_lora_", 5, "zipf", dtype="float16", cache="hot"),
-    many("multi_lora_", 6, "distinct", mixed=True, cache="hot"),
-    many("multi_lora_", 130, "2", dtype="float16", cache="hot"),
-):
-    check.verify(case, [call() for call in multi_providers.many_vllm_triton(case)])
+def test_in_other_ways():
+    """The instruction set is what the name says while a call runs, and only then."""
+    seen, before = [], lk.backends.isa()
+
+    def calls(case):
+        right = providers.linear_lowrank(case)[0]
+        return [lambda: seen.append(lk.backends.isa()) or right()]
+
+    case = Case("linear_4bit", 96, 128, 1)
+    isas = {isa for isa in lk.backends.isas()[1:] if isa != "scalar"}
+    found = suite.in_other_ways(case, calls)
+    assert found.keys() == {f"{OURS}, {name}" for name in (*isas, "batch-invariant")}
+    for isa in isas:
+        name = f"{OURS}, {isa}"
+        assert "median_ms" in harness.measure(case, {name: found[name]}, 1e-6)[name]
+        assert seen[-1] == isa and lk.backends.isa() == before
+    assert not suite.in_other_ways(dataclasses.replace(case, cache="hot"), calls)
+
+
+def test_int8_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(lk.backends, "report", lambda: {"int8": None})
+    case = Case("linear_4bit", 96, 128, 5, cache="hot")
+    result = harness.measure(case, {"int8": suite.FLOAT32_PEERS[suite.INT8]}, 1e-6)["int8"]
+    assert "VNNI" in result["unavailable"]
+
+
+KEEP = """
+import resource, torch
+from lowrank_kernels.benchmark import timing
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def of_one():
+    before = faults()
+    torch.ones(16 << 20)
+    return faults() - before
+def of_ten():  # small ones may have taken a bit of the block that was freed
+    return min(of_one() for _ in range(10))
+print(of_ten(), timing.keep_freed_memory(), of_ten())
 """
 
 
-def test_the_triton_scheme():
-    pytest.importorskip("triton", reason="needs triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", VLLM_TRITON],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_freed_memory_is_kept():
+    """A large tensor gets the pages of the one before, which by default it does not."""
+    done = subprocess.run([sys.executable, "-c", KEEP], cwd=ROOT, capture_output=True, text=True)
+    before, kept, after = done.stdout.split()
+    if kept == "False":
+        pytest.skip("this system's malloc is not glibc's")
+    assert int(after) < 1000 < int(before)
 
 
-def test_what_a_graph_adds_is_looked_at_once():
-    from test_bench_gpu import FakeDevice
-
-    y = torch.zeros(2)
-
-    class Device(FakeDevice):
-        def capture(self, calls):
-            self.captured.append(len(calls))
-            outputs = [call() for call in calls]
-            return lambda: [call() for call in calls], outputs
-
-    def ones(outputs):
-        assert all(bool((out == 1).all()) for out in outputs)
-
-    assert cuda.Timed([lambda: y.add_(1)], ones, Device(), adds=True).calls == 1000
-    with pytest.raises(AssertionError):
-        cuda.Timed([lambda: y.add_(1)], ones, Device())
-
-
-OWN_MEMORY = """
-from lowrank_kernels.benchmark import multi_providers
-case.POOL = 4
-multi_providers.each = lambda case, activations, turns: [(activations.clone(), t) for t in turns]
+PYTEST = """
+import sys, pytest
+from bench import suite
+suite.SIZES["cpu"] = suite.SIZES["cpu"].chosen([(96, 128)], [1])
+words = ["bench", "-q", "--benchmark-only", "-k", "M1-float32-cold-lowrank_kernels"]
+sys.exit(pytest.main([*words, "-p", "no:cacheprovider", "--benchmark-json", sys.argv[1]]))
 """
 
 
-def test_a_run_of_many_adapters_on_a_gpu(tmp_path):
-    """Like test_a_run_on_a_gpu: only the device is not real; no Triton kernel can run then."""
-    from test_bench_gpu import FAKE_RUN
-
-    output = tmp_path / "fake.json"
-    code = "import sys\nsys.modules['triton'] = None\n" + FAKE_RUN
-    for line, changed in {
-        "real(*fields[:7])": "real(*fields[:7], 'cpu', *fields[8:])",
-        "main.main(": OWN_MEMORY + "main.main(",
-    }.items():
-        assert line in code
-        code = code.replace(line, changed)
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--device", "cuda", "--op", "multi_lora", "--shape", "96x128"]
-        + ["-k", "not fwd_bwd", "--tokens", "5", "--seconds", "1e-6", "--output", str(output)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    document = json.loads(output.read_text())
-    ops = {case["op"] for case in document["cases"]}
-    assert ops == {report_multi.ADD, report_multi.LINEAR}  # FakeDevice replays single results only
-    for case in document["cases"]:
-        for name, result in case["providers"].items():
-            assert ("median_ms" in result) == (name != "vLLM's scheme"), (name, result)
-
-
-@pytest.fixture
-def many_document() -> dict:
-    """Made-up milliseconds of every case: ours 1, or 0.5 where ranks are mixed, all others 4."""
-    run = harness.Harness()
-    run.limits = {"read": 20e-3, "sgemm": 80e-3}
-    raw = {"benchmarks": []}
-    for case in bench_multi_lora.CASES:
-        for name in bench_multi_lora.providers_of(case):
-            ours = 0.5e-3 if case.mixed else 1e-3
-            raw["benchmarks"].append(
-                {
-                    "extra_info": {"case": vars(case), "provider": name},
-                    "stats": {"data": [ours if name == "lowrank_kernels" else 4e-3] * 5},
-                }
-            )
-    return json.loads(json.dumps(harness.collect(raw, run)))
-
-
-def test_targets(many_document):
-    """From the document alone: ratios, what the machine allows at most, and whether that was met."""
-    head, *rows = report_multi.targets(many_document)
-    assert [len(row) for row in rows] == [len(head)] * 10
-    of = {(row[0], row[1]): row[2:] for row in rows}
-    decode, mixed = "decode, 64 rows, 64 adapters", "decode, 64 rows, ranks 8 to 64"
-    assert of[decode, "torch loop"][::3] == ["4x", "met"], "four times is enough"
-    assert of[decode, "vLLM's CPU scheme"][:2] == ["5x", "4.00x"]
-    assert of[decode, "vLLM's CPU scheme"][-1] == "not met"
-    assert of[mixed, "padded to 64"][:2] == ["2x", "8.00x"]
-    case = next(c for c in many_document["cases"] if report_multi._case_of(
-        {"cases": [c]}, report_multi.TARGETS[0]))  # fmt: skip
-    limit = (64 * 16 * 8192 + 64 * 3 * 4096) * 4 / many_document["limits"]["read_gbs"] / 1e6
-    assert case["limit_ms"] == pytest.approx(limit)
-    assert of[decode, "torch loop"][2] == f"{4 / limit:.2f}x"
-    assert of[decode, "limit of the machine"] == ["65%", f"{limit:.0%}", "100%", "met"]
-    many_document["cases"].remove(case)
-    assert report_multi.targets(many_document)[1][3:] == ["-", "-", "not measured"]
-
-
-def test_tables_of_many_adapters(many_document):
-    _, *rows = report_multi.grid(many_document)
-    assert [row[0] for row in rows] == ["1", "4", "16", "64"]
-    assert rows[0][1:] == ["1 (4.0x, 4.0x, 4.0x)", "-", "-", "-"]
-    assert rows[3][1:] == ["1 (4.0x, 4.0x, 4.0x)"] * 4
-    section = report.machine_section(many_document, None)
-    assert "| decode, 64 rows, ranks 8 to 64 | padded to 64 | 2x | 8.00x |" in section
-    assert "times faster than torch loop, gather + bmm, vLLM's CPU scheme" in section
-    mixed = next(line for line in section.splitlines() if "distinct, mixed ranks" in line)
-    assert "| 0.5 ±0% | 4 ±0% |" in mixed
-    assert section.count("\n| 4096 x 4096 |") == 9
-    assert report_multi.section({"cases": []}) == report_multi.text({"cases": []}) == []
+def test_cases_in_pytest_benchmark(tmp_path):
+    words = [sys.executable, "-c", PYTEST, str(tmp_path / "x.json")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "x.json").read_text())["benchmarks"]
+    groups = {benchmark["group"] for benchmark in found}
+    assert groups == {f"{op}-96x128-M1-float32-cold" for op in test_ops.OPS}
+    assert all(benchmark["stats"]["rounds"] >= test_ops.MIN_ROUNDS for benchmark in found)

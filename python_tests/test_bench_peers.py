@@ -1,8 +1,7 @@
-"""Peers of the CPU benchmarks that need not be there: OpenVINO, and ggml as bench.peer_ggml builds it."""
+"""Peers of the CPU benchmarks that need not be there: OpenVINO, and ggml as `make bench-peers` builds it."""
 
 from __future__ import annotations
 
-import builtins
 import pathlib
 import sys
 
@@ -11,9 +10,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # `bench` is no part of the package
 
-pytest.importorskip("pytest_benchmark", reason="the suite runs on pytest-benchmark")
-
-from bench import bench_linear_4bit, peer_ggml, peer_openvino
+from bench import peer_ggml, peer_openvino, suite
 from lowrank_kernels.benchmark import check, providers
 from lowrank_kernels.benchmark.case import Case
 
@@ -26,15 +23,6 @@ def present(library):
         pytest.skip(str(reason))
 
 
-def error(case: Case, y: torch.Tensor) -> float:
-    (expected,) = check.expected(case)
-    assert y.shape == expected.shape and y.dtype == case.torch_dtype
-    return float((y.float() - expected).norm() / expected.norm())
-
-
-# -- values ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cache", ["cold", "hot"])
 @pytest.mark.parametrize("M", [1, 5, 64])
 def test_openvino(M, cache):
@@ -44,7 +32,7 @@ def test_openvino(M, cache):
     calls = peer_openvino.linear_openvino(case)
     assert len(calls) == len(providers.weights_4bit(case))
     for call in calls[:3]:
-        assert error(case, call()) < 1e-5
+        check.verify(case, [call()], 1e-5)
 
 
 @pytest.mark.parametrize("N, K", [(96, 128), (64, 96), (136, 4096)])
@@ -55,22 +43,24 @@ def test_ggml(M, N, K):
     case = Case("linear_4bit", N, K, M)
     calls = peer_ggml.linear_ggml(case)
     first = calls[0]().clone()
-    assert 1e-3 < error(case, first) < peer_ggml.TOLERANCE
+    check.verify(case, [first], peer_ggml.TOLERANCE)
+    with pytest.raises(check.Wrong):
+        check.verify(case, [first], 1e-3)
     for call in calls[1:3]:
         assert torch.equal(call(), first)
 
 
-@pytest.mark.parametrize("N, K", [(100, 128), (96, 130)])
-def test_ggml_refuses_sizes(N, K):
-    present(peer_ggml.library)
-    with pytest.raises(providers.Unavailable, match="N % 8 and K % 32"):
-        peer_ggml.linear_ggml(Case("linear_4bit", N, K, 1))
-
-
-def test_openvino_refuses_blocks_across_rows():
-    present(peer_openvino.openvino)
-    with pytest.raises(providers.Unavailable, match="K % 64"):
-        peer_openvino.linear_openvino(Case("linear_4bit", 64, 96, 1))
+@pytest.mark.parametrize("library, calls, N, K, dtype, words", [
+    (peer_ggml.library, peer_ggml.linear_ggml, 100, 128, "float32", "N % 8 and K % 32"),
+    (peer_ggml.library, peer_ggml.linear_ggml, 96, 130, "float32", "N % 8 and K % 32"),
+    (peer_ggml.library, peer_ggml.linear_ggml, 96, 128, "bfloat16", "float32 activations only"),
+    (peer_openvino.openvino, peer_openvino.linear_openvino, 64, 96, "float32", "K % 64"),
+    (peer_openvino.openvino, peer_openvino.linear_openvino, 96, 128, "bfloat16", "float32 activations only"),
+])  # fmt: skip
+def test_what_they_do_not_take(library, calls, N, K, dtype, words):
+    present(library)
+    with pytest.raises(providers.Unavailable, match=words):
+        calls(Case("linear_4bit", N, K, 1, dtype))
 
 
 def test_openvino_refuses_a_dense_weight():
@@ -83,53 +73,30 @@ def test_openvino_refuses_a_dense_weight():
         peer_openvino.check_in_4_bits(peer_openvino.core().compile_model(model, "CPU"))
 
 
-# -- with neither library ----------------------------------------------------------------------------
-
-
 def test_swap_nibbles():
     packed = torch.tensor([0x1F, 0xA0, 0x00, 0xFF, 0x48], dtype=torch.uint8)
     assert peer_openvino.swap_nibbles(packed).tolist() == [0xF1, 0x0A, 0x00, 0xFF, 0x84]
 
 
-def test_without_openvino(monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *arguments, **options):
-        if name == "openvino":
-            raise ModuleNotFoundError("No module named 'openvino'")
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
-    with pytest.raises(providers.Unavailable, match="No module named 'openvino'"):
-        peer_openvino.linear_openvino(Case("linear_4bit", 96, 128, 1))
-
-
-def test_without_ggml(monkeypatch, tmp_path):
+def test_with_neither_library(monkeypatch, tmp_path):
+    case = Case("linear_4bit", 96, 128, 1)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(providers.Unavailable, match="openvino: "):
+        peer_openvino.linear_openvino(case)
     monkeypatch.setattr(peer_ggml, "LIBRARY", tmp_path / "absent.so")
     peer_ggml.library.cache_clear()
     try:
-        with pytest.raises(providers.Unavailable, match=r"python -m bench\.peer_ggml --build"):
-            peer_ggml.linear_ggml(Case("linear_4bit", 96, 128, 1))
+        with pytest.raises(providers.Unavailable, match="make bench-peers"):
+            peer_ggml.linear_ggml(case)
         assert peer_ggml.version() is None
         (tmp_path / "absent.so").write_text("no library")
         with pytest.raises(providers.Unavailable, match=r"ggml: .*absent\.so"):
-            peer_ggml.linear_ggml(Case("linear_4bit", 96, 128, 1))
+            peer_ggml.linear_ggml(case)
     finally:
         peer_ggml.library.cache_clear()
 
 
-@pytest.mark.parametrize("module, of_case", [
-    (peer_ggml.library, peer_ggml.linear_ggml),
-    (peer_openvino.openvino, peer_openvino.linear_openvino),
-])  # fmt: skip
-def test_float32_only(module, of_case):
-    present(module)
-    with pytest.raises(providers.Unavailable, match="float32 activations only"):
-        of_case(Case("linear_4bit", 96, 128, 1, "bfloat16"))
-
-
-def test_both_are_rows_of_the_table():
+def test_both_are_compared_in_float32():
     peers = {peer_openvino.NAME, peer_ggml.NAME}
-    assert peers <= set(bench_linear_4bit.providers_of(Case("linear_4bit", 96, 128, 1)))
-    bfloat16 = Case("linear_4bit", 96, 128, 1, "bfloat16")
-    assert not peers & set(bench_linear_4bit.providers_of(bfloat16))
+    for case, of_case in suite.linear(suite.SIZES["cpu"]):
+        assert peers & set(of_case) == (peers if case.dtype == "float32" else set())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -13,8 +13,8 @@ import torch
 
 import lowrank_kernels as lk
 import lowrank_kernels.cli as cli
-from lowrank_kernels.benchmark import providers
-from lowrank_kernels.cli import bench
+from lowrank_kernels.benchmark import harness, models, providers
+from lowrank_kernels.benchmark.ops import OPS, OURS
 
 SMALL = ("--shape", "64x128", "--m", "1,5", "--seconds", "0.001")
 
@@ -33,51 +33,83 @@ def test_table_json_and_picture(tmp_path, capsys):
     pytest.importorskip("bitsandbytes", reason="a column of the table")
     pytest.importorskip("peft", reason="a column of the table")
     target, picture = tmp_path / "x.json", tmp_path / "x.png"
-    ops = ("--op", "linear,dx,lora,training,multi_lora")
+    ops = ("--op", ",".join(OPS))
     assert run(*SMALL, *ops, "--rank", "8", "--json", target, "--plot", picture) == 0
-    out = capsys.readouterr().out
-    document = json.loads(target.read_text())
+    out, document = capsys.readouterr().out, harness.read(target)
     assert document["threads"] == torch.get_num_threads()
     assert document["versions"]["torch"] == torch.__version__
-    assert [(c["name"], c["M"], c["R"]) for c in document["cases"]] == [
-        (name, M, rank)
-        for name, rank in (("linear", 0), ("dx", 0), ("lora", 8), ("training", 8), ("multi_lora", 8))
-        for M in (1, 5)
-    ]  # fmt: skip
+    assert [(c["op"], c["M"], c["R"]) for c in document["cases"]] == [
+        (op.op, M, 8 if op.adapter else 0) for op in OPS.values() for M in (1, 5)
+    ]
     for case in document["cases"]:
         assert (case["N"], case["K"], case["dtype"], case["device"]) == (64, 128, "float32", "cpu")
-        peers = {"torch"} if case["name"] == "multi_lora" else set(bench.PEERS)
-        assert case["providers"].keys() == {bench.OURS} | peers
+        many = case["op"].startswith("multi_lora")
+        with_peft = " + PEFT" * case["op"].startswith("lora")
+        peers = {f"torch{with_peft}", f"bitsandbytes{with_peft}", "dequantize + matmul"}
+        assert set(case["providers"]) == {OURS} | ({"torch loop"} if many else peers)
         for name, result in case["providers"].items():
             assert 0 < result["q1_ms"] <= result["median_ms"] <= result["q3_ms"], name
-            assert result["rounds"] >= bench.PASSES
-    for op in bench.OPS.values():
-        assert op.title in out
-    rows = [line.split() for line in out.splitlines() if line.startswith("5 ")]
+            assert result["rounds"] >= harness.PASSES
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] == ["5"]]
     assert len(rows) == 5
-    ours, theirs, ratio = rows[0][1:4]
-    assert float(theirs) / float(ours) == pytest.approx(float(ratio.rstrip("x")), rel=0.1, abs=0.1)
+    ours, theirs = (float(rows[0][i]) for i in (1, 3))
+    ratio = float(rows[0][9].rstrip("x"))
+    assert theirs / ours == pytest.approx(ratio, rel=0.1, abs=0.1)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and picture.stat().st_size > 5_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.png"]
 
 
-def test_columns_for_instruction_sets_and_backends(tmp_path, capsys):
+def test_a_whole_model(tmp_path, capsys):
+    """Tokens per second in each phase and dtype; what computes other logits is not timed."""
+    transformers = pytest.importorskip("transformers", reason="--model needs transformers")
+    pytest.importorskip("peft", reason="a column of the table")
+    pytest.importorskip("bitsandbytes", reason="a column of the table")
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    target, picture = tmp_path / "x.json", tmp_path / "x.png"
+    choice = ("--dtype", "bfloat16,float32", "--rank", "4", "--seconds", "0.001")
+    assert run("--model", tmp_path / "tiny", *choice, "--json", target, "--plot", picture) == 0
+    document = harness.read(target)
+    assert [(c["phase"], c["dtype"], c["R"]) for c in document["cases"]] == [
+        (phase, dtype, 4) for dtype in ("bfloat16", "float32") for phase in models.PHASES
+    ]
+    for case in document["cases"]:
+        assert set(case["providers"]) == {OURS, models.DENSE, models.BITSANDBYTES}
+        for result in case["providers"].values():
+            rate = case["tokens"] / result["median_ms"] * 1e3
+            assert result["tokens_per_second"] == pytest.approx(rate)
+            assert 0 < result["q1_ms"] <= result["median_ms"] <= result["q3_ms"]
+    out = capsys.readouterr().out
+    assert "tokens per second; tiny, float32, r = 4" in out and picture.stat().st_size > 5_000
+
+    dense = transformers.LlamaForCausalLM(config)
+    batch = models.random_batch(96, "cpu", 2, 16)
+    present = models.contenders(dense, 4, ("torch", "bitsandbytes"))
+    present[models.BITSANDBYTES].get_base_model().lm_head.weight.data.mul_(1.5)
+    calls = {n: harness.Provider(c) for n, c in models.model_providers(present, batch).items()}
+    for case in models.cases("tiny", batch, "float32", 4, "cpu"):
+        results = harness.measure(case, calls, 1e-3)
+        assert "wrong logits" in results[models.BITSANDBYTES]["error"]
+        assert results[OURS]["tokens_per_second"] > 0
+
+
+def test_columns_for_instruction_sets_and_backends(tmp_path, capsys, monkeypatch):
     isas = lk.backends.isas()
     ran = []
-    op = bench.OPS["linear"]
 
     def ours(case):
         ran.append((lk.backends.isa(), lk.backends.active()))
-        return op.ours(case)
+        return providers.linear_lowrank(case)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bench.OPS, "linear", bench.Op(op.title, op.op, ours, op.peers))
-        choice = ("--isa", ",".join(isas), "--backend", "reference", "--peers", "none", "--m", "2")
-        assert run(*SMALL, *choice, "--op", "linear", "--json", tmp_path / "x.json") == 0
+    monkeypatch.setitem(OPS, "linear", dataclasses.replace(OPS["linear"], ours=ours))
+    choice = ("--isa", ",".join(isas), "--backend", "reference", "--peers", "none", "--m", "2")
+    assert run(*SMALL, *choice, "--op", "linear", "--json", tmp_path / "x.json") == 0
     active = lk.backends.active()
     assert ran == [*((isa, active) for isa in isas), (lk.backends.isa(), "reference")]
-    [case] = json.loads((tmp_path / "x.json").read_text())["cases"]
-    names = [f"{bench.OURS}, {name}" for name in (*isas, "reference")]
+    [case] = harness.read(tmp_path / "x.json")["cases"]
+    names = [f"{OURS}, {name}" for name in (*isas, "reference")]
     assert list(case["providers"]) == names
     assert all(result["median_ms"] > 0 for result in case["providers"].values())
     assert lk.backends.isa() == isas[0] and lk.backends.active() == active, "as it was"
@@ -85,48 +117,57 @@ def test_columns_for_instruction_sets_and_backends(tmp_path, capsys):
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
-    right = bench.OPS["linear"]
-
     def twice(case):
-        return [lambda call=call: 2 * call() for call in right.ours(case)]
+        return [lambda call=call: 2 * call() for call in providers.linear_lowrank(case)]
 
-    wrong = bench.Op(right.title, right.op, twice, {"torch": right.peers["torch"]})
-    monkeypatch.setitem(bench.OPS, "linear", wrong)
-    assert run(*SMALL, "--op", "linear") == 1
+    monkeypatch.setitem(OPS, "linear", dataclasses.replace(OPS["linear"], ours=twice))
+    assert run(*SMALL, "--op", "linear", "--peers", "torch") == 1
     out = capsys.readouterr().out
-    assert f"{bench.OURS}: wrong result: relative error 1" in out
-    assert out.count("failed") == 2
+    assert f"{OURS} failed, linear_4bit 64x128 M=1: wrong result: relative error 1" in out
 
 
 def test_what_is_not_installed_is_said(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "peft", None)
-    assert run(*SMALL, "--op", "linear,training") == 0
+    choice = ("--shape", "64x192", "--m", "1", "--op", "linear,training")  # nothing of it is cached
+    assert run(*choice, "--seconds", "0.001") == 0
     out = capsys.readouterr().out
-    assert "\nbitsandbytes: bitsandbytes: " in out and "\ntorch: peft: " in out
+    assert "\nbitsandbytes did not run: bitsandbytes: " in out
+    assert "\ntorch + PEFT did not run: peft: " in out
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("command", ["bench", "doctor"])
+def test_a_terminal_without_unicode(command, encoding):
+    """What it lacks is a question mark; all commands begin in one place."""
+    choice = [*SMALL, "--peers", "none", "--op", "linear"] if command == "bench" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_kernels", command, *choice],
+        env=os.environ | {"PYTHONIOENCODING": encoding}, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert command == "doctor" or b"y = x W?; W 64 x 128" in done.stdout
 
 
 def test_in_bfloat16_and_with_one_thread(tmp_path, set_threads):
     choice = ("--dtype", "bfloat16,float32", "--threads", "1", "--op", "linear", "--hot")
     assert run(*SMALL, *choice, "--json", tmp_path / "x.json") == 0
-    document = json.loads((tmp_path / "x.json").read_text())
+    document = harness.read(tmp_path / "x.json")
     assert document["threads"] == 1
     assert [(c["dtype"], c["cache"]) for c in document["cases"]] == [
         (dtype, "hot") for dtype in ("bfloat16", "bfloat16", "float32", "float32")
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--isa", "sse9"), "--isa: "),
-        (("--backend", "cuda9"), "--backend: "),
-        (("--json", "no/such/folder/x.json"), "expected an existing folder"),
-    ],
-)
+@pytest.mark.parametrize("arguments, words", [
+    ("--isa sse9", "--isa: "),
+    ("--backend cuda9", "--backend: "),
+    ("--json no/such/folder/x.json", "expected an existing folder"),
+    ("--model no/such/folder", "expected a folder with a Hugging Face"),
+])  # fmt: skip
 def test_problems(arguments, words):
     with pytest.raises(cli.UserError, match=words):
-        run(*SMALL, *arguments)
+        run(*SMALL, *arguments.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -135,23 +176,16 @@ def test_no_gpu():
         run(*SMALL, "--device", "cuda")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--shape", "4096"),
-        ("--shape", "0x64"),
-        ("--m", "0"),
-        ("--m", "1,x"),
-        ("--op", "conv"),
-        ("--peers", "ggml"),
-        ("--seconds", "-1"),
-        ("--seconds", "nan"),
-        ("more",),
-    ],
-)
+WRONG = (
+    "--shape 4096", "--shape 0x64", "--m 0", "--m 1,x", "--op conv", "--peers ggml", "--seconds -1", "--seconds nan",
+    "more",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", *arguments])
+        cli.main(["bench", *arguments.split()])
     assert end.value.code == 2
     assert "usage:" in capsys.readouterr().err
 
@@ -166,4 +200,4 @@ def test_away_from_the_checkout(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "linear: y = x Wᵀ; 64 x 128" in done.stdout
+    assert "y = x Wᵀ; W 64 x 128" in done.stdout

@@ -102,6 +102,13 @@ def test_instruction_set_that_this_cpu_lacks():
         pytest.fail("the block must not run")
 
 
+@needs_native
+def test_every_instruction_set_is_tested_here():
+    missing = [isa for isa in lk.backends.isas(compiled=True) if isa not in lk.backends.isas()]
+    if missing:
+        pytest.skip(f"this CPU has no {' and no '.join(missing)}: no test ran those kernels")
+
+
 # -- backends --------------------------------------------------------------------------------------
 
 

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
+from conftest import each_case
 from lowrank_kernels import reference
 from lowrank_kernels.schema import ops
 
 
-@pytest.mark.parametrize("case", cases.ALL)
+@each_case(cases.LARGE, cases.SHARED, edges.linear)
 def test_forward(case, backend):
-    args = cases.make("linear_4bit", case)
-    tolerance.check("linear_4bit", args, ops.linear_4bit(*args))
+    tolerance.problem("linear_4bit", case).check()
 
 
 @pytest.mark.parametrize("shape", [(0, 33, 64), (3, 0, 64), (3, 33, 0), (0, 0, 0), (1, 1, 0)])
@@ -36,11 +37,12 @@ def with_scales(args, scales):
 
 
 @pytest.mark.parametrize("case", EXTREME)
-@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-38, -2.0, 1e-44])
-def test_huge_tiny_and_negative_scales(case, scale, backend):
+def test_huge_tiny_and_negative_scales(case, backend, subtests):
     """1e-44 is subnormal: kernels must not flush to zero."""
-    args = with_scales(cases.make("linear_4bit", case), torch.tensor(scale))
-    tolerance.check("linear_4bit", args, ops.linear_4bit(*args))
+    for scale in (1e30, 1e-30, 1e-38, -2.0, 1e-44):
+        with subtests.test(scale=scale):
+            args = with_scales(cases.make("linear_4bit", case), torch.tensor(scale))
+            tolerance.check("linear_4bit", args, ops.linear_4bit(*args))
 
 
 @pytest.mark.parametrize("case", EXTREME)
@@ -71,15 +73,17 @@ def test_positive_terms(case, backend):
 
 @pytest.mark.parametrize("case", EXTREME)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("column", [0, 63, 64, 127, -1])
-def test_infinities_and_nans_of_x_spread_as_in_ieee(case, value, column, backend):
+def test_infinities_and_nans_of_x_spread_as_in_ieee(case, value, backend, subtests):
     """inf times the code 0 is NaN, times another code an infinity; other rows stay as they are."""
-    args = cases.make("linear_4bit", case)
-    args[0][1, column] = value
-    y = ops.linear_4bit(*args)
-    tolerance.check("linear_4bit", args, y)
-    assert not y[1].isfinite().any()
-    assert y[0].isfinite().all() and y[2].isfinite().all()
+    x, *rest = cases.make("linear_4bit", case)
+    for column in (0, 63, 64, 127, -1):
+        with subtests.test(column=column):
+            args = x.clone(), *rest
+            args[0][1, column] = value
+            y = ops.linear_4bit(*args)
+            tolerance.check("linear_4bit", args, y)
+            assert not y[1].isfinite().any()
+            assert y[0].isfinite().all() and y[2].isfinite().all()
 
 
 @pytest.mark.parametrize("case", EXTREME)
@@ -92,12 +96,13 @@ def test_overflow_of_float16_is_an_infinity(case, backend):
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("orientation", [(-1, 1), (1, -1), (-1,)])
-def test_packed_bytes_of_any_dtype_and_orientation(storage, orientation, backend):
+def test_packed_bytes_of_any_dtype_and_orientation(storage, backend):
     args = cases.make("linear_4bit", cases.Case(3, 16, 64))
     expected = ops.linear_4bit(*args)
-    packed = args[1].flatten().view(storage).view(orientation)
-    tolerance.assert_same_bits("y", ops.linear_4bit(args[0], packed, *args[2:]), expected)
+    for orientation in ((-1, 1), (1, -1), (-1,)):
+        packed = args[1].flatten().view(storage).view(orientation)
+        y = ops.linear_4bit(args[0], packed, *args[2:])
+        tolerance.assert_same_bits(f"y, packed {orientation}", y, expected)
 
 
 @pytest.mark.parametrize("case", cases.FEW)

@@ -4,28 +4,30 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
+from conftest import each_case
 from lowrank_kernels.schema import ops
 
 OP = "lora_linear"
 
 
-@pytest.mark.parametrize("case", cases.ALL)
+@each_case(cases.LARGE, cases.SHARED, edges.linear)
 def test_forward(case, backend):
-    args = cases.make(OP, case)
-    y, s = ops.lora_linear(*args)
+    y, s = tolerance.problem(OP, case).check()
     assert (y.dtype, s.dtype) == (case.dtype, torch.float32)
-    tolerance.check(OP, args, (y, s))
 
 
 @pytest.mark.parametrize("x", cases.FACTORS["dtype"])
 @pytest.mark.parametrize("weight", cases.FACTORS["dtype"])
-@pytest.mark.parametrize("adapter", cases.FACTORS["dtype"])
-def test_every_mixture_of_dtypes(x, weight, adapter, backend):
-    args = list(cases.make(OP, cases.Case(9, 20, 70, dtype=x, adapter=adapter, bias=weight)))
-    args[1] = args[1].to(weight)
-    tolerance.check(OP, tuple(args), ops.lora_linear(*args))
+def test_every_mixture_of_dtypes(x, weight, backend, subtests):
+    for adapter in cases.FACTORS["dtype"]:
+        with subtests.test(adapter=adapter):
+            case = cases.Case(9, 20, 70, dtype=x, adapter=adapter, bias=weight)
+            args = list(cases.make(OP, case))
+            args[1] = args[1].to(weight)
+            tolerance.check(OP, tuple(args), ops.lora_linear(*args))
 
 
 @pytest.mark.parametrize("shape", [(0, 33, 64), (3, 0, 64), (3, 33, 0), (0, 0, 0)])
@@ -39,15 +41,16 @@ def test_empty_dimensions(shape, backend):
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("which", ["x", "weight", "A", "B"])
-@pytest.mark.parametrize("M", [1, 3, 8])
-def test_infinities_and_nans_spread_as_in_ieee(value, which, M, backend):
-    args = cases.make(OP, cases.Case(M, 21, 65, R=5))
-    args[["x", "weight", "A", "B"].index(which)][0, -1] = value
-    outputs = ops.lora_linear(*args)
-    tolerance.check(OP, args, outputs)
-    spoiled = {"x": 0, "weight": (..., 0), "A": ..., "B": (..., 0)}[which]
-    assert not outputs[0][spoiled].isfinite().any()
-    assert which in "xA" or outputs[0][..., 1:].isfinite().all()
+def test_infinities_and_nans_spread_as_in_ieee(value, which, backend, subtests):
+    for M in (1, 3, 8):
+        with subtests.test(M=M):
+            args = cases.make(OP, cases.Case(M, 21, 65, R=5))
+            args[["x", "weight", "A", "B"].index(which)][0, -1] = value
+            outputs = ops.lora_linear(*args)
+            tolerance.check(OP, args, outputs)
+            spoiled = {"x": 0, "weight": (..., 0), "A": ..., "B": (..., 0)}[which]
+            assert not outputs[0][spoiled].isfinite().any()
+            assert which in "xA" or outputs[0][..., 1:].isfinite().all()
 
 
 @pytest.mark.parametrize("M", [1, 3, 6])

@@ -1,13 +1,16 @@
 """y = x Wᵀ + scaling S Bᵀ + bias, S = dropout(x) Aᵀ, on a 4-bit weight. Dropout itself is tested here."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
+from conftest import each_case
 from lowrank_kernels import functional, reference
 from lowrank_kernels.schema import ops
 
@@ -16,12 +19,10 @@ OP = "lora_linear_4bit"
 EXTREME = [cases.Case(M, 21, K, "nf4", 64, R=12) for M in (3, 6) for K in (128, 130)]
 
 
-@pytest.mark.parametrize("case", cases.ALL)
+@each_case(cases.LARGE, cases.SHARED, edges.linear)
 def test_forward(case, backend):
-    args = cases.make(OP, case)
-    y, s = ops.lora_linear_4bit(*args)
+    y, s = tolerance.problem(OP, case).check()
     assert (y.dtype, s.dtype) == (case.dtype, torch.float32)
-    tolerance.check(OP, args, (y, s))
 
 
 @pytest.mark.parametrize("shape", [(0, 33, 64), (3, 0, 64), (3, 33, 0), (0, 0, 0)])
@@ -55,26 +56,28 @@ def test_values_of_every_size(case, which, backend):
 
 
 @pytest.mark.parametrize("case", EXTREME)
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("which", ["x", "A", "B"])
-def test_infinities_and_nans_spread_as_in_ieee(case, value, which, backend):
+def test_infinities_and_nans_spread_as_in_ieee(case, which, backend, subtests):
     args = cases.make(OP, case)
-    args[{"x": 0, "A": 10, "B": 11}[which]][1, -1] = value
-    y, s = ops.lora_linear_4bit(*args)
-    tolerance.check(OP, args, (y, s))
-    spoiled = {"x": y[1], "A": s[:, 1], "B": y[:, 1]}[which]
-    assert not spoiled.isfinite().any()
-    assert which == "A" or y[0, 0].isfinite()
+    for value in (torch.inf, -torch.inf, torch.nan):
+        with subtests.test(value=value):
+            args[{"x": 0, "A": 10, "B": 11}[which]][1, -1] = value
+            y, s = ops.lora_linear_4bit(*args)
+            tolerance.check(OP, args, (y, s))
+            spoiled = {"x": y[1], "A": s[:, 1], "B": y[:, 1]}[which]
+            assert not spoiled.isfinite().any()
+            assert which == "A" or y[0, 0].isfinite()
 
 
 @pytest.mark.parametrize("case", EXTREME)
-@pytest.mark.parametrize("scaling", [0.0, -1.0, 1e6, 1e-6])
-def test_scaling(case, scaling, backend):
-    args = cases.make(OP, case._replace(scaling=scaling))
-    y, s = ops.lora_linear_4bit(*args)
-    tolerance.check(OP, args, (y, s))
-    if scaling == 0.0:
-        assert torch.equal(y, ops.linear_4bit(*args[:10], args[13]))
+def test_scaling(case, backend, subtests):
+    for scaling in (0.0, -1.0, 1e6, 1e-6):
+        with subtests.test(scaling=scaling):
+            args = cases.make(OP, case._replace(scaling=scaling))
+            y, s = ops.lora_linear_4bit(*args)
+            tolerance.check(OP, args, (y, s))
+            if scaling == 0.0:
+                assert torch.equal(y, ops.linear_4bit(*args[:10], args[13]))
 
 
 # -- dropout ---------------------------------------------------------------------------------------
@@ -108,12 +111,14 @@ def mask_of(M, K, p, seed, op="lora_linear_4bit"):
 
 @pytest.mark.parametrize("op", ["lora_linear_4bit", "lora_linear"])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (17, 70), (3, 128), (130, 33)])
-def test_the_mask_is_the_references(op, p, seed, shape, backend):
+def test_the_mask_is_the_references(op, p, backend):
     """Exactly, for every element: kept ones are 1 / (1 - p) in float32."""
-    expected = reference.dropout_mask(*shape, p, torch.tensor([seed])).float()
-    tolerance.assert_same_bits("mask", mask_of(*shape, p, seed, op), expected)
+    seeds = (0, 1, -1, 2**32, 2**63 - 1, -(2**63), 0x0123456789ABCDEF)
+    shapes = ((1, 1), (5, 3), (17, 70), (3, 128), (130, 33))
+    for seed, shape in itertools.product(seeds, shapes):
+        expected = reference.dropout_mask(*shape, p, torch.tensor([seed])).float()
+        actual = mask_of(*shape, p, seed, op)
+        tolerance.assert_same_bits(f"mask {shape} of the seed {seed}", actual, expected)
 
 
 @pytest.mark.parametrize("p", [1e-12, 2.0**-32, 2.0**-31, 1 - 2.0**-20, 0.9999])

@@ -6,23 +6,25 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
 from cases import BF16, F16, F32, Case
+from conftest import each_case
 
 OP = "multi_lora_"
 FORWARD = ("multi_lora_", "multi_lora_linear_4bit")
 # Every third: a batch has many shapes in itself.
-SOME = [*cases.PAIRWISE[::3], *cases.FEW, *cases.LARGE[::3], *cases.FUZZ[::4]]
+SOME = [*cases.PAIRWISE[::3], *cases.FUZZ[::4]]
+EVERYWHERE = [*cases.FEW, *cases.LARGE[::3]]
 RANKS = [
     Case(12, 70, 130, R=r, adapter=a) for r in (1, 3, 8, 20, 100, 256) for a in (F32, BF16, F16)
 ]
 
 
-@pytest.mark.parametrize("case", [*SOME, *RANKS])
+@each_case(EVERYWHERE, [*SOME, *RANKS], edges.many_adapters)
 def test_bound(case, backend):
-    args = cases.make(OP, case)
-    tolerance.check(OP, args, cases.run(OP, args))
+    tolerance.problem(OP, case).check()
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

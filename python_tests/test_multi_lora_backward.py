@@ -4,22 +4,23 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
 from cases import BF16, F32, Case
+from conftest import each_case
 from lowrank_kernels import reference
 from lowrank_kernels.arguments import PagesArgs, PlanArgs
-from test_multi_lora_ import RANKS, SOME
+from test_multi_lora_ import EVERYWHERE, RANKS, SOME
 
 OP = "multi_lora_backward"
 BACKWARD = ("multi_lora_backward", "multi_lora_linear_4bit_backward")
 ops = lk.schema.ops
 
 
-@pytest.mark.parametrize("case", [*SOME, *RANKS[::3]])
+@each_case(EVERYWHERE, [*SOME, *RANKS[::3]], edges.many_adapters)
 def test_bound(case, backend):
-    args = cases.make(OP, case)
-    tolerance.check(OP, args, ops.multi_lora_backward(*args))
+    tolerance.problem(OP, case).check()
 
 
 @pytest.mark.parametrize("case", [Case(19, 12, 20, R=9), Case(19, 12, 20, R=9, dropout_p=0.4)])

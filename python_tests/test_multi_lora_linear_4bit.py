@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
 from cases import BF16, F16, F32, Case
-from test_multi_lora_ import SOME
+from conftest import each_case
+from test_multi_lora_ import EVERYWHERE, SOME
 
 OP = "multi_lora_linear_4bit"
 ops = lk.schema.ops
@@ -18,10 +20,9 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize("case", [*SOME, *WHOLE])
+@each_case(EVERYWHERE, [*SOME, *WHOLE], edges.many_adapters)
 def test_bound(case, backend):
-    args = cases.make(OP, case)
-    tolerance.check(OP, args, ops.multi_lora_linear_4bit(*args))
+    tolerance.problem(OP, case).check()
 
 
 @pytest.mark.parametrize(

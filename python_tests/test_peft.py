@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lk
+import tolerance
 from lowrank_kernels.interop import peft_layer
 from peft_models import (
     PeftLinear4bit,
@@ -91,22 +91,25 @@ def test_layers_of_others_and_of_users_are_left_to_them():
 @pytest.mark.parametrize(
     "dtype, adapter_dtype", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)]
 )
-def test_at_least_as_exact_as_pefts_own_forward(dtype, adapter_dtype, fused):
-    """Against float64 on the same weights; PEFT's way is that of its class over the same base."""
+def test_the_forward_keeps_the_bound(dtype, adapter_dtype, fused):
+    """Against float64 on the same weights, and in 16 bits no worse than PEFT's own forward, which rounds
+    every step; in float32 that one is as exact as the sgemm of this CPU happens to be."""
     for layer in layers(wrapped(base(dtype))):
         assert layer.lora_A["default"].weight.dtype == F32  # PEFT's default, whatever the base
         A, B = (part["default"].to(adapter_dtype).weight for part in (layer.lora_A, layer.lora_B))
         x = torch.randn(9, 3, layer.in_features, dtype=dtype)
         base_layer = layer.base_layer
-        exact = F.linear(x.double(), base_layer.dequantize(F32).double())
-        exact += layer.scaling["default"] * (x.double() @ A.double().T @ B.double().T)
-        if base_layer.bias is not None:
-            exact += base_layer.bias.double()
+        bias, scaling = base_layer.bias, layer.scaling["default"]
+        args = (x.flatten(0, 1), base_layer.dequantize(F32), A, B, scaling, bias, 0.0, None)
+        (exact, _), (magnitude, _) = tolerance.evaluate("lora_linear", args)
         fused.clear()
-        ours, theirs = layer(x), peft.tuners.lora.Linear.forward(layer, x)
+        ours, theirs = (
+            forward(layer, x).flatten(0, 1)
+            for forward in (type(layer).forward, peft.tuners.lora.Linear.forward)
+        )
         assert fused == ["lora_linear_4bit"] and ours.dtype == theirs.dtype == dtype
-        ours, theirs = (ours - exact).norm(), (theirs - exact).norm()
-        assert ours <= theirs * (1.1 if dtype == F32 else 1.0)
+        tolerance.assert_close("y", ours, exact, magnitude)
+        assert dtype == F32 or (ours - exact).norm() <= (theirs - exact).norm()
 
 
 @pytest.mark.parametrize(
@@ -263,13 +266,7 @@ def lora_config(name: str, **arguments) -> object:
         ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights: .* got 'pissa_niter_2'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: .* got 'olora'"),
         ({"init_lora_weights": "corda"}, "init_lora_weights: .* got 'corda'"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights: .* got 'mica'"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights: .* got 'lora_ga'"),
-        ({"velora_config": lora_config("VeloraConfig")}, "velora_config: expected it unset"),
-        (
-            {"use_bdlora": lora_config("BdLoraConfig", target_modules_bd_a=["up"], nblocks=2)},
-            "use_bdlora: expected it unset",
-        ),
         ({"kasa_config": lora_config("KasaConfig")}, "kasa_config: expected it unset"),
         ({"use_qalora": True}, "use_qalora: expected it unset"),
         (
@@ -315,8 +312,9 @@ def test_fan_in_fan_out_is_reset_with_a_warning():
 # -- torch -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("active", [["default"], ["default", "b"]])
+@pytest.mark.parametrize(
+    "active", [["default"], pytest.param(["default", "b"], marks=pytest.mark.slow)]
+)
 def test_compile_without_a_graph_break(active):
     model = wrapped(r=4)
     model.add_adapter("b", peft.LoraConfig(target_modules=["up"], r=2, init_lora_weights=False))

@@ -1,13 +1,16 @@
 """absmax of each block, nearest code of each element: the same bytes as the reference and as bitsandbytes."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
 import cases
+import edges
 import lowrank_kernels as lk
 import tolerance
+from conftest import each_case
 from lowrank_kernels import reference
 from lowrank_kernels.codebooks import BITSANDBYTES_CODES, BLOCKSIZES, QUANT_TYPES, code_of
 from lowrank_kernels.schema import ops
@@ -22,7 +25,7 @@ def check(weight, quant_type, blocksize):
     return expected
 
 
-@pytest.mark.parametrize("case", cases.WEIGHTS)
+@each_case(cases.LARGE[::3], cases.WEIGHTS, edges.weights)
 def test_same_bits_as_the_reference(case, backend):
     args = cases.make("quantize_4bit", case)
     expected = reference.quantize_4bit(*args)
@@ -66,12 +69,13 @@ def test_ties_and_their_neighbours(quant_type, absmax, backend):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-@pytest.mark.parametrize("size", [1, 3, 31, 33, 63, 65, 127, 1000])
-def test_the_padding_nibble_is_the_code_of_zero(quant_type, size, backend):
-    packed, absmax = check(torch.randn(1, size), quant_type, 64)
-    assert packed.shape == ((size + 1) // 2, 1) and absmax.shape == (math.ceil(size / 64),)
+def test_the_padding_nibble_is_the_code_of_zero(quant_type, backend, subtests):
     zero = {"nf4": 7, "fp4": 0, "int4": 8}[quant_type]
-    assert size % 2 == 0 or int(packed[-1]) & 15 == zero
+    for size in (1, 3, 31, 33, 63, 65, 127, 1000):
+        with subtests.test(size=size):
+            packed, absmax = check(torch.randn(1, size), quant_type, 64)
+            assert packed.shape == ((size + 1) // 2, 1) and absmax.shape == (math.ceil(size / 64),)
+            assert size % 2 == 0 or int(packed[-1]) & 15 == zero
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -114,10 +118,9 @@ def test_strided_weight(dtype, backend):
 
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_not_finite_is_an_error_that_names_the_first(value, dtype, double_quant, backend):
+def test_not_finite_is_an_error_that_names_the_first(value, dtype, backend):
     N, K = 7, 37
-    for flat in (0, 31, 40, N * K - 1):
+    for flat, double_quant in itertools.product((0, 31, 40, N * K - 1), (False, True)):
         weight = torch.randn(N, K).to(dtype)
         weight.view(-1)[flat] = value
         weight.view(-1)[-1] = value
@@ -153,15 +156,16 @@ def test_largest_finite_values_are_no_error(backend):
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES)
-def test_error_is_at_most_half_a_step(quant_type, blocksize, backend):
+def test_error_is_at_most_half_a_step(quant_type, backend, subtests):
     """|w - dequantized| <= half of the widest gap between codes times absmax, and absmax is exact."""
-    weight = torch.randn(24, 512)
-    w = lk.quantize_4bit(weight, quant_type, blocksize, double_quant=False)
     gap = code_of(quant_type).unique().diff().max()
-    scale = w.absmax.repeat_interleave(blocksize)[: weight.numel()].view_as(weight)
-    assert ((weight - w.dequantize()).abs() <= scale * gap / 2 * (1 + 1e-6)).all()
-    assert torch.equal(w.absmax, weight.abs().view(-1, blocksize).amax(1))
+    for blocksize in BLOCKSIZES:
+        with subtests.test(blocksize=blocksize):
+            weight = torch.randn(24, 512)
+            w = lk.quantize_4bit(weight, quant_type, blocksize, double_quant=False)
+            scale = w.absmax.repeat_interleave(blocksize)[: weight.numel()].view_as(weight)
+            assert ((weight - w.dequantize()).abs() <= scale * gap / 2 * (1 + 1e-6)).all()
+            assert torch.equal(w.absmax, weight.abs().view(-1, blocksize).amax(1))
 
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float16, torch.float32])
@@ -254,25 +258,26 @@ def test_int4_is_symmetric_quantization(dtype, backend):
 
 @pytest.mark.parametrize("quant_type", BITSANDBYTES_CODES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
-@pytest.mark.parametrize("shape", [(16, 4096), (64, 96), (33, 63), (3, 5), (20, 1000), (9, 62)])
-def test_same_bytes_as_bitsandbytes(quant_type, blocksize, shape, backend):
+def test_same_bytes_as_bitsandbytes(quant_type, blocksize, backend, subtests):
     """Exact, but for a short last block: there its CPU code divides by absmax, elsewhere it multiplies
     by 1/absmax as we do everywhere, so a value next to a midpoint may fall to the other side; and it
     stores 1e-38 as the absmax of a short block of zeros, which random data has not.
     """
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes, the oracle, is not installed")
-    weight = torch.randn(shape).to(DTYPES[(blocksize // 32 + shape[0]) % 3])
-    packed, absmax = ops.quantize_4bit(weight, code_of(quant_type), blocksize)
-    theirs, state = bnb.functional.quantize_4bit(
-        weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=False
-    )
-    tolerance.assert_same_bits("absmax", absmax, state.absmax)
-    whole = weight.numel() // blocksize * blocksize // 2
-    assert packed.shape == theirs.shape and whole + blocksize // 2 >= len(packed)
-    tolerance.assert_same_bits("whole blocks", packed[:whole], theirs[:whole])
-    if whole < len(packed):
-        flat, scale = weight.flatten()[2 * whole :].float(), state.absmax[-1]
-        padded = torch.nn.functional.pad(flat / scale, (0, len(flat) % 2))
-        nibbles = reference.midpoint_nearest(padded, code_of(quant_type))
-        divided = ((nibbles[::2] << 4) | nibbles[1::2])[:, None]
-        tolerance.assert_same_bits("theirs, divided", theirs[whole:], divided)
+    for shape in ((16, 4096), (64, 96), (33, 63), (3, 5), (20, 1000), (9, 62)):
+        with subtests.test(shape=shape):
+            weight = torch.randn(shape).to(DTYPES[(blocksize // 32 + shape[0]) % 3])
+            packed, absmax = ops.quantize_4bit(weight, code_of(quant_type), blocksize)
+            theirs, state = bnb.functional.quantize_4bit(
+                weight, blocksize=blocksize, quant_type=quant_type, compress_statistics=False
+            )
+            tolerance.assert_same_bits("absmax", absmax, state.absmax)
+            whole = weight.numel() // blocksize * blocksize // 2
+            assert packed.shape == theirs.shape and whole + blocksize // 2 >= len(packed)
+            tolerance.assert_same_bits("whole blocks", packed[:whole], theirs[:whole])
+            if whole < len(packed):
+                flat, scale = weight.flatten()[2 * whole :].float(), state.absmax[-1]
+                padded = torch.nn.functional.pad(flat / scale, (0, len(flat) % 2))
+                nibbles = reference.midpoint_nearest(padded, code_of(quant_type))
+                divided = ((nibbles[::2] << 4) | nibbles[1::2])[:, None]
+                tolerance.assert_same_bits("theirs, divided", theirs[whole:], divided)

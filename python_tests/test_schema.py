@@ -82,15 +82,17 @@ def test_runs_on_every_backend(op, any_backend):
 
 
 @each_op
-@pytest.mark.parametrize("case", [*cases.FEW, cases.Case(M=0), cases.Case(M=1, N=1, K=1, R=1)])
-def test_fake_gives_what_the_kernel_gives(op, case, any_backend):
-    args = cases.make(op, case)
-    fakes = OPS[op].fake(*(_to_meta(a) for a in args))
-    fakes = fakes if isinstance(fakes, tuple) else (fakes,)
+def test_fake_gives_what_the_kernel_gives(op, any_backend, subtests):
     written = op.endswith("_")  # its first output is an argument, of which the fake knows nothing
-    for real, fake in zip(run(op, args)[written:], fakes, strict=True):
-        assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride())
-        assert real.is_contiguous()
+    for case in (*cases.FEW, cases.Case(M=0), cases.Case(M=1, N=1, K=1, R=1)):
+        with subtests.test(case=str(case)):
+            args = cases.make(op, case)
+            fakes = OPS[op].fake(*(_to_meta(a) for a in args))
+            fakes = fakes if isinstance(fakes, tuple) else (fakes,)
+            for real, fake in zip(run(op, args)[written:], fakes, strict=True):
+                of_fake = (fake.shape, fake.dtype, fake.stride())
+                assert (real.shape, real.dtype, real.stride()) == of_fake
+                assert real.is_contiguous()
 
 
 def _to_meta(value):
@@ -240,29 +242,31 @@ LAYOUTS = {
 
 
 @each_op
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [cases.FEW[2], cases.FEW[3], cases.Case(M=1, N=1, K=64)])
-def test_strides_do_not_matter(op, layout, case, backend):
-    args = cases.make(op, case)
-    expected = run(op, args)
+def test_strides_do_not_matter(op, backend, subtests):
     contiguous = _contiguous_by_contract(op)
-    strided = [
-        LAYOUTS[layout](a)
-        if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in contiguous
-        else a
-        for i, a in enumerate(args)
-    ]
-    check_same(f"{op}, {layout}", op, args, run(op, strided), expected, backend)
+    for case in (cases.FEW[2], cases.FEW[3], cases.Case(M=1, N=1, K=64)):
+        args = cases.make(op, case)
+        expected = run(op, args)
+        for layout, view in LAYOUTS.items():
+            with subtests.test(case=str(case), layout=layout):
+                strided = [
+                    view(a)
+                    if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in contiguous
+                    else a
+                    for i, a in enumerate(args)
+                ]
+                check_same(f"{op}, {layout}", op, args, run(op, strided), expected, backend)
 
 
 @each_op
-@pytest.mark.parametrize("case", [cases.FEW[1], cases.FEW[2]])
-def test_alignment_does_not_matter(op, case, backend):
+def test_alignment_does_not_matter(op, backend, subtests):
     """A checkpoint's tensors lie at any byte of its file."""
-    args = cases.make(op, case)
-    expected = run(op, args)
-    shifted = [_unaligned(a) if isinstance(a, torch.Tensor) else a for a in args]
-    check_same(op, op, args, run(op, shifted), expected, backend)
+    for case in (cases.FEW[1], cases.FEW[2]):
+        with subtests.test(case=str(case)):
+            args = cases.make(op, case)
+            expected = run(op, args)
+            shifted = [_unaligned(a) if isinstance(a, torch.Tensor) else a for a in args]
+            check_same(op, op, args, run(op, shifted), expected, backend)
 
 
 def _unaligned(t):
@@ -299,29 +303,30 @@ BITS = [*cases.FEW, cases.Case(64, 130, 300, R=16, bias=cases.F32, dropout_p=0.1
 
 
 @each_op
-@pytest.mark.parametrize("case", BITS)
-def test_same_bits_again_and_arguments_untouched(op, case, backend):
-    args = cases.make(op, case)
-    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
-    expected = run(op, args)
-    for _ in range(3):
-        tolerance.assert_same_bits(op, run(op, args), expected)
-    for i, (a, b) in enumerate(zip(args, before)):
-        if isinstance(a, torch.Tensor):
-            tolerance.assert_same_bits(f"{op}: argument {i}", a, b)
+def test_same_bits_again_and_arguments_untouched(op, backend, subtests):
+    for case in BITS:
+        with subtests.test(case=str(case)):
+            args = cases.make(op, case)
+            before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            expected = run(op, args)
+            for _ in range(3):
+                tolerance.assert_same_bits(op, run(op, args), expected)
+            for i, (a, b) in enumerate(zip(args, before)):
+                if isinstance(a, torch.Tensor):
+                    tolerance.assert_same_bits(f"{op}: argument {i}", a, b)
 
 
 @each_op
-@pytest.mark.parametrize("case", [*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)])
-def test_same_bits_on_any_number_of_threads(op, case, backend, set_threads):
-    if backend in ("emulator", "cuda", "triton"):
-        pytest.skip("this is about the threads of a CPU")
-    args = cases.make(op, case)
-    set_threads(1)
-    expected = run(op, args)
-    for threads in (2, 3, 7):
-        set_threads(threads)
-        tolerance.assert_same_bits(f"{op}, {threads} threads", run(op, args), expected)
+@pytest.mark.parametrize("isa", conftest.ISAS)
+def test_same_bits_on_any_number_of_threads(op, isa, set_threads, subtests):
+    for case in (*BITS, cases.Case(4, 1031, 1024), cases.Case(300, 70, 64)):
+        with subtests.test(case=str(case)), conftest.entered(f"cpu-{isa}"):
+            args = cases.make(op, case)
+            set_threads(1)
+            expected = run(op, args)
+            for threads in (2, 3, 7):
+                set_threads(threads)
+                tolerance.assert_same_bits(f"{op}, {threads} threads", run(op, args), expected)
 
 
 # Every height of a register tile and of a task, on both sides.
@@ -371,7 +376,7 @@ def test_the_cases_reach_every_family():
     def families(backend, problems):
         return {cases.family("linear_4bit", c, backend).partition(" ")[0] for c in problems}
 
-    for problems in (batches, cases.ALL):
+    for problems in (batches, [*cases.SHARED, *cases.LARGE]):
         assert families("cpu", problems) == {"gemv", "gemm"}
         assert families("emulator", problems) == {"gemv", "mma", "matmul", "simt"}
 

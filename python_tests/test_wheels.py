@@ -38,6 +38,7 @@ Description-Content-Type: text/markdown
 Requires-Dist: torch>=2.10
 Requires-Dist: numpy
 Requires-Dist: safetensors
+Requires-Dist: tabulate>=0.9
 Requires-Dist: tqdm
 Requires-Dist: pytest>=9; extra == "test"
 

@@ -23,9 +23,14 @@ adapter's own products stay float32. So y and dx of 16-bit activations get one m
 from __future__ import annotations
 
 import contextlib
+import functools
+import random
+import zlib
+from typing import NamedTuple
 
 import torch
 
+import cases
 from lowrank_kernels import reference
 
 U_ACC = 2.0**-24  # unit roundoff of float32, the dtype of every sum and intermediate
@@ -120,9 +125,39 @@ OUTPUTS = {
 }
 
 
+class Problem(NamedTuple):
+    """Arguments of an operator, and what ``evaluate`` says of them."""
+
+    op: str
+    args: tuple
+    values: tuple[torch.Tensor, ...]
+    magnitudes: tuple[torch.Tensor, ...]
+
+    def check(self) -> tuple[torch.Tensor, ...]:
+        """Runs the operator and asserts that its outputs, which it returns, keep the bound."""
+        outputs = cases.run(self.op, self.args)
+        _check(self.op, self.args, outputs, self.values, self.magnitudes, C_ZERO_MEAN)
+        return outputs
+
+
+@functools.lru_cache(maxsize=4)
+def problem(op: str, case: cases.Case) -> Problem:
+    """Random arguments for this case, the same for every backend and in every run, and their reference.
+
+    Nobody may write to them: the next backend gets the same tensors.
+    """
+    torch.manual_seed(zlib.crc32(f"{op} {case}".encode()))
+    random.seed(f"{op} {case}")
+    args = cases.make(op, case)
+    return Problem(op, args, *evaluate(op, args))
+
+
 def check(op: str, args: tuple, outputs, c: float = C_ZERO_MEAN) -> None:
     """Asserts that the outputs of ``op(*args)`` keep the bound."""
-    values, magnitudes = evaluate(op, args)
+    _check(op, args, outputs, *evaluate(op, args), c)
+
+
+def _check(op, args, outputs, values, magnitudes, c) -> None:
     outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
     assert len(outputs) == len(values), f"{op}: {len(outputs)} outputs, expected {len(values)}"
     names = OUTPUTS.get(op, ("output",))

@@ -67,10 +67,9 @@ class Case:
 
     @property
     def groups(self) -> int:
-        """How many batches with adapters of their own take turns; in training the weights are enough."""
-        if self.mixed or self.cache == "hot" or self.op.endswith("fwd_bwd"):
-            return 1
-        return max(1, POOL // len(self.rows))
+        """How many batches with adapters of their own take turns."""
+        alone = self.mixed or self.cache == "hot"
+        return 1 if alone else max(1, POOL // len(self.rows))
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -108,6 +107,14 @@ class Case:
             # forward: W, A, B, X, Y; backward: W, A, B, X, dY in and dX, dA, dB out
             return 2 * self.weight_bytes + 3 * adapter + 2 * rows + self.M * self.K * size
         return self.weight_bytes + adapter + rows
+
+    def document(self) -> dict:
+        """What a result document says of this case."""
+        return dataclasses.asdict(self) | {"flops": self.flops, "bytes": self.bytes}
+
+    def rate(self, result: dict) -> dict[str, float]:
+        """What a result of this case has besides; see models.py."""
+        return {}
 
     def limit_seconds(self, gbs: float, gflops: float) -> float:
         """The time that memory bandwidth or arithmetic alone would take, whichever is longer."""

@@ -16,19 +16,14 @@ import torch.nn.functional as F
 
 import lowrank_kernels as lk
 from lowrank_kernels import reference
-from lowrank_kernels.cli import machine
-from lowrank_kernels.codebooks import code_of, dynamic_code
 from lowrank_kernels.schema import ops
-from lowrank_kernels.triton import installed as triton_installed
-from lowrank_kernels.triton import kernel_of
 
-from . import cuda
+from . import machine
 from .case import BLOCKSIZE, Case
 
 Calls = list[Callable[[], object]]
 SCALING = 2.0
 MAX_COPIES = 128
-MAX_SMALL_COPIES = 5000  # where cases are small and providers few
 
 
 class Unavailable(Exception):
@@ -47,14 +42,13 @@ def copies(case: Case, nbytes: int) -> int:
     if case.cache == "hot":
         return 1
     if case.device == "cuda":
-        wanted = -(-3 * cuda.l2_bytes() // max(1, nbytes))
+        wanted = -(-3 * machine.l2_bytes() // max(1, nbytes))
     else:
         wanted = 1 + -(-5 * machine.last_level_cache_bytes() // (4 * max(1, nbytes)))
-    most = MAX_SMALL_COPIES if case.op == "linear_4bit_growth" else MAX_COPIES
-    return min(most, max(2, wanted))
+    return min(MAX_COPIES, max(2, wanted))
 
 
-def _random(
+def random_tensor(
     *shape: int, dtype=torch.float32, seed: int = 0, scale: float = 1.0, device: str = "cpu"
 ) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(seed)
@@ -62,19 +56,19 @@ def _random(
 
 
 @functools.lru_cache(maxsize=1)
-def _weight(N: int, K: int, device: str) -> lk.Weight4bit:
+def weight_of(N: int, K: int, device: str) -> lk.Weight4bit:
     """The matrix of every case of this shape; one shape is held at a time.
 
     Quantized on the CPU for every device: what is compared must not hang on what is measured.
     """
-    dense = _random(N, K, scale=K**-0.5, device=device).cpu()
+    dense = random_tensor(N, K, scale=K**-0.5, device=device).cpu()
     return lk.quantize_4bit(dense, "nf4", BLOCKSIZE, double_quant=True).to(device)
 
 
 @functools.lru_cache(maxsize=1)
 def dense_weight(N: int, K: int, device: str) -> torch.Tensor:
     """The same matrix in float32, by the reference."""
-    return reference.dequantize_4bit(*_weight(N, K, device).op_args())
+    return reference.dequantize_4bit(*weight_of(N, K, device).op_args())
 
 
 @functools.lru_cache(maxsize=1)
@@ -86,7 +80,7 @@ def _dense_copies(
 
 @functools.lru_cache(maxsize=1)
 def _copies_4bit(N: int, K: int, device: str, count: int) -> list[lk.Weight4bit]:
-    w = _weight(N, K, device)
+    w = weight_of(N, K, device)
     return [
         dataclasses.replace(w, **{name: t.clone() for name, t in w.tensors().items()})
         for _ in range(count)
@@ -106,18 +100,19 @@ def weights_4bit(case: Case) -> list[lk.Weight4bit]:
 
 
 def x_of(case: Case) -> torch.Tensor:
-    return _random(case.M, case.K, dtype=case.torch_dtype, seed=1, device=case.device)
+    return random_tensor(case.M, case.K, dtype=case.torch_dtype, seed=1, device=case.device)
 
 
 def dy_of(case: Case) -> torch.Tensor:
-    return _random(case.M, case.N, dtype=case.torch_dtype, seed=2, device=case.device)
+    return random_tensor(case.M, case.N, dtype=case.torch_dtype, seed=2, device=case.device)
 
 
 def adapter_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """A [R, K] and B [N, R] in float32, as PEFT keeps them for every base."""
+    (N, K, R), device = (case.N, case.K, case.R), case.device
     return (
-        _random(case.R, case.K, seed=3, scale=case.K**-0.5, device=case.device).requires_grad_(),
-        _random(case.N, case.R, seed=4, scale=0.01, device=case.device).requires_grad_(),
+        random_tensor(R, K, seed=3, scale=K**-0.5, device=device).requires_grad_(),
+        random_tensor(N, R, seed=4, scale=0.01, device=device).requires_grad_(),
     )
 
 
@@ -128,7 +123,23 @@ def each(case: Case, activations: torch.Tensor, weights: list) -> list[tuple]:
     return [(activations, weight) for weight in weights]
 
 
-def _bitsandbytes(device: str):
+def call_each(case: Case, function: Callable, activations: torch.Tensor, weights: list) -> Calls:
+    """``function(activations, weight)`` for every weight."""
+    return [functools.partial(function, *pair) for pair in each(case, activations, weights)]
+
+
+def provider(
+    function: Callable, activations: Callable, weights: Callable
+) -> Callable[[Case], Calls]:
+    """What makes the calls ``function(activations, weight)`` of a case."""
+    return lambda case: call_each(case, function, activations(case), weights(case))
+
+
+# -- bitsandbytes ----------------------------------------------------------------------------------
+
+
+def bitsandbytes(device: str):
+    """The package. Raises Unavailable where it is missing, too old, or without code for ``device``."""
     try:
         import bitsandbytes
         from bitsandbytes.cextension import lib
@@ -141,71 +152,60 @@ def _bitsandbytes(device: str):
     return bitsandbytes
 
 
-def _bnb_weights(case: Case) -> list[tuple[torch.Tensor, object]]:
-    """(packed, QuantState) over the same bytes as :func:`weights_4bit`."""
-    QuantState = _bitsandbytes(case.device).functional.QuantState
-    pairs = []
-    for w in weights_4bit(case):
-        entries = w.to_bitsandbytes("weight")
-        packed = entries.pop("weight")
-        state = {key.removeprefix("weight."): value for key, value in entries.items()}
-        pairs.append((packed, QuantState.from_dict(state, torch.device(case.device))))
-    return pairs
+def bnb_weight(w: lk.Weight4bit) -> tuple[torch.Tensor, object]:
+    """(packed, QuantState) over the very bytes of ``w``."""
+    entries = w.to_bitsandbytes("weight")
+    packed = entries.pop("weight")
+    state = {key.removeprefix("weight."): value for key, value in entries.items()}
+    QuantState = bitsandbytes(packed.device.type).functional.QuantState
+    return packed, QuantState.from_dict(state, packed.device)
 
 
-def _triton(op: str, case: Case) -> Callable:
-    """The Triton kernel of an operator, called as it is: the CUDA kernels stay where they are."""
-    if case.device != "cuda":
-        raise Unavailable("triton runs on GPUs")
-    if not triton_installed():
-        raise Unavailable("triton is not installed")
-    return kernel_of(op)
+def bnb_weights(case: Case) -> list[tuple[torch.Tensor, object]]:
+    return [bnb_weight(w) for w in weights_4bit(case)]
 
 
 def bnb_dequantize(packed: torch.Tensor, state: object) -> torch.Tensor:
-    return _bitsandbytes(packed.device.type).functional.dequantize_4bit(packed, state)
+    return bitsandbytes(packed.device.type).functional.dequantize_4bit(packed, state)
 
 
-def _bnb_modules(case: Case) -> list[torch.nn.Module]:
-    """bitsandbytes' Linear4bit over each of :func:`_bnb_weights`."""
-    nn, modules = _bitsandbytes(case.device).nn, []
-    for packed, state in _bnb_weights(case):
-        module = nn.Linear4bit(
-            case.K, case.N, bias=False, compute_dtype=case.torch_dtype, device="meta"
-        )
-        module.weight = nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=module
-        )
-        module.quant_state = state
-        modules.append(module)
-    return modules
+def bnb_linear(w: lk.Weight4bit, compute_dtype: torch.dtype) -> torch.nn.Module:
+    """bitsandbytes' Linear4bit, without bias, over the very bytes of ``w``."""
+    packed, state = bnb_weight(w)
+    (N, K), nn = w.shape, bitsandbytes(packed.device.type).nn
+    layer = nn.Linear4bit(
+        K, N, bias=False, compute_dtype=compute_dtype, quant_type=w.quant_type, device="meta"
+    )
+    layer.weight = nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=layer
+    )
+    layer.quant_state = state
+    return layer
 
 
-# -- linear_4bit: y = x Wᵀ -------------------------------------------------------------------------
+def bnb_modules(case: Case) -> list[torch.nn.Module]:
+    return [bnb_linear(w, case.torch_dtype) for w in weights_4bit(case)]
 
 
-def linear_lowrank(case: Case) -> Calls:
-    pairs = each(case, x_of(case), weights_4bit(case))
-    return [functools.partial(lk.linear_4bit, x, w) for x, w in pairs]
+# -- linear_4bit: y = x Wᵀ, and linear_4bit_dx: dx = dy W ------------------------------------------
 
-
-def linear_torch(case: Case) -> Calls:
-    pairs = each(case, x_of(case), dense_weights(case))
-    return [functools.partial(F.linear, x, w) for x, w in pairs]
-
-
-def linear_dequantize(case: Case) -> Calls:
-    pairs = each(case, x_of(case), weights_4bit(case))
-    return [lambda x=x, w=w: F.linear(x, w.dequantize(x.dtype)) for x, w in pairs]
+linear_lowrank = provider(lk.linear_4bit, x_of, weights_4bit)
+linear_torch = provider(F.linear, x_of, dense_weights)
+linear_dequantize = provider(lambda x, w: F.linear(x, w.dequantize(x.dtype)), x_of, weights_4bit)
+dx_lowrank = provider(lambda dy, w: ops.linear_4bit_dx(dy, *w.op_args()), dy_of, weights_4bit)
+dx_torch = provider(torch.matmul, dy_of, dense_weights)
+dx_dequantize = provider(lambda dy, w: dy @ w.dequantize(dy.dtype), dy_of, weights_4bit)
+# The line that bitsandbytes' MatMul4Bit.backward consists of.
+dx_bitsandbytes = provider(lambda dy, w: dy @ bnb_dequantize(*w).to(dy.dtype), dy_of, bnb_weights)
 
 
 @functools.lru_cache(maxsize=1)
 def _bnb_inference(case: Case) -> list[torch.nn.Module]:
-    """:func:`_bnb_modules` in evaluation mode. ``case`` has M = 1, so that others share them.
+    """:func:`bnb_modules` in evaluation mode. ``case`` has M = 1, so that others share them.
 
     On a CPU with bfloat16 units the first call repacks the weight, which takes its time.
     """
-    modules = [module.eval() for module in _bnb_modules(case)]
+    modules = [module.eval() for module in bnb_modules(case)]
     for module in modules:
         module(x_of(case))
     return modules
@@ -214,58 +214,18 @@ def _bnb_inference(case: Case) -> list[torch.nn.Module]:
 def linear_bitsandbytes(case: Case) -> Calls:
     """Its Linear4bit in evaluation mode; on a GPU the function that this consists of."""
     if case.device == "cuda":
-        matmul = _bitsandbytes(case.device).matmul_4bit
-        pairs = each(case, x_of(case), _bnb_weights(case))
-        return [functools.partial(matmul, x, packed, state) for x, (packed, state) in pairs]
+        matmul = bitsandbytes(case.device).matmul_4bit
+        return call_each(case, lambda x, w: matmul(x, *w), x_of(case), bnb_weights(case))
     x = x_of(case)
     return [functools.partial(m, x) for m in _bnb_inference(dataclasses.replace(case, M=1))]
-
-
-def linear_bitsandbytes_training(case: Case) -> Calls:
-    """The same module while training: it dequantizes and multiplies in the dtype of x, everywhere."""
-    return [functools.partial(module, x_of(case)) for module in _bnb_modules(case)]
-
-
-def linear_triton(case: Case) -> Calls:
-    pairs, linear = each(case, x_of(case), weights_4bit(case)), _triton("linear_4bit", case)
-    return [functools.partial(linear, x, *w.op_args(), None) for x, w in pairs]
-
-
-# -- linear_4bit_dx: dx = dy W ---------------------------------------------------------------------
-
-
-def dx_lowrank(case: Case) -> Calls:
-    pairs = each(case, dy_of(case), weights_4bit(case))
-    return [lambda dy=dy, w=w: ops.linear_4bit_dx(dy, *w.op_args()) for dy, w in pairs]
-
-
-def dx_torch(case: Case) -> Calls:
-    pairs = each(case, dy_of(case), dense_weights(case))
-    return [functools.partial(torch.matmul, dy, w) for dy, w in pairs]
-
-
-def dx_dequantize(case: Case) -> Calls:
-    pairs = each(case, dy_of(case), weights_4bit(case))
-    return [lambda dy=dy, w=w: dy @ w.dequantize(dy.dtype) for dy, w in pairs]
-
-
-def dx_bitsandbytes(case: Case) -> Calls:
-    """The line that bitsandbytes' MatMul4Bit.backward consists of."""
-    pairs = each(case, dy_of(case), _bnb_weights(case))
-    return [lambda dy=dy, w=w: dy @ bnb_dequantize(*w).to(dy.dtype) for dy, w in pairs]
-
-
-def dx_triton(case: Case) -> Calls:
-    pairs, dx = each(case, dy_of(case), weights_4bit(case)), _triton("linear_4bit_dx", case)
-    return [functools.partial(dx, dy, *w.op_args()) for dy, w in pairs]
 
 
 # -- lora_linear_4bit: forward, or forward and all gradients ---------------------------------------
 
 
-def _lora_calls(case: Case, layers: list[tuple[Callable, list[torch.Tensor]]]) -> Calls:
+def lora_calls(case: Case, layers: list[tuple[Callable, list[torch.Tensor]]]) -> Calls:
     """Per (layer, parameters): ``layer(x)``, with the gradients of x and parameters if asked."""
-    if case.op == "lora_linear_4bit":
+    if not case.op.endswith("fwd_bwd"):
         pairs = each(case, x_of(case), layers)
         return [torch.no_grad()(functools.partial(layer, x)) for x, (layer, _) in pairs]
 
@@ -279,52 +239,42 @@ def _lora_calls(case: Case, layers: list[tuple[Callable, list[torch.Tensor]]]) -
     ]
 
 
-def lora_lowrank(case: Case) -> Calls:
-    A, B = adapter_of(case)
-    layers = [lambda x, w=w: lk.lora_linear_4bit(x, w, A, B, SCALING) for w in weights_4bit(case)]
-    return _lora_calls(case, [(layer, [A, B]) for layer in layers])
+def _lora(forward: Callable) -> Callable[[Case], Calls]:
+    """``forward(x, w, A, B)`` of every 4-bit weight."""
+
+    def calls(case: Case) -> Calls:
+        A, B = adapter_of(case)
+        layers = [lambda x, w=w: forward(x, w, A, B) for w in weights_4bit(case)]
+        return lora_calls(case, [(layer, [A, B]) for layer in layers])
+
+    return calls
 
 
-def lora_triton(case: Case) -> Calls:
-    """Forward, or forward and backward, without autograd around them."""
-    forward = _triton("lora_linear_4bit", case)
-    backward = _triton("lora_linear_4bit_backward", case)
-    A, B = (t.detach() for t in adapter_of(case))
-    adapter = A, B, SCALING, None, 0.0, None
-    pairs = each(case, x_of(case), weights_4bit(case))
-    if case.op == "lora_linear_4bit":
-        return [lambda x=x, w=w: forward(x, *w.op_args(), *adapter)[0] for x, w in pairs]
-
-    def both(x, dy, w):
-        _, s = forward(x, *w.op_args(), *adapter)
-        return backward(dy, x, s, *w.op_args(), *adapter, True, True, True, False)[:3]
-
-    triples = each(case, dy_of(case), pairs)
-    return [functools.partial(both, x, dy, w) for dy, (x, w) in triples]
+def _dequantize_forward(x, w, A, B):
+    delta = SCALING * F.linear(F.linear(x.to(A.dtype), A), B)
+    return F.linear(x, w.dequantize(x.dtype)) + delta.to(x.dtype)
 
 
-def lora_dequantize(case: Case) -> Calls:
-    A, B = adapter_of(case)
-
-    def forward(x, w):
-        delta = SCALING * F.linear(F.linear(x.to(A.dtype), A), B)
-        return F.linear(x, w.dequantize(x.dtype)) + delta.to(x.dtype)
-
-    layers = [lambda x, w=w: forward(x, w) for w in weights_4bit(case)]
-    return _lora_calls(case, [(layer, [A, B]) for layer in layers])
+lora_lowrank = _lora(lambda x, w, A, B: lk.lora_linear_4bit(x, w, A, B, SCALING))
+lora_dequantize = _lora(_dequantize_forward)
 
 
-def _peft_calls(case: Case, bases: list[torch.nn.Module], in_4bit: bool) -> Calls:
+def peft():
+    """The package. Raises Unavailable where it is missing."""
     try:
         import peft
     except ImportError as error:
         raise Unavailable(f"peft: {error}") from None
-    config = peft.LoraConfig(r=case.R, lora_alpha=int(SCALING * case.R), target_modules=["base"])
+    return peft
+
+
+def _peft_calls(case: Case, bases: list[torch.nn.Module], in_4bit: bool) -> Calls:
+    options = {"r": case.R, "lora_alpha": int(SCALING * case.R), "target_modules": ["base"]}
     layers = []
     for base in bases:
         model = torch.nn.ModuleDict({"base": base})
         model.is_loaded_in_4bit = in_4bit  # what makes PEFT choose its bitsandbytes layer
-        layer = peft.inject_adapter_in_model(config, model)["base"]
+        layer = peft().inject_adapter_in_model(peft().LoraConfig(**options), model)["base"]
         adapter = [p for p in layer.parameters() if p.requires_grad]
         # float32 and the same values as ours: get_peft_model keeps adapters in float32 as well
         for parameter, value in zip(adapter, adapter_of(case)):
@@ -332,7 +282,7 @@ def _peft_calls(case: Case, bases: list[torch.nn.Module], in_4bit: bool) -> Call
         if case.device == "cuda":  # as people train: PEFT alone multiplies adapters in float32
             layer = torch.autocast("cuda", case.torch_dtype)(layer.forward)
         layers.append((layer, adapter))
-    return _lora_calls(case, layers)
+    return lora_calls(case, layers)
 
 
 def lora_peft_dense(case: Case) -> Calls:
@@ -345,79 +295,4 @@ def lora_peft_dense(case: Case) -> Calls:
 
 
 def lora_peft_bitsandbytes(case: Case) -> Calls:
-    return _peft_calls(case, _bnb_modules(case), in_4bit=True)
-
-
-def _addmm_forward(x, W, A, B):
-    """y = x Wᵀ, then y += scaling (x Aᵀ) Bᵀ in place."""
-    return F.linear(x, W()).addmm_(x @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=SCALING)
-
-
-def _addmm_both(x, dy, W, A, B):
-    """Forward, then the gradients of x, A and B: x Aᵀ is not kept, and dx is added to in place."""
-    _addmm_forward(x, W, A, B)
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    dS = dy @ B
-    dA = SCALING * (dS.T @ x)
-    dB = SCALING * (dy.T @ (x @ A.T))
-    return (dy @ W()).addmm_(dS, A, alpha=SCALING), dA, dB
-
-
-def _addmm_calls(case: Case, weights: list[Callable[[], torch.Tensor]]) -> Calls:
-    """The scheme of Unsloth: dense products around ``weights``, functions that give dense ones.
-
-    Written out as its matmul_lora and LoRA_W do it, without autograd around it.
-    """
-    A, B = (t.detach() for t in adapter_of(case))
-    pairs = each(case, x_of(case), weights)
-    if case.op == "lora_linear_4bit":
-        return [functools.partial(_addmm_forward, x, W, A, B) for x, W in pairs]
-    triples = each(case, dy_of(case), pairs)
-    return [functools.partial(_addmm_both, x, dy, W, A, B) for dy, (x, W) in triples]
-
-
-def lora_addmm_dense(case: Case) -> Calls:
-    return _addmm_calls(case, [lambda w=w: w for w in dense_weights(case)])
-
-
-def lora_addmm_dequantize(case: Case) -> Calls:
-    dtype = case.torch_dtype
-    return _addmm_calls(case, [lambda w=w: w.dequantize(dtype) for w in weights_4bit(case)])
-
-
-def lora_addmm_bitsandbytes(case: Case) -> Calls:
-    return _addmm_calls(case, [lambda w=w: bnb_dequantize(*w) for w in _bnb_weights(case)])
-
-
-# -- quantize_4bit, dequantize_4bit ----------------------------------------------------------------
-
-
-def quantize_lowrank(case: Case) -> Calls:
-    return [functools.partial(lk.quantize_4bit, weight) for weight in dense_weights(case)]
-
-
-def quantize_operators(case: Case) -> Calls:
-    """The two operators inside quantize_4bit, without its look for a NaN, which waits."""
-    code, nested_code = code_of("nf4", case.device), dynamic_code(case.device)
-
-    def quantize(weight: torch.Tensor) -> lk.Weight4bit:
-        packed, absmax = ops.quantize_4bit(weight, code, BLOCKSIZE)
-        absmax, nested_absmax, offset = ops.double_quantize(absmax, nested_code)
-        kind = (code, weight.shape, weight.dtype, "nf4", BLOCKSIZE)
-        return lk.Weight4bit(packed, absmax, *kind, nested_absmax, nested_code, offset)
-
-    return [functools.partial(quantize, weight) for weight in dense_weights(case)]
-
-
-def quantize_bitsandbytes(case: Case) -> Calls:
-    quantize = _bitsandbytes(case.device).functional.quantize_4bit
-    options = {"blocksize": BLOCKSIZE, "quant_type": "nf4", "compress_statistics": True}
-    return [functools.partial(quantize, weight, **options) for weight in dense_weights(case)]
-
-
-def dequantize_lowrank(case: Case) -> Calls:
-    return [functools.partial(w.dequantize, case.torch_dtype) for w in weights_4bit(case)]
-
-
-def dequantize_bitsandbytes(case: Case) -> Calls:
-    return [functools.partial(bnb_dequantize, *weight) for weight in _bnb_weights(case)]
+    return _peft_calls(case, bnb_modules(case), in_4bit=True)

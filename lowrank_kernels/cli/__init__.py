@@ -20,7 +20,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Ends the process with 0, or 1 for a problem, 2 for wrong arguments, 130 for Ctrl-C."""
+    """Ends the process with 0, or 1 for a problem, 2 for wrong arguments, 130 for Ctrl-C.
+
+    What the terminal's encoding lacks is printed as "?".
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     arguments = parser().parse_args(argv)
     try:
         code = run(arguments)

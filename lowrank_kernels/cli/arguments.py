@@ -11,7 +11,7 @@ from .. import __version__
 from ..codebooks import BLOCKSIZES, DTYPES, QUANT_TYPES, STORAGES
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
@@ -83,11 +83,11 @@ def _add_demo(commands) -> None:
         help="where adapters, plots and numbers go (default: ./demo_output)",
     )
     demo.add_argument("--steps", type=_steps, default=24, help="training steps (default: 24)")
-    demo.add_argument("--rank", type=_positive, default=16, help="adapter rank r (default: 16)")
+    demo.add_argument("--rank", type=positive, default=16, help="adapter rank r (default: 16)")
     demo.add_argument(
         "--lr", type=float, default=1.5e-3, help="peak learning rate (default: 0.0015)"
     )
-    demo.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    demo.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     demo.add_argument("--no-speed", action="store_true", help="leave out the speed comparison")
 
 
@@ -187,7 +187,7 @@ def _one_of(choices: tuple[str, ...]) -> Callable[[str], str]:
     return choice
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
         raise argparse.ArgumentTypeError(f"expected NxK, such as 4096x4096, got {text}")
@@ -197,14 +197,15 @@ def _shape(text: str) -> tuple[int, int]:
 def _add_bench(commands) -> None:
     bench = commands.add_parser(
         "bench",
-        help="time the operators at sizes of your choice, against what else is installed",
-        description="Times the operators on this machine, against torch's dense product, bitsandbytes and "
-        "PEFT where they are installed. Results are checked before they are timed.",
+        help="time the operators at sizes of your choice, or a model, against what else is installed",
+        description="Times the operators, or a whole model, on this machine, against torch's dense product, "
+        "bitsandbytes and PEFT where they are installed. Results are checked before they are timed.",
         epilog="examples:\n"
         "  python -m lowrank_kernels bench\n"
         "  python -m lowrank_kernels bench --shape 11008x4096,4096x11008 --m 1,16 --op linear,dx\n"
         "  python -m lowrank_kernels bench --isa avx512,avx2 --peers none --json speed.json\n"
-        "  python -m lowrank_kernels bench --op training --m 1,4,16,64,256 --plot speed.png",
+        "  python -m lowrank_kernels bench --op training --m 1,4,16,64,256 --plot speed.png\n"
+        "  python -m lowrank_kernels bench --model models/llama --dtype bfloat16,float32",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ops = ("linear", "dx", "lora", "training", "multi_lora")
@@ -213,8 +214,8 @@ def _add_bench(commands) -> None:
     def add(name: str, kind: Callable[[str], object], help: str, **options: object) -> None:
         bench.add_argument(name, type=_list_of(kind), metavar="A,B,...", help=help, **options)
 
-    add("--shape", _shape, "weights, as NxK (default: 4096x4096)", default=[(4096, 4096)])
-    add("--m", _positive, "rows of x (default: 1,16,512)", default=[1, 16, 512])
+    add("--shape", shape, "weights, as NxK (default: 4096x4096)", default=[(4096, 4096)])
+    add("--m", positive, "rows of x (default: 1,16,512)", default=[1, 16, 512])
     add(
         "--op",
         _one_of(ops),
@@ -234,13 +235,19 @@ def _add_bench(commands) -> None:
     )
     add("--isa", str, "instruction sets of the CPU, a column each (default: the best)")
     add("--backend", str, "backends, a column each: cpu, cuda, triton, reference")
+    bench.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="in place of the operators, tokens per second of a model in training, prefill and decode: the "
+        "folder of a Hugging Face causal LM, or smollm2, which the demo has",
+    )
     _add_bench_settings(bench)
 
 
 def _add_bench_settings(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    bench.add_argument("--rank", type=_positive, default=16, help="of adapters (default: 16)")
-    bench.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    bench.add_argument("--rank", type=positive, default=16, help="of adapters (default: 16)")
+    bench.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     bench.add_argument(
         "--seconds",
         type=_seconds,

@@ -16,7 +16,10 @@ from tqdm import tqdm
 import lowrank_kernels as lk
 
 from .. import files
-from . import UserError, corpus, demo_multi, models, pictures, speed
+from ..benchmark import harness, report
+from ..benchmark.models import cases, contenders, model_providers
+from ..benchmark.ops import PEERS
+from . import UserError, corpus, demo_multi, models, pictures
 from .training import LOOK_EVERY, adamw, loss_fell
 
 BATCH = 4
@@ -197,16 +200,14 @@ def reload(base, model, tokenizer, args: argparse.Namespace) -> bool:
 
 
 def compare(base, model, tokenizer, rank: int) -> dict[str, dict[str, float] | str]:
-    """Prints and returns tokens/s of dense, bitsandbytes and this library. Uses ``base`` up."""
+    """Prints and returns tokens/s of this library, dense and bitsandbytes. Uses ``base`` up."""
     rows, _ = corpus.load()
     batch = corpus.batch(tokenizer, rows[:BATCH])
-    contenders = {**speed.peers(base, model, rank), speed.OURS: model}
-    rates = speed.measure(contenders, batch, SPEED_SECONDS)
-    width = max(map(len, rates))
-    print(f"  {'':{width}} " + " ".join(f"{measure:>12}" for measure in speed.MEASURES))
-    for name, of_model in rates.items():
-        if isinstance(of_model, str):
-            print(f"  {name:{width}} not measured: {of_model}")
-        else:
-            print(f"  {name:{width}} " + " ".join(f"{rate:12.1f}" for rate in of_model.values()))
-    return rates
+    calls = model_providers(contenders(base, rank, PEERS, model), batch)
+    providers = {name: harness.Provider(of_case) for name, of_case in calls.items()}
+    entries = [(case, providers) for case in cases("model", batch, "float32", rank, "cpu")]
+    measured = list(harness.run(entries, 1.0, deadline=time.monotonic() + SPEED_SECONDS))
+    names = report.names_of(measured)
+    print(report.plain(report.table(measured, names, names)))
+    print("\n".join(report.missing({"cases": measured})))
+    return report.rates({"cases": measured})

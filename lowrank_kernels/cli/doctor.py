@@ -14,7 +14,7 @@ import torch
 import lowrank_kernels as lk
 
 from .. import cuda_library, reference
-from . import machine
+from ..benchmark import machine
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 

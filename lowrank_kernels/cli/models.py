@@ -35,6 +35,18 @@ def load(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, object, s
 
     Raises UserError if the model or a package it needs is not there.
     """
+    folder, name, options = _find(folder)
+    return _load_model(folder, options), _from_pretrained("AutoTokenizer", folder, options), name
+
+
+def load_model(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, str]:
+    """As :func:`load`, without the tokenizer."""
+    folder, name, options = _find(folder)
+    return _load_model(folder, options), name
+
+
+def _find(folder: pathlib.Path | None) -> tuple[pathlib.Path, str, dict]:
+    """Where the model is, its name, and how from_pretrained finds it there."""
     require("transformers", "accelerate")
     os.environ["HF_HUB_OFFLINE"] = "1"
     if folder is None:
@@ -42,20 +54,26 @@ def load(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, object, s
         file = smollm2_file()
         if file is None:
             raise UserError(f"the default model is not installed; {INSTALL_MODEL}, or --model DIR")
-        folder, name, options = file.parent, "SmolLM2-135M-Instruct", {"gguf_file": file.name}
-    elif not (folder / "config.json").is_file():
+        return file.parent, "SmolLM2-135M-Instruct", {"gguf_file": file.name}
+    if not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: expected a folder with a Hugging Face config.json")
-    else:
-        name, options = folder.resolve().name, {}
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return folder, folder.resolve().name, {}
+
+
+def _from_pretrained(kind: str, folder: pathlib.Path, options: dict) -> object:
+    import transformers
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        return getattr(transformers, kind).from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _load_model(folder: pathlib.Path, options: dict) -> torch.nn.Module:
+    options = options | {"dtype": torch.float32}
+    model = _from_pretrained("AutoModelForCausalLM", folder, options)
     _forget_gguf(model)
-    return model.eval(), tokenizer, name
+    return model.eval()
 
 
 def _forget_gguf(model: torch.nn.Module) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import resource
 from collections.abc import Iterator
 
-from .. import tables
+from tabulate import SEPARATING_LINE, tabulate
+
 from ..dense_layers import SkippedLayer
 
 MIB = 2**20
@@ -80,7 +81,9 @@ def _table(rows: list[QuantizedLayer]) -> str:
     error = mean([row.error for row in rows]) if with_errors else None
     bits = mean([row.bits_per_weight for row in rows])
     lines.append(cells("total", f"{len(rows)} layers", *sizes, bits, error))
-    return tables.text(lines, rules=(1, -1))
+    lines.insert(-1, SEPARATING_LINE)
+    look = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
+    return tabulate(lines, headers="firstrow", **look)
 
 
 def _grouped(skipped: list[SkippedLayer]) -> Iterator[str]:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..adapter import AdapterSettings, are_fused
 from ..functional import autocast, dropout_seed, wants_grad
 from ..multi_lora.in_force import in_force
 from ..nn import LoRALinear4bit, only_a_part
+from ..ragged import by_rows, is_ragged
 from ..schema import check_linear, check_tensor
 from .functional import ColumnParallel, RowParallel
 from .shards import Cut, GatherColumns, OwnColumns, Place
@@ -49,12 +51,9 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
             modules[name].weight = new
             modules[name].out_features, modules[name].in_features = new.shape
 
-    def add_adapter(self, name: str, *args, **kwargs) -> None:
-        """:meth:`LoRALinear4bit.add_adapter`; of A and B, which each process draws whole, it keeps its part.
-
-        With equal generators the parts are those of one process.
-        """
-        super().add_adapter(name, *args, **kwargs)
+    def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
+        """Of A and B, which each process draws whole, it keeps its part: with equal generators one process's."""
+        super()._add_adapter(name, settings)
         self._keep_shard(name)
 
     def parts(self) -> Iterator[nn.Parameter]:
@@ -85,6 +84,11 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
         A = B = None
         scaling = dropout_p = 0.0
         if not self._disabled and name in self.r:
+            if not are_fused(*self.adapter_modules(name)):
+                raise RuntimeError(
+                    f"forward: lora_A or lora_B of adapter {name!r} has hooks or is parametrized, which is not "
+                    "implemented for parallel layers"
+                )
             (A, B), scaling = self.adapter_parameters(name), self.scaling[name]
             dropout_p = self.lora_dropout[name] if self.training else 0.0
         wants_grad(
@@ -137,6 +141,8 @@ class ColumnParallelLoRALinear4bit(ParallelLoRALinear4bit):
         return A, self.place.all_gather(B.T, self.weight_cut).T
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         rows = self._inputs(x)
         name = self._active_adapter
         ranks = self.ranks(name) if name in self.r else None
@@ -176,6 +182,8 @@ class RowParallelLoRALinear4bit(ParallelLoRALinear4bit):
         return self.place.all_gather(A, self.weight_cut), B
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if is_ragged(x):
+            return by_rows(self.forward, x)
         rows = self._inputs(x)
         if not self.input_is_parallel:
             if x.dim() == 0 or x.shape[-1] != self.in_features:

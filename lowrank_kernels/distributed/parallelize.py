@@ -13,6 +13,7 @@ from torch import nn
 from ..adapter_files import write_adapter
 from ..linear4bit import Linear4bit, is_dtensor
 from ..nn import LoRALinear4bit, lora_layers
+from ..paths import named_modules
 from ..targets import matches
 from .layers import (
     ColumnParallelLoRALinear4bit,
@@ -87,7 +88,7 @@ def _layers(model: nn.Module, plan: Mapping) -> dict[str, tuple[nn.Module, Colum
         raise TypeError(f'plan: expected a mapping as {{"q_proj": "column"}}, got {plan!r}')
     found: dict[str, tuple[nn.Module, Column | Row]] = {}
     key_of: dict[str, str] = {}
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))  # of a wrapper and what it wraps, the latter
     for key, value in plan.items():
         style = _STYLES.get(value) if isinstance(value, str) else value
         if not isinstance(style, Column | Row):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..adapter import check_adapter, check_adapter_name
+from ..adapter import AdapterSettings, check_adapter_name
 from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES, check_blocksize, code_of
 
 METHOD = "lowrank_kernels"
@@ -81,7 +81,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.bitsandbytes = copy.deepcopy(bitsandbytes)
         if adapters is not None:
             check_adapters(adapters)
-        self.adapters = adapters  # of a checkpoint that has some: transformers_save.py
+        self.adapters = adapters  # of a checkpoint that has some: transformers_adapters.py
 
     @property
     def quantize_args(self) -> tuple:
@@ -116,7 +116,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 def check_adapters(adapters: object) -> None:
-    """Raises ValueError for what transformers_save.py cannot have written."""
+    """Raises ValueError for what transformers_adapters.py cannot have written."""
     if not isinstance(adapters, list):
         raise ValueError(f"adapters: expected a list, got {type(adapters).__name__}")
     for entry in adapters:
@@ -133,7 +133,9 @@ def check_adapters(adapters: object) -> None:
             )
         try:
             check_adapter_name(entry["name"])
-            check_adapter(entry["r"], entry["lora_alpha"], entry["lora_dropout"], True, None)
+            AdapterSettings(
+                entry["r"], entry["lora_alpha"], entry["lora_dropout"], entry["use_rslora"]
+            )
         except ValueError as error:
             raise ValueError(f"adapters: {error}") from None
 

@@ -154,7 +154,13 @@ def check_metadata(wheel: Wheel, info: pathlib.Path) -> None:
     ):
         require(fields[name] == value, f"METADATA: {name} is {fields[name]!r}, expected {value!r}")
     always = {entry for entry in fields.get_all("Requires-Dist") if "extra ==" not in entry}
-    expected = {f"torch>={MIN_TORCH.removesuffix('.0')}", "numpy", "safetensors", "tqdm"}
+    expected = {
+        f"torch>={MIN_TORCH.removesuffix('.0')}",
+        "numpy",
+        "safetensors",
+        "tabulate>=0.9",
+        "tqdm",
+    }
     require(always == expected, f"METADATA: requires {sorted(always)}, not {sorted(expected)}")
     tags = email.message_from_string((info / "WHEEL").read_text())
     require(tags["Root-Is-Purelib"] == "false", "WHEEL: Root-Is-Purelib is not false")

@@ -1,7 +1,8 @@
-"""What this machine and this installation are, for ``doctor`` and for benchmark results."""
+"""What this machine and this installation are, for ``doctor`` and for benchmark results; nothing that names a host."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -10,23 +11,26 @@ import re
 
 import torch
 
+from .. import cuda_library
+
 PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "transformers", "trl")
+BUSY = 0.5  # load average from which on other programs disturb what is timed
+
+
+def version(package: str) -> str | None:
+    """None where a package is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def versions() -> dict[str, str | None]:
-    """Python, lowrank_kernels and the packages it meets; None where a package is not installed."""
+    """Python, lowrank_kernels and the packages it meets."""
     from .. import __version__
 
-    found: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "lowrank_kernels": __version__,
-    }
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    found = {"python": platform.python_version(), "lowrank_kernels": __version__}
+    return found | {name: version(name) for name in PACKAGES}
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -69,4 +73,28 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-BUSY = 0.5  # load average from which on other programs disturb what is timed
+# -- a GPU -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def l2_bytes() -> int:
+    return torch.cuda.get_device_properties(0).L2_cache_size
+
+
+@functools.lru_cache(maxsize=1)
+def gpu() -> dict[str, object]:
+    """The device and what its kernels depend on."""
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        architectures = list(cuda_library.architectures())
+    except OSError:  # not loadable: the cases will say so
+        architectures = None
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": cuda_library.status().driver,
+        "cuda": torch.version.cuda,
+        "architectures": architectures,
+    }
