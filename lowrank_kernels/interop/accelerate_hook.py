@@ -1,11 +1,13 @@
 """``accelerate.load_checkpoint_in_model`` on a model with 4-bit layers: the entries of a weight are put together.
 
 accelerate sets the tensors of a checkpoint one by one, each as a parameter or buffer of that name. Those of a 4-bit
-weight (``weight``, ``weight.absmax``, ...) wait at their layer until all of them are there.
+weight (``weight``, ``weight.absmax``, ...) wait at their layer until all of them are there. Outside of a load (where
+its hooks bring offloaded parameters in) accelerate sets them as it always does.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 from types import ModuleType
@@ -16,6 +18,7 @@ from torch import nn
 from ..linear4bit import Linear4bit
 
 _WAITING = "_entries_of_a_checkpoint"
+_loading = contextvars.ContextVar("load_checkpoint_in_model is running", default=False)
 
 
 def install(modeling: ModuleType) -> None:
@@ -26,14 +29,20 @@ def install(modeling: ModuleType) -> None:
 
     @functools.wraps(set_tensor)
     def set_module_tensor_to_device(module, tensor_name, device, value=None, *args, **kwargs):
-        layer, path = (None, "") if value is None else _layer_of(module, tensor_name)
+        layer, path = None, ""
+        if value is not None and _loading.get():
+            layer, path = _layer_of(module, tensor_name)
         if layer is None:
             return set_tensor(module, tensor_name, device, value, *args, **kwargs)
         _take(layer, path, tensor_name, value.to(device))
 
     @functools.wraps(load)
     def load_checkpoint_in_model(model, *args, **kwargs):
-        result = load(model, *args, **kwargs)
+        before = _loading.set(True)
+        try:
+            result = load(model, *args, **kwargs)
+        finally:
+            _loading.reset(before)
         for name, layer in model.named_modules():
             if (entries := vars(layer).pop(_WAITING, None)) is not None:
                 layer._read_weight(entries, f"{name}.weight")  # says what is missing
