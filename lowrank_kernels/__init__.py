@@ -9,7 +9,7 @@ from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
-from .interop import accelerate_hook, peft_hook
+from .interop import accelerate_hook, checkpoint_hook, peft_hook
 from .interop import transformers_hook as _transformers
 from .interop.on_import import on_import as _on_import
 from .model_adapters import (
@@ -27,6 +27,7 @@ from .nn import Linear4bit, LoRALinear4bit
 from .replace import replace_linear
 
 peft_hook.register()
+checkpoint_hook.register()
 
 __version__ = "0.1.0"
 __all__ = [

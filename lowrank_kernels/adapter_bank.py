@@ -14,12 +14,31 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from .adapter import check_fused, layer_of, train_only
+from .adapter import AdapterLayer, check_fused, layer_of, train_only
 from .adapter_format import read_adapter, read_state_dict
-from .multi_lora.pages import ModulePages
-from .multi_lora.plan import PageTable, Plan, active, set_active
+from .multi_lora.pages import ModulePages, home_of
+from .multi_lora.plan import PageTable, Plan
 from .nn import LoRALinear4bit, lora_layers
 from .schema import FLOAT_DTYPES, RANK_STEP
+
+
+class _Layer:
+    """A layer as the owner of pages: those of its adapters that were loaded without a source."""
+
+    def __init__(self, name: str, layer: LoRALinear4bit) -> None:
+        self.name, self.layer = name, layer
+        self.own: dict[int, tuple[str, int]] = {}  # slot -> the adapter and its rank
+
+    def adapter(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
+        name, rank = self.own[slot]
+        if self.layer.r.get(name) != rank:
+            raise RuntimeError(
+                f"{self.name}: expected its adapter {name!r} with r = {rank} as it was when the bank loaded it, got "
+                f"r = {self.layer.r.get(name)}; evict it and load it again"
+            )
+        modules = self.layer._modules
+        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return A._parameters["weight"], B._parameters["weight"]
 
 
 class AdapterBank(PageTable):
@@ -58,8 +77,14 @@ class AdapterBank(PageTable):
             )
         super().__init__(num_pages, page_rank, devices.pop())
         self.dtype = dtype or _common_dtype(layers.values())
-        self._modules = {name: ModulePages(self, name, layer) for name, layer in layers.items()}
-        self._by_layer = {id(pages.layer): pages for pages in self._modules.values()}
+        self._layers = {name: _Layer(name, layer) for name, layer in layers.items()}
+        self._modules = {
+            name: ModulePages(
+                self, layer.out_features, layer.in_features, self._layers[name], _is_routed(name)
+            )
+            for name, layer in layers.items()
+        }
+        self.pages_of_layer = {id(layer): self._modules[name] for name, layer in layers.items()}
 
     @classmethod
     def for_model(
@@ -75,8 +100,9 @@ class AdapterBank(PageTable):
             num_pages: pages in each module; an adapter of rank r takes ``ceil(r / page_rank)`` of them.
             page_rank: ranks of a page, a multiple of 8. What an adapter leaves of its last page is memory,
                 not work: kernels stop at its rank.
-            dtype: of the pages; adapters are rounded to it as they are loaded. By default that of the layers'
-                adapters if they have one in common, else float32.
+            dtype: of the pages; adapters from files and state dicts are rounded to it as they are loaded, the
+                model's own must have it. By default that of the layers' adapters if they have one in common, else
+                float32.
 
         Raises ValueError or TypeError naming the argument, also for a model without such layers.
         """
@@ -104,17 +130,6 @@ class AdapterBank(PageTable):
         """Bytes of all pages of all modules."""
         return sum(t.nbytes for pages in self._modules.values() for t in (pages.A, pages.B))
 
-    def pages_of(self, layer: LoRALinear4bit) -> ModulePages:
-        """The pages of a layer. Raises ValueError for a layer of another model."""
-        pages = self._by_layer.get(id(layer))
-        if pages is None:
-            raise ValueError(
-                "plan: expected one of a bank of this model; this layer is not among the "
-                f"{len(self._modules)} modules of the bank whose plan is in use (a layer that was made "
-                "later needs a new bank)"
-            )
-        return pages
-
     def __repr__(self) -> str:
         return (
             f"AdapterBank({len(self._modules)} modules, {len(self._slots)} adapters, "
@@ -137,13 +152,16 @@ class AdapterBank(PageTable):
         Args:
             source: a folder in PEFT's format (see :func:`load_adapter`); or a state dict with PEFT's keys,
                 ``[base_model.model.]<module>.lora_A.weight [r, K]`` and ``.lora_B.weight [N, r]``; or None:
-                the model's own adapter ``name``, whose parameters stay the owners of its values. The pages
-                follow them, and under a plan gradients reach those that require some.
+                the model's own adapter ``name``. Its parameters then live in the pages: they are the same objects,
+                for an optimizer too, but views of the pages, B a transposed one, until it is evicted. Under a plan
+                gradients reach those that require some. State dicts, copies and pickles of the model have plain
+                tensors. It needs pages side by side.
             lora_alpha, use_rslora: for a state dict, which does not say; scaling is ``lora_alpha / r``, or
                 ``/ sqrt(r)`` for rsLoRA, and 1 where ``lora_alpha`` is None.
 
         Raises ValueError, naming the key, for what :func:`load_adapter` refuses, and for a name that is loaded
-        already; RuntimeError if too few pages are free.
+        already; RuntimeError if too few pages are free, and for an adapter of the model's own that has another dtype
+        than the pages or lives in another bank.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
@@ -151,30 +169,55 @@ class AdapterBank(PageTable):
             raise ValueError(
                 f"name: expected a new one, got {name!r}, which is loaded; evict it first"
             )
-        layers = {module: pages.layer for module, pages in self._modules.items()}
+        layers = {module: owner.layer for module, owner in self._layers.items()}
         if source is None:
-            adapters = {m: layer_of(layer, name) for m, layer in layers.items() if name in layer.r}
-            if not adapters:
-                known = sorted({adapter for layer in layers.values() for adapter in layer.r})
-                raise ValueError(
-                    f"name: expected one of the model's own adapters, {known}, where there is no "
-                    f"source, got {name!r}"
-                )
+            adapters = self._own_adapter(name)
         elif isinstance(source, Mapping):
             adapters = read_state_dict(layers, source, lora_alpha, use_rslora)
         else:
             adapters = read_adapter(layers, source)
         max_rank = max(adapter.r for adapter in adapters.values())
-        slot, page_ids = self._take_pages(name, max_rank)
+        slot, page_ids = self.take_pages(name, max_rank, adjacent=source is None)
         try:
             for module, pages in self._modules.items():
-                pages.assign(slot, page_ids, adapters.get(module))
-                if source is None and module in adapters:
-                    pages.follow(slot, name)
+                adapter = adapters.get(module)
+                if adapter is None:
+                    pages.describe(slot, 0, 0.0, 0.0)
+                    continue
+                pages.describe(slot, adapter.r, adapter.scaling, adapter.lora_dropout)
+                if source is None:
+                    self._layers[module].own[slot] = name, adapter.r
+                    pages.adopt(slot, page_ids[0])
+                else:
+                    pages.fill(page_ids, adapter.A, adapter.B)
         except BaseException:
             self._release(slot)
             raise
-        self._name_slot(name, slot, max_rank)
+        self.name_slot(name, slot, max_rank)
+
+    def _own_adapter(self, name: str) -> dict[str, AdapterLayer]:
+        """The model's own adapter ``name`` by module. Raises unless it can live in this bank."""
+        layers = {module: owner.layer for module, owner in self._layers.items()}
+        adapters = {m: layer_of(layer, name) for m, layer in layers.items() if name in layer.r}
+        if not adapters:
+            known = sorted({adapter for layer in layers.values() for adapter in layer.r})
+            raise ValueError(
+                f"name: expected one of the model's own adapters, {known}, where there is no "
+                f"source, got {name!r}"
+            )
+        for module, adapter in adapters.items():
+            for parameter in (adapter.A, adapter.B):
+                if parameter.dtype != self.dtype:
+                    raise RuntimeError(
+                        f"name: expected the model's own adapter {name!r} in {self.dtype} like the pages, got "
+                        f"{parameter.dtype} in {module}; make a bank with that dtype, or load a copy from a state dict"
+                    )
+                if home_of(parameter) is not None:
+                    raise RuntimeError(
+                        f"name: the model's own adapter {name!r} lives in another AdapterBank; evict it there "
+                        "first, or load a copy from a state dict"
+                    )
+        return adapters
 
     def evict(self, name: str) -> None:
         """Frees the pages of ``name``. Plans with it hold no longer.
@@ -193,11 +236,12 @@ class AdapterBank(PageTable):
     def _release(self, slot: int) -> None:
         self.pool.evict(slot)
         self.evictions += 1
-        for pages in self._modules.values():
-            pages.forget(slot)
+        for owner, pages in zip(self._layers.values(), self._modules.values()):
+            pages.release(slot)
+            owner.own.pop(slot, None)
 
     def trainable(self, *names: str) -> list[nn.Parameter]:
-        """Makes just these adapters of the model's own require gradients; their parameters, for an optimizer.
+        """Sets requires_grad on exactly these adapters of the model's own; returns their parameters.
 
         Raises ValueError for a name that is not loaded or was not loaded from the model itself.
         """
@@ -207,14 +251,15 @@ class AdapterBank(PageTable):
                 raise ValueError(
                     f"names: expected the model's own adapters (loaded without a source), got {name!r}"
                 )
-        for pages in self._modules.values():
-            train_only(pages.layer, [name for name in names if self._slots[name] in pages.own])
+        layers = [owner.layer for owner in self._layers.values()]
+        for owner in self._layers.values():
+            train_only(owner.layer, [name for name in names if self._slots[name] in owner.own])
         return [
             parameter
-            for pages in self._modules.values()
+            for layer in layers
             for name in names
-            if name in pages.layer.r
-            for parameter in pages.layer.adapter_parameters(name)
+            if name in layer.r
+            for parameter in layer.adapter_parameters(name)
         ]
 
     # -- plans -------------------------------------------------------------------------------------
@@ -223,29 +268,30 @@ class AdapterBank(PageTable):
     def using(self, plan: Plan) -> Iterator[Plan]:
         """Within the block every layer of the model works under ``plan``; backward belongs inside too.
 
-        Each row then has the adapter that the plan gives it, whichever adapter is active. In the whole process,
-        not per thread. Its adapters cannot be evicted meanwhile. The values of the model's own adapters are
-        taken over at the start, and again at every forward that records gradients.
-        Raises TypeError or ValueError for what is no plan of this bank, RuntimeError if an adapter of the plan
-        has been evicted.
+        Each row then has the adapter that the plan gives it, whichever adapter is active. Layers of other models,
+        and those made after the bank, work as they do without a plan; plans of several banks may be in force at
+        once, and of one bank the innermost counts. The block holds for its context: a thread that is started within
+        it sees no plan, and an asyncio task that is started within it sees this one. Blocks may overlap in any order.
+        The plan's adapters cannot be evicted meanwhile.
+
+        Raises TypeError or ValueError for what is no plan of this bank, RuntimeError if an adapter of the plan has
+        been evicted, or if parameters that live in the pages were replaced by some that do not fit.
         """
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan of AdapterBank.plan, got {type(plan).__name__}")
         if plan.bank is not self:
             raise ValueError("plan: expected one of this bank, got one of another AdapterBank")
-        plan.check_current()
-        self.pool.pin(plan.slots, plan.generations)
-        previous = active()
-        try:
-            for pages in self._modules.values():
-                for slot in pages.own.keys() & set(plan.slots):
-                    check_fused(pages.layer, pages.own[slot])
-                pages.refresh(plan)
-            set_active(plan)
+        with plan.in_use():
+            for owner, pages in zip(self._layers.values(), self._modules.values(), strict=True):
+                for slot in owner.own.keys() & set(plan.slots):
+                    check_fused(owner.layer, owner.own[slot][0])
+                pages.parameters(plan)
             yield plan
-        finally:
-            set_active(previous)
-            self.pool.unpin(plan.slots)
+
+
+def _is_routed(name: str) -> bool:
+    """Whether this is a layer of routed experts, by the name that models give to the list of them."""
+    return "experts" in name.split(".")
 
 
 def _common_dtype(layers: Iterable[LoRALinear4bit]) -> torch.dtype:

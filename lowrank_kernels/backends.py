@@ -22,6 +22,7 @@ import functools
 import importlib.metadata
 import os
 import pathlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -122,6 +123,37 @@ def _choose_for_gpus() -> None:
         _activate("cpu")
 
 
+class _Setting:
+    """A setting of the whole process that blocks of code ask for: the latest request still in force counts.
+
+    Blocks may overlap in any order (threads, asyncio tasks, generators): one that ends takes back its own request
+    and no other. Where none is left, the setting is as it was before the first.
+    """
+
+    def __init__(self, put: Callable[[str], None], current: Callable[[], str]) -> None:
+        self._put, self._current = put, current
+        self._requests: list[list[str]] = []  # each a list of its own, to be told apart
+        self._before = ""
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def asked(self, value: str) -> Iterator[None]:
+        """Within the block the setting is ``value``, unless a later request is in force."""
+        request = [value]
+        with self._lock:
+            before = self._current()
+            self._put(value)
+            if not self._requests:
+                self._before = before
+            self._requests.append(request)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._requests = [other for other in self._requests if other is not request]
+                self._put(self._requests[-1][0] if self._requests else self._before)
+
+
 _active = "cpu"
 _override: torch.library.Library | None = None  # what stands above the native kernels, if anything
 
@@ -147,16 +179,13 @@ def _activate(backend: str) -> None:
 def use(backend: str) -> Iterator[None]:
     """Within the block, operators on the devices that ``backend`` serves run on it (see the table above).
 
-    Process-wide, not per thread. Raises ValueError for an unknown name and RuntimeError for a
-    backend that was not built, naming the build command.
+    It holds for the whole process, not per thread. Blocks may overlap in any order: the one that was entered last
+    and has not ended counts. Raises ValueError for an unknown name and RuntimeError for a backend that was not
+    built, naming the build command.
     """
     _check_backend(backend)
-    previous = _active
-    _activate(backend)
-    try:
+    with _backend.asked(backend):
         yield
-    finally:
-        _activate(previous)
 
 
 def _check_backend(backend: object) -> None:
@@ -191,8 +220,11 @@ def _define_emulated() -> None:
     _held.append(library)
 
 
+_backend = _Setting(_activate, lambda: _active)
+
+
 def active() -> str:
-    """The backend chosen last; "cpu" stands for the best kernels of each device."""
+    """The backend in force; "cpu" stands for the best kernels of each device."""
     return _active
 
 
@@ -234,17 +266,17 @@ def isas(compiled: bool = False) -> list[str]:
 
 @contextlib.contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Within the block CPU kernels run on this instruction set; process-wide. Also ``LOWRANK_ISA``.
+    """Within the block CPU kernels run on this instruction set. Also ``LOWRANK_ISA``.
 
-    Raises ValueError if ``name`` is unknown or this CPU does not support it.
+    It holds for the whole process, and blocks may overlap, as those of :func:`use`. Raises ValueError if ``name``
+    is unknown or this CPU does not support it.
     """
-    host = host_module()
-    previous = host.isa_active()
-    host.isa_set(name)
-    try:
+    host_module()
+    with _isa.asked(name):
         yield
-    finally:
-        host.isa_set(previous)
+
+
+_isa = _Setting(lambda name: host_module().isa_set(name), isa)
 
 
 # The names that use_kernel() took before, accepted for one release.
@@ -283,12 +315,13 @@ def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
 
 @contextlib.contextmanager
 def use_kernel(name: str) -> Iterator[None]:
-    """Within the block the product with the frozen base runs on this CPU kernel; process-wide. For tuning.
+    """Within the block the product with the frozen base runs on this CPU kernel. For tuning.
 
-    ``name`` is one of :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``gemv`` takes 4 rows,
-    ``skinny`` as many as shown there) runs on ``gemm``. Raises ValueError if ``name`` is unknown, or the
-    instruction set in use has no such kernel. The names "few", "small", "panels" and "tiles" of earlier versions
-    are accepted with a DeprecationWarning.
+    It holds for the whole process, and blocks may overlap, as those of :func:`use`. ``name`` is one of
+    :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``gemv`` takes 4 rows, ``skinny`` as many as shown
+    there) runs on ``gemm``. Raises ValueError if ``name`` is unknown, or the instruction set in use has no such
+    kernel. The names "few", "small", "panels" and "tiles" of earlier versions are accepted with a
+    DeprecationWarning.
     """
     if name in _OLD_KERNELS:
         new = _OLD_KERNELS[name]
@@ -299,24 +332,20 @@ def use_kernel(name: str) -> Iterator[None]:
         raise ValueError(f"name: expected one of {KERNELS}, got {name!r}")
     if name == "amx" and "amx" not in kernels()["forward"]:
         raise ValueError(f"name: the instruction set in use, {isa()!r}, has no kernel 'amx'")
-    with _asked(name):
+    with _forced_kernel.asked(name):
         yield
 
 
-_kernel = ""  # as the native library has it; torch.compile guards on this one
+kernel_in_force = ""  # as the native library has it; torch.compile guards on this one
 
 
-@contextlib.contextmanager
-def _asked(name: str) -> Iterator[None]:
-    global _kernel
-    host, previous = host_module(), _kernel
-    _kernel = name
-    host.kernel_set(name)
-    try:
-        yield
-    finally:
-        _kernel = previous
-        host.kernel_set(previous)
+def _force_kernel(name: str) -> None:
+    global kernel_in_force
+    host_module().kernel_set(name)
+    kernel_in_force = name
+
+
+_forced_kernel = _Setting(_force_kernel, lambda: kernel_in_force)
 
 
 @contextlib.contextmanager
@@ -325,21 +354,16 @@ def batch_invariant() -> Iterator[None]:
 
     y and dx of a row then depend on that row, the weight and its adapter alone, whatever the number of rows: the
     same prompt gives the same tokens alone and among others. Otherwise this holds within one kernel (see
-    :func:`kernels`): a row alone, in a batch of 5, or in one of 100 may differ in its last bits. Process-wide.
+    :func:`kernels`): a row alone, in a batch of 5, or in one of 100 may differ in its last bits. It holds for the
+    whole process; blocks may overlap in any order, and it is in force until the last of them has ended.
 
     Costs what the kernels ``gemv`` and ``amx`` save: docs/performance.md. With
     :func:`int8_activations` rows are independent anyway, at no cost.
 
     Raises RuntimeError where a layer runs on a tensor that is not on the CPU, or on another backend than "cpu".
     """
-    with _asked("invariant"):
+    with _forced_kernel.asked("invariant"):
         yield
-
-
-def check_batch_invariant(x: torch.Tensor) -> None:
-    """Raises RuntimeError if batch invariance was asked for and cannot be had for x."""
-    if _kernel == "invariant":
-        check_cpu_kernels("batch_invariant", x)
 
 
 def check_cpu_kernels(feature: str, x: torch.Tensor) -> None:
@@ -374,7 +398,7 @@ def report() -> dict[str, object]:
         "isa": isa() if native else None,
         "isas_supported": isas() if native else [],
         "kernels": kernels() if native else None,
-        "kernel": _kernel or None,
+        "kernel": kernel_in_force or None,
         "int8": _host.int8_kernels() if native else None,
         "threads": torch.get_num_threads(),
         "build": _host.build_info() if native else f"not built: {_native_error}",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from . import int8
-from .backends import check_batch_invariant
+from . import backends, int8
 from .formats import Weight4bit
 from .ragged import by_rows, is_ragged
-from .schema import check_float, check_linear, check_lora, check_tensor, ops
+from .schema import FLOAT_DTYPES, check_float, check_linear, check_lora, check_tensor, ops
 
 
 def autocast(x: torch.Tensor) -> torch.Tensor:
@@ -27,8 +28,61 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _bias_gradient(dy: torch.Tensor, bias_dtype: torch.dtype) -> torch.Tensor:
+def taken(x: torch.Tensor, w: Weight4bit) -> torch.Tensor:
+    """x of a layer whose weight is ``w``, checked, in the dtype that torch.autocast asks for."""
+    if isinstance(x, torch.Tensor):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = autocast(x)
+        if x.layout is not torch.strided:
+            by_rows(None, x)  # says what is taken
+        fits = x.dtype in FLOAT_DTYPES and x.dim() > 0 and x.shape[-1] == w.shape[1]
+        if fits and x.device == w.packed.device:
+            return x
+    check_linear(x, *w.shape, w.device, None)
+    return x
+
+
+def bias_gradient(dy: torch.Tensor, bias_dtype: torch.dtype) -> torch.Tensor:
     return dy.sum(0, dtype=torch.float32).to(bias_dtype)
+
+
+class _Refuse(torch.autograd.Function):
+    """The first ``count`` tensors, as functions of the others whose derivatives raise."""
+
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "trying to differentiate twice: gradients of gradients are not implemented for 4-bit layers and their "
+            "adapters"
+        )
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """Makes ``backward(ctx, saved, *dy)`` the backward of a Function: gradients of its gradients raise RuntimeError.
+
+    ``saved`` is ``ctx.saved_tensors``, which may be read only once. torch's own ``once_differentiable`` raises
+    where ``backward()`` walks the whole graph. ``torch.autograd.grad`` and all that stands on it walk only the paths
+    to their inputs, find none, and take the derivative for zero.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *dys):
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = backward(ctx, saved, *dys)
+        if (
+            not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # whose backward is torch's
+            return gradients
+        found = [g for g in gradients if g is not None]
+        refusing = iter(_Refuse.apply(len(found), *found, *dys, *saved))
+        return tuple(None if g is None else next(refusing) for g in gradients)
+
+    return run
 
 
 class _Linear4bit(torch.autograd.Function):
@@ -40,11 +94,11 @@ class _Linear4bit(torch.autograd.Function):
         return ops.linear_4bit(x, *weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    @differentiable_once
+    def backward(ctx, weight, dy):
         need_dx, need_dbias = ctx.needs_input_grad[:2]
-        dx = ops.linear_4bit_dx(dy, *ctx.saved_tensors, *ctx.dims) if need_dx else None
-        dbias = _bias_gradient(dy, ctx.bias_dtype) if need_dbias else None
+        dx = ops.linear_4bit_dx(dy, *weight, *ctx.dims) if need_dx else None
+        dbias = bias_gradient(dy, ctx.bias_dtype) if need_dbias else None
         return dx, dbias, *([None] * 9)
 
 
@@ -57,9 +111,9 @@ class _LoRALinear4bit(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, A, B, bias, seed, s, *weight = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        x, A, B, bias, seed, s, *weight = saved
         scaling, dropout_p, dims = ctx.scalars
         needs = ctx.needs_input_grad[:4]
         grads = ops.lora_linear_4bit_backward(
@@ -77,9 +131,9 @@ class _LoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, A, B, bias, weight, seed, s = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        x, A, B, bias, weight, seed, s = saved
         scaling, dropout_p = ctx.scalars
         needs = ctx.needs_input_grad[:4]
         grads = ops.lora_linear_backward(
@@ -95,18 +149,43 @@ class _LoRALinear(torch.autograd.Function):
         )
 
 
-def wants_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether the operator must be part of a graph; RuntimeError where there can be none."""
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return False
-    if torch.jit.is_tracing():
-        return False  # torch.jit.trace records operators, which TorchScript then runs without gradients
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+def wants_grad(x: torch.Tensor, w: Weight4bit | None, *others: torch.Tensor | None) -> bool:
+    """Whether the operator must be part of a graph, for any of these tensors; ``w``: its 4-bit base, if it has one.
+
+    Raises RuntimeError where there can be no graph, for a tensor with a tangent, and where int8 activations or batch
+    invariance were asked for and cannot be had.
+    """
+    needed, inputs = False, (x, *others)
+    if torch.is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                needed = True
+    if needed and torch.jit.is_tracing():
+        needed = False  # torch.jit.trace records operators, which TorchScript then runs without gradients
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(inputs)
+    if backends.kernel_in_force == "invariant":
+        backends.check_cpu_kernels("batch_invariant", x)
+    if w is not None and getattr(int8.state, "active", False):
+        int8.check(x, w, needed)
+    if needed and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "gradients under torch.func transforms (vmap, grad, jacrev, ...) are not implemented for 4-bit layers; "
             "use torch.autograd, or torch.no_grad() for vmap"
         )
-    return True
+    return needed
+
+
+def _refuse_tangents(tensors: Sequence[torch.Tensor | None]) -> None:
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        while tensor is not None and functorch.is_batchedtensor(tensor):  # of vmap
+            tensor = functorch.get_unwrapped(tensor)
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                "forward-mode derivatives (torch.func.jvp, jacfwd, linearize, torch.autograd.forward_ad) are not "
+                "implemented for 4-bit layers and their adapters; use torch.autograd"
+            )
 
 
 def dropout_seed(dropout_p: float, device: torch.device) -> torch.Tensor | None:
@@ -140,11 +219,14 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
     x = autocast(x)
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
+    return linear(x, w, bias)
+
+
+def linear(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None) -> torch.Tensor:
+    """:func:`linear_4bit` of arguments that were checked: x by :func:`taken`, a layer's own when they were set."""
+    N, K = w.shape
     rows = x.reshape(math.prod(x.shape[:-1]), K)
-    needs_grad = wants_grad(x, bias)
-    int8.check(x, w, needs_grad)
-    check_batch_invariant(x)
-    if needs_grad:
+    if wants_grad(x, w, bias):
         y = _Linear4bit.apply(rows, bias, *w.op_args())
     else:
         y = ops.linear_4bit(rows, *w.op_args(), bias)
@@ -190,19 +272,19 @@ def lora_linear_4bit(
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
     check_lora(x, N, K, A, B, scaling, dropout_p)
+    return lora(x, w, A, B, float(scaling), bias, float(dropout_p))
+
+
+def lora(x, w, A, B, scaling: float, bias, dropout_p: float) -> torch.Tensor:
+    """:func:`lora_linear_4bit` of arguments that were checked, as :func:`linear`."""
+    N, K = w.shape
     rows = x.reshape(math.prod(x.shape[:-1]), K)
-    needs_grad = wants_grad(x, A, B, bias)
-    int8.check(x, w, needs_grad)
-    check_batch_invariant(x)
-    seed = dropout_seed(dropout_p, x.device)
+    needs_grad = wants_grad(x, w, A, B, bias)
+    seed = dropout_seed(dropout_p, x.device) if dropout_p else None
     if needs_grad:
-        y = _LoRALinear4bit.apply(
-            rows, A, B, bias, seed, float(scaling), float(dropout_p), *w.op_args()
-        )
+        y = _LoRALinear4bit.apply(rows, A, B, bias, seed, scaling, dropout_p, *w.op_args())
     else:
-        y, _ = ops.lora_linear_4bit(
-            rows, *w.op_args(), A, B, float(scaling), bias, float(dropout_p), seed
-        )
+        y, _ = ops.lora_linear_4bit(rows, *w.op_args(), A, B, scaling, bias, dropout_p, seed)
     return y.view(*x.shape[:-1], N)
 
 
@@ -231,8 +313,7 @@ def lora_linear(
     check_lora(x, N, K, A, B, scaling, dropout_p)
     rows = x.reshape(math.prod(x.shape[:-1]), K)
     seed = dropout_seed(dropout_p, x.device)
-    check_batch_invariant(x)
-    if wants_grad(x, A, B, bias, weight):
+    if wants_grad(x, None, A, B, bias, weight):
         y = _LoRALinear.apply(rows, A, B, bias, weight, seed, float(scaling), float(dropout_p))
     else:
         y, _ = ops.lora_linear(rows, weight, A, B, float(scaling), bias, float(dropout_p), seed)

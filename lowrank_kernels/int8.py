@@ -12,12 +12,12 @@ from . import backends
 from .formats import Weight4bit
 
 # Of this thread, as the native library's. torch.compile guards on it: compiled code is checked as well.
-_state = threading.local()
+state = threading.local()
 
 
 def active() -> bool:
     """Whether this thread is within :func:`int8_activations`."""
-    return getattr(_state, "active", False)
+    return getattr(state, "active", False)
 
 
 @contextlib.contextmanager
@@ -35,10 +35,11 @@ def int8_activations() -> Iterator[None]:
     always, and so is everything else: :func:`lora_linear`, gradients, quantization. A row's bits depend on no
     other row, whatever their number. A NaN or infinity makes its row NaN. The error, measured: docs/int8.md.
 
-    Of the calling thread alone, like torch.no_grad; nests, and restores on leaving. Code under torch.compile obeys
-    the thread's state when it runs.
+    It holds for the calling thread alone, all of its asyncio tasks included. Blocks may overlap in any order: the
+    thread rounds until the last of them has ended. Code under torch.compile obeys the thread's state when it runs.
 
-    Raises, where a layer runs within the block:
+    Raises RuntimeError where a block ends in another thread than the one that entered it. Raises where a layer runs
+    within the block:
         RuntimeError: something requires a gradient and gradients are enabled; a tensor that is not on the CPU, or
             another backend than "cpu"; no AVX512-VNNI or AVX-VNNI beside the instruction set in use
             (``backends.report()["int8"]``).
@@ -46,20 +47,27 @@ def int8_activations() -> Iterator[None]:
 
     Source: groups and bytes as in llama.cpp's IQ4_NL products with Q8_0, an unsigned table as in ik_llama.cpp.
     """
-    host = backends.host_module()
-    before = active()
-    _state.active = True
+    host, thread = backends.host_module(), threading.get_ident()
+    state.blocks = getattr(state, "blocks", 0) + 1
+    state.active = True
     host.int8_set(True)
     try:
         yield
     finally:
-        _state.active = before
-        host.int8_set(before)
+        if threading.get_ident() != thread:
+            raise RuntimeError(
+                "int8_activations: expected the block to end in the thread that entered it; that thread goes on "
+                "rounding activations"
+            )
+        state.blocks -= 1
+        if state.blocks == 0:
+            state.active = False
+            host.int8_set(False)
 
 
 def check(x: torch.Tensor, w: Weight4bit, needs_grad: bool) -> None:
-    """Raises if int8 activations were asked for and cannot be had here; see above. (The kernels ask for VNNI.)"""
-    if not active() or x.is_meta:
+    """Raises if int8 activations cannot be had here, where they were asked for. (The kernels ask for VNNI.)"""
+    if x.is_meta:
         return
     if needs_grad:
         raise RuntimeError(

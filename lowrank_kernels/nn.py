@@ -16,12 +16,14 @@ from .adapter import (
     lora_scaling,
     train_only,
 )
-from .functional import linear_4bit, lora_linear_4bit
+from .functional import linear, linear_4bit, lora, taken
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
-from .multi_lora.functional import multi_lora_linear_4bit
-from .multi_lora.plan import active as active_plan
+from .multi_lora.functional import multi
+from .multi_lora.in_force import in_force
+from .multi_lora.pages import ModulePages, save_plainly
+from .multi_lora.plan import Plan
 from .paths import named_modules
-from .ragged import by_rows, is_ragged
+from .ragged import by_rows
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
@@ -110,7 +112,8 @@ class LoRALinear4bit(Linear4bit):
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
         self._active_adapter: str | None = None
-        self._disabled = False
+        self._disabled: list[object] = []  # one for each call of disable_adapters that is in force
+        self.register_state_dict_post_hook(save_plainly)
 
     # -- adapters ----------------------------------------------------------------------------------
 
@@ -217,15 +220,23 @@ class LoRALinear4bit(Linear4bit):
         return self._active_adapter
 
     def disable_adapters(self) -> contextlib.AbstractContextManager:
-        """The layer is its base from now on, even while merged; in a ``with``, until its end."""
+        """The layer is its base from now on, even while merged; in a ``with``, until its end.
+
+        Blocks may overlap in any order: the layer is its base until the last of them has ended.
+        """
+        request = object()
+        self._disabled.append(request)
         restore = contextlib.ExitStack()
-        restore.callback(setattr, self, "_disabled", self._disabled)
-        self._disabled = True
+        restore.callback(self._no_longer_disabled, request)
         return restore
 
+    def _no_longer_disabled(self, request: object) -> None:
+        if request in self._disabled:
+            self._disabled.remove(request)
+
     def enable_adapters(self) -> None:
-        """Undoes :meth:`disable_adapters`."""
-        self._disabled = False
+        """Undoes every :meth:`disable_adapters`."""
+        self._disabled.clear()
 
     # -- merging -----------------------------------------------------------------------------------
 
@@ -268,22 +279,63 @@ class LoRALinear4bit(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype: :func:`lora_linear_4bit`."""
-        if is_ragged(x):
+        if getattr(x, "is_nested", False):
             return by_rows(self.forward, x)
         bias, name = self._parameters["bias"], self._active_adapter
-        if (plan := active_plan()) is not None and not self._disabled:
-            self._require_unmerged("forward under a plan")
-            pages = plan.bank.pages_of(self)
-            return multi_lora_linear_4bit(x, self.weight4bit, plan, pages, bias, self.training)
+        under = self.in_force(entries) if (entries := in_force.entries) else None
+        w = self.weight4bit
+        if under is not None:
+            if self._unmerged is not None:
+                self._require_unmerged("forward under a plan")
+            return multi(taken(x, w), w, *under, bias, self.training)
         if self._disabled and self._unmerged is not None:
-            return linear_4bit(x, self._unmerged, bias)
+            w = self._unmerged
+        x = taken(x, w)
         if self._disabled or self._unmerged is not None or name not in self.r:
-            return linear_4bit(x, self.weight4bit, bias)
+            return linear(x, w, bias)
         dropout_p = self.lora_dropout[name] if self.training else 0.0
         if not are_fused(*self.adapter_modules(name)):
             return self._by_calls(x, name, dropout_p)
         A, B = self.adapter_parameters(name)
-        return lora_linear_4bit(x, self.weight4bit, A, B, self.scaling[name], bias, dropout_p)
+        return lora(x, w, A, B, self.scaling[name], bias, dropout_p)
+
+    def in_force(self, entries: tuple) -> tuple[Plan, ModulePages] | None:
+        """The plan of a bank of this layer that is in force, and the layer's pages, if it is not disabled.
+
+        ``entries``: all that is in force. Records of checkpoints hear what else decides about y.
+        Raises RuntimeError if the block of the plan has ended, ValueError for a layer of routed experts.
+        """
+        found = None
+        for entry in reversed(entries):
+            if not self._disabled and (pages := entry.pages.get(id(self))) is not None:
+                if entry.ended:
+                    raise RuntimeError(
+                        "forward under a plan: this asyncio task began in a block `with bank.using(plan)` that has "
+                        "ended since; enter a block in the task itself"
+                    )
+                if pages.routed:
+                    pages.check_order(entry.plan)
+                found = entry.plan, pages
+                break
+        for entry in entries:
+            if entry.records:
+                entry.note(self, self._state(planned=found is not None))
+        return found
+
+    def _state(self, planned: bool) -> tuple[str | None, bool, bool, float]:
+        """What decides about y, beside the tensors and a plan: adapter, disabled, merged, probability of dropout."""
+        disabled, name = bool(self._disabled), self._active_adapter
+        if disabled or planned or name not in self.r:
+            name = None
+        dropout_p = self.lora_dropout[name] if name is not None and self.training else 0.0
+        return name, disabled, self.merged, float(self.training) if planned else dropout_p
+
+    def _replicate_for_data_parallel(self):
+        if any(id(self) in entry.pages for entry in in_force.entries):
+            raise RuntimeError(
+                "nn.DataParallel: expected no plan in force, since replicas have no pages; call the model itself"
+            )
+        return super()._replicate_for_data_parallel()
 
     def _by_calls(self, x: torch.Tensor, name: str, dropout_p: float) -> torch.Tensor:
         """The forward where A or B is more than its weight: what they are is called, as PEFT does."""

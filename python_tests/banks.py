@@ -59,7 +59,7 @@ def alone(model: nn.Module, name: str | None, x: torch.Tensor) -> torch.Tensor:
 
 def expected_delta(bank, module: str, names: list[str | None], x: torch.Tensor) -> torch.Tensor:
     """What ``multi_lora_`` adds, row by row in float64, from the model's own parameters."""
-    layer = bank[module].layer
+    layer = bank[module].owner.layer
     rows = []
     for name, row in zip(names, x.double()):
         if name is None:

@@ -149,7 +149,7 @@ FUZZ = [*fuzz(40, seed=1, size=200), *fuzz(50, seed=2, size=700)]
 SHARED = [*PAIRWISE, *FUZZ]
 _WEIGHT = ("NK", "quant_type", "blocksize", "double_quant", "dtype", "storage")
 # For operators on the weight alone.
-WEIGHTS = [*map(_case, pairwise({name: FACTORS[name] for name in _WEIGHT})), *FUZZ[::2]]
+WEIGHTS = [*map(_case, pairwise({name: FACTORS[name] for name in _WEIGHT})), *FUZZ[::4]]
 # One of each kind, for tests that are not about shapes.
 FEW = [
     Case(),

@@ -111,33 +111,41 @@ def _kinds() -> dict[str, Turns]:
     }
 
 
-def regions(isa: str) -> dict[str, tuple[int, int, int]]:
-    """Name -> (M, N, K) of problems in which two edges meet."""
+def regions(isa: str) -> dict[str, dict[str, int | bool]]:
+    """Name -> sizes, and what else matters, of problems in which two edges meet."""
     c = constants(isa)
-    few, depth, width = c["kMaxGemv"], c["kDepth"], c["kStripWidth"]
-    strip, stage = c["kStripsAtOnce"] * width, c["kStage"]
+    gemv, skinny, depth, width = c["kMaxGemv"], c["kMaxSkinny"], c["kDepth"], c["kStripWidth"]
+    piece, stage, at_once = c["kStripsAtOnce"] * width, c["kStage"], c["kStripsAtOnce"]
+    nested = {"blocksize": 32, "double_quant": True}
     found = {
-        "few rows, second chunk in part": (few, 9, c["kChunk"] + 32),
-        "few rows, many scales in a row": (few - 1, 5, 32 * (2 * c["kLanes"] + 1)),
-        "few rows, nested scales of the next blocks": (2, NESTED_BLOCKSIZE // 8 + 3, 256 + 64),
-        "few rows, two strips of dx": (1, 33, 2 * strip + 32),
-        "dx: second panel": (few + 1, depth + 1, 32),
-        "dx: second panel, second strip": (few + 4, 2 * depth + 3, width + 32),
-        "dx: second panel, second piece": (few + 1, depth + 5, strip + width + 64),
-        "dx: second panel, many rows": (c["kWhole"] + 1, depth + 7, width + 64),
-        "forward: second stage, second strip": (few + 1, width + 3, stage + 32),
-        "forward: second panel, second piece": (c["kMaxSkinny"] + 1, strip + 5, depth + 32),
-        "forward: nested scales of the next blocks": (c["kMaxSkinny"] + 2, width + 1, depth + 64),
-        "both: second chunk of rows": (c["kRows"] + 3, c["kMicroColumns"] + 1, depth + 32),
-        "blocks that cross rows": (c["kWhole"] + 1, width + 1, depth + 5),
-        "blocks that cross rows, second piece": (few - 1, depth + 1, strip + 3),
+        "gemv: a second chunk in part": dict(M=gemv, N=9, K=c["kChunk"] + 32),
+        "gemv: many scales in a row": dict(M=3, N=5, K=32 * (2 * c["kLanes"] + 1), blocksize=32),
+        "gemv: the next nested blocks": dict(M=2, N=NESTED_BLOCKSIZE // 8 + 3, K=320) | nested,
+        "gemv: two pieces of dx": dict(M=1, N=33, K=2 * piece + 32),
+        "dx: a second panel": dict(M=gemv + 1, N=depth + 1, K=32),
+        "dx: a second panel and strip": dict(M=gemv + 4, N=2 * depth + 3, K=width + 32),
+        "dx: a second panel and piece": dict(M=gemv + 1, N=depth + 5, K=piece + width + 64),
+        "dx: a second panel, many rows": dict(M=c["kWhole"] + 1, N=depth + 7, K=width + 64),
+        # Two threads have an odd number of strips each, and a block is two strips.
+        "dx: pieces begin and end within blocks": dict(
+            M=gemv + 1, N=9, K=2 * (at_once + 1) * width, blocksize=2 * width
+        ),
+        "skinny: a second stage and strip": dict(M=gemv + 1, N=width + 3, K=stage + 32),
+        "skinny: the next nested blocks": dict(M=gemv + 2, N=width + 1, K=depth + 64) | nested,
+        "gemm: a second panel and piece": dict(M=skinny + 1, N=piece + 5, K=depth + 32),
+        "gemm: the next nested blocks": dict(M=skinny + 2, N=width + 1, K=depth + 64) | nested,
+        "both: a second chunk of rows": dict(
+            M=c["kRows"] + 3, N=c["kMicroColumns"] + 1, K=depth + 32
+        ),
+        "blocks cross rows: a second panel": dict(M=c["kWhole"] + 1, N=width + 1, K=depth + 5),
+        "blocks cross rows: a second piece": dict(M=gemv - 1, N=depth + 1, K=piece + 3),
     }
     if isa == "amx":
         rows = c["kAmxDx"] + c["kAmxRows"] + 1
         found |= {
-            "tiles, second panel of both": (rows, depth + 9, depth + 32),
-            "tiles, second piece of dx": (rows, 33, strip + 64),
-            "tiles, second piece of forward": (c["kAmxForward"], strip + 33, 96),
+            "amx: a second panel of both": dict(M=rows, N=depth + 9, K=depth + 32),
+            "amx: a second piece of dx": dict(M=rows, N=33, K=piece + 64),
+            "amx: a second piece of y": dict(M=c["kAmxForward"], N=piece + 33, K=96),
         }
     return found
 
@@ -158,11 +166,9 @@ def linear(isa: str) -> list[Case]:
                     room //= 8 if shape.count(0) == 2 else 1  # another side comes after this one
                     shape[j] = turns[j].take(lambda v, room=room: v <= room)
             found.append(_case(kinds, *shape))
-    for name, shape in regions(isa).items():
-        case = _case(kinds, *shape)
-        if "nested" in name or "many scales" in name:
-            case = case._replace(blocksize=32, double_quant="nested" in name)
-        found.append(case)
+    for region in regions(isa).values():
+        case = _case(kinds, region["M"], region["N"], region["K"])
+        found.append(case._replace(**region))
     return found
 
 

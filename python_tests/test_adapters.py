@@ -39,7 +39,7 @@ def state(model: nn.Module) -> dict:
     """All that a failed call must leave as it was."""
     layers = lora_layers(model)
     settings = {
-        path: (dict(layer.r), layer.active_adapter, layer._disabled, layer.merged)
+        path: (dict(layer.r), layer.active_adapter, bool(layer._disabled), layer.merged)
         for path, layer in layers.items()
     }
     tensors = {key: value.clone() for key, value in model.state_dict().items()}

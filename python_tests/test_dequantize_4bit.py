@@ -1,5 +1,7 @@
 """W[n, k] = code[nibble] * scale, rounded once: the same bytes as the reference and as bitsandbytes."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def reference_bytes(args):
     return reference.dequantize_4bit(*args).to(args[-1])
 
 
-@each_case(cases.LARGE, cases.WEIGHTS, edges.weights)
+@each_case(cases.LARGE[::3], cases.WEIGHTS, edges.weights)
 def test_same_bits_as_the_reference(case, backend):
     args = cases.make("dequantize_4bit", case)
     tolerance.assert_same_bits("W", ops.dequantize_4bit(*args), reference_bytes(args))
@@ -129,10 +131,9 @@ SHAPES = [(16, 4096), (17, 64), (3, 5), (33, 63), (64, 128), (5, 2048), (2, 62),
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("blocksize", lk.formats.BLOCKSIZES)
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_same_bits_as_bitsandbytes(quant_type, blocksize, double_quant, bnb, backend, subtests):
-    for shape in SHAPES:
-        with subtests.test(shape=shape):
+def test_same_bits_as_bitsandbytes(quant_type, blocksize, bnb, backend, subtests):
+    for shape, double_quant in itertools.product(SHAPES, (False, True)):
+        with subtests.test(shape=shape, double_quant=double_quant):
             compare_with_bitsandbytes(bnb, shape, quant_type, blocksize, double_quant)
 
 

@@ -144,7 +144,7 @@ def test_gradients_of_multi_lora(bank):
     x = torch.randn(6, 64, requires_grad=True)
     y0 = torch.randn(6, 96, requires_grad=True)
     dy = torch.randn(6, 96)
-    layer = bank["up"].layer
+    layer = bank["up"].owner.layer
     leaves = [x, y0, *layer.adapter_parameters("a"), *layer.adapter_parameters("b")]
     y = lk.multi_lora_(y0.clone(), x, bank.plan(NAMES), bank["up"])
     actual = torch.autograd.grad(y, leaves, dy)

@@ -47,6 +47,24 @@ def test_a_load_needs_a_page(pages):
     refused(pool, ValueError, f"pages: expected at least 1, got {pages}", pool.load, pages)
 
 
+def test_adjacent_pages_are_the_smallest_run_that_is_long_enough():
+    pool = PagePool(12)
+    for pages in (2, 1, 3, 1, 1, 4):
+        pool.load(pages)
+    for slot in (0, 2, 4):  # free: 0 1, 3 4 5, 7
+        pool.evict(slot)
+    assert pool.load(2, adjacent=True)[1] == [0, 1]
+    assert pool.load(1, adjacent=True)[1] == [7]
+    message = "the page pool has no 2 free pages side by side"
+    pool.evict(pool.load(1, adjacent=True)[0])  # 3, and back
+    assert sorted(pool.load(3)[1]) == [3, 4, 5]
+    pool.evict(1)
+    pool.evict(3)  # free: 2 and 6
+    refused(pool, RuntimeError, message, pool.load, 2, True)
+    refused(pool, RuntimeError, "2 free pages of 12, 3 were asked for", pool.load, 3, True)
+    assert sorted(pool.load(2)[1]) == [2, 6]
+
+
 def test_exhaustion_says_how_much_is_there():
     pool = PagePool(8)
     pool.load(5)

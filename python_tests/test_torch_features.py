@@ -6,10 +6,12 @@ Operators under ``opcheck`` are in test_schema.py, the functions in test_functio
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import importlib
 import io
 import pickle
+import threading
 
 import pytest
 import torch
@@ -89,6 +91,56 @@ def test_compiles_whole_and_once_for_all_batches(kind):
         assert len(expected) == GRADIENTS[kind]
         assert_same_bits(f"{rows} rows", trained(model, x, compiled), expected)
     assert counter.frame_count == 2, "fixed sizes, then dynamic ones"
+
+
+def state_of(model: Model, r: int) -> dict[str, torch.Tensor]:
+    """An adapter for the model's bank."""
+    shapes = {
+        name: layer.shape for name, layer in ((n, model.bank[n]) for n in model.bank.module_names)
+    }
+    A = {f"{name}.lora_A.weight": torch.randn(r, k) for name, (_, k) in shapes.items()}
+    return A | {f"{name}.lora_B.weight": torch.randn(n, r) for name, (n, _) in shapes.items()}
+
+
+@pytest.mark.parametrize("batch", ["one", "more", "fewer"])
+def test_two_graphs_whatever_adapters_come_and_go(batch):
+    """Of one rank; the number of adapters in the batch, and which they are, costs no compilation."""
+    torch.compiler.reset()
+    model, counter = Model("plan").eval(), CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    bank, x = lk.AdapterBank.for_model(model.layers, num_pages=16), torch.randn(7, K)
+    model.bank.evict("default")
+    steps = {"one": [1] * 6, "more": [1, 2, 3, 5, 7, 7], "fewer": [7, 5, 3, 2, 1, 1]}[batch]
+    model.bank = bank
+    for step, count in enumerate(steps):
+        names = [f"user {step}.{min(row, count - 1)}" for row in range(7)]
+        for name in dict.fromkeys(names):
+            bank.load(name, state_of(model, r=4))
+        with torch.no_grad(), bank.using(bank.plan(names)):
+            assert_same_bits(f"step {step}", compiled(x), model(x))
+        for name in dict.fromkeys(names):
+            bank.evict(name)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_code_runs_under_the_plan_of_its_context():
+    torch.compiler.reset()
+    model, x = Model("plan").eval(), torch.randn(4, K)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    without, seen = model(x), []
+    assert_same_bits("no plan", compiled(x), without)
+    with model.using(x):
+        planned = model(x)
+        assert_same_bits("a plan", compiled(x), planned)
+        thread = threading.Thread(target=lambda: seen.append(compiled(x)))
+        thread.start()
+        thread.join()
+        copied = contextvars.copy_context()
+    assert not torch.equal(planned, without)
+    assert_same_bits("another thread", seen[0], without)
+    assert_same_bits("no plan any more", compiled(x), without)
+    with pytest.raises(RuntimeError, match="that has ended since"):
+        copied.run(compiled, x)
 
 
 @each_kind
@@ -182,12 +234,10 @@ def test_copies_are_on_their_own(kind, method):
 @each_kind
 def test_functional_call_with_other_tensors(kind):
     model, other, x = Model(kind), Model(kind), torch.randn(4, K)
-    if kind == "plan":
-        with (
-            model.using(x),
-            pytest.raises(ValueError, match="this layer is not among the 2 modules"),
-        ):
-            torch.func.functional_call(other, dict(model.named_parameters()), (x,))
+    if kind == "plan":  # which is of the model's bank; the other model has none in force
+        expected = other(x)
+        with model.using(x):
+            assert_same_bits(kind, other(x), expected)
         return
     state = dict(other.named_parameters()) | dict(other.named_buffers())
     before = model(x)
@@ -261,7 +311,8 @@ def test_replicas_work(kind, monkeypatch):
 
 
 def test_a_plan_does_not_reach_replicas(monkeypatch):
+    """They run in other threads, which see no plan, and have no pages."""
     model, x = Model("plan"), torch.randn(6, K)
-    copied, _ = replicas(model, 2, monkeypatch)
-    with model.using(x), pytest.raises(ValueError, match="this layer is not among the 2 modules"):
-        copied(x)
+    with model.using(x), pytest.raises(RuntimeError, match="replicas have no pages"):
+        replicas(model, 2, monkeypatch)
+    replicas(model, 2, monkeypatch)

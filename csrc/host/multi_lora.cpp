@@ -102,13 +102,15 @@ ValueError: num_pages is not in 1 .. 2^31-1; everywhere below also: a slot that 
       .def(py::init<int64_t>(), py::arg("num_pages"))
       .def(
           "load",
-          [](PagePool& pool, int64_t pages) {
-            PagePool::Loaded loaded = pool.load(pages);
+          [](PagePool& pool, int64_t pages, bool adjacent) {
+            PagePool::Loaded loaded = pool.load(pages, adjacent);
             return py::make_tuple(loaded.slot, std::move(loaded.pages));
           },
-          py::arg("pages"),
-          "(slot, its page numbers) for a new adapter of so many pages. RuntimeError: fewer are "
-          "free. ValueError: pages < 1.")
+          py::arg("pages"), py::arg("adjacent") = false,
+          "(slot, its page numbers) for a new adapter of so many pages; adjacent: each page "
+          "follows "
+          "the one before. RuntimeError: fewer are free, or not side by side. ValueError: pages < "
+          "1.")
       .def("evict", &PagePool::evict, py::arg("slot"),
            "Frees a slot and its pages. RuntimeError: it is pinned.")
       .def("pin", &pin, py::arg("slots"), py::arg("generations") = py::none(),

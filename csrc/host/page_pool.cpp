@@ -1,5 +1,6 @@
 #include "host/page_pool.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -39,7 +40,22 @@ PagePool::Slot& PagePool::at(const char* argument, int64_t slot) {
   return const_cast<Slot&>(std::as_const(*this).at(argument, slot));
 }
 
-PagePool::Loaded PagePool::load(int64_t pages) {
+std::vector<int32_t> PagePool::free_run(size_t pages) const {
+  std::vector<int32_t> free = free_pages_;
+  std::sort(free.begin(), free.end());
+  size_t best = 0, shortest = free.size() + 1;
+  for (size_t first = 0, next; first < free.size(); first = next) {
+    for (next = first + 1; next < free.size() && free[next] == free[next - 1] + 1;) ++next;
+    if (next - first < pages || next - first >= shortest) continue;
+    best = first;
+    shortest = next - first;
+  }
+  if (shortest > free.size()) return {};
+  const auto begin = free.begin() + static_cast<std::ptrdiff_t>(best);
+  return {begin, begin + static_cast<std::ptrdiff_t>(pages)};
+}
+
+PagePool::Loaded PagePool::load(int64_t pages, bool adjacent) {
   if (pages < 1)
     throw std::invalid_argument("pages: expected at least 1, got " + std::to_string(pages));
   std::lock_guard<std::mutex> lock(mutex_);
@@ -50,6 +66,10 @@ PagePool::Loaded PagePool::load(int64_t pages) {
                              " were asked for");
   // What can run out of memory comes before any change.
   Loaded result{0, {free_pages_.rbegin(), free_pages_.rbegin() + pages}};
+  if (adjacent) result.pages = free_run(static_cast<size_t>(pages));
+  if (result.pages.empty())
+    throw std::runtime_error("the page pool has no " + std::to_string(pages) +
+                             " free pages side by side");
   std::vector<int32_t> own = result.pages;
   if (free_slots_.empty()) {
     slots_.emplace_back();
@@ -58,7 +78,13 @@ PagePool::Loaded PagePool::load(int64_t pages) {
     result.slot = free_slots_.back();
     free_slots_.pop_back();
   }
-  free_pages_.resize(static_cast<size_t>(free - pages));
+  if (adjacent) {
+    const auto taken = [&own](int32_t page) { return page >= own.front() && page <= own.back(); };
+    free_pages_.erase(std::remove_if(free_pages_.begin(), free_pages_.end(), taken),
+                      free_pages_.end());
+  } else {
+    free_pages_.resize(static_cast<size_t>(free - pages));
+  }
   Slot& slot = slots_[static_cast<size_t>(result.slot)];
   slot.pages = std::move(own);
   slot.generation = ++generation_;

@@ -23,8 +23,9 @@ class PagePool {
 
   int64_t num_pages() const { return num_pages_; }
 
-  // Gives pages to a new adapter, in the lowest slot never used or the last one freed.
-  Loaded load(int64_t pages);
+  // Gives pages to a new adapter, in the lowest slot never used or the last one freed. Adjacent
+  // ones are the smallest run of free pages that is long enough, in ascending order.
+  Loaded load(int64_t pages, bool adjacent = false);
   // Takes its pages back. Refused while it is pinned.
   void evict(int64_t slot);
   // Keeps adapters from eviction until they are unpinned as often. All of them, or none when one is
@@ -59,7 +60,8 @@ class PagePool {
     int64_t pins = 0;
   };
 
-  const Slot* find(int64_t slot) const;  // null: not loaded
+  std::vector<int32_t> free_run(size_t pages) const;  // empty: there is none
+  const Slot* find(int64_t slot) const;               // null: not loaded
   const Slot& at(const char* argument, int64_t slot) const;
   Slot& at(const char* argument, int64_t slot);
 

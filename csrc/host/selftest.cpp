@@ -43,7 +43,11 @@ void random_steps(PagePool& pool, uint32_t seed) {
   for (int step = 0; step < 20000; ++step) {
     if (own.empty() || random() % 2) {
       try {
-        own.push_back(pool.load(1 + below(random, 4)).slot);
+        const bool adjacent = random() % 2;
+        const PagePool::Loaded loaded = pool.load(1 + below(random, 4), adjacent);
+        own.push_back(loaded.slot);
+        for (size_t i = 1; adjacent && i < loaded.pages.size(); ++i)
+          expect(loaded.pages[i] == loaded.pages[i - 1] + 1, "adjacent pages are side by side");
       } catch (const std::runtime_error&) {  // exhausted
       }
       continue;

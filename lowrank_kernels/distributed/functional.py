@@ -26,9 +26,9 @@ makes the mask of the columns before its own too.
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from ..functional import bias_gradient, differentiable_once
 from ..schema import ops
 from .shards import Cut, Place
 
@@ -67,9 +67,10 @@ def _expand_(y, s, B, scaling):
 def _without_autocast(function):
     """Skinny products stay float32; x was cast before."""
 
-    def run(ctx, tensor, *args):
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(ctx, tensor, *args)
+    def run(ctx, *args):
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return function(ctx, *args)
 
     return run
 
@@ -89,10 +90,10 @@ class ColumnParallel(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @_without_autocast
-    def backward(ctx, dy):
-        x, A, B, bias, seed, s, *weight = ctx.saved_tensors
+    def backward(ctx, saved, dy):
+        x, A, B, bias, seed, s, *weight = saved
         place, ranks, scaling, dropout_p, dims = ctx.rest
         need_dx, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:4]
         dx = ops.linear_4bit_dx(dy, *weight, *dims) if need_dx else None
@@ -106,7 +107,7 @@ class ColumnParallel(torch.autograd.Function):
             dB = (scaling * (dy.float().T @ s)).to(B.dtype)
         if need_dx:
             place.all_reduce(dx)
-        dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype) if need_dbias else None
+        dbias = bias_gradient(dy, bias.dtype) if need_dbias else None
         return dx, dA if need_dA else None, dB, dbias, *([None] * 14)
 
 
@@ -129,10 +130,10 @@ class RowParallel(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     @_without_autocast
-    def backward(ctx, dy):
-        x, A, B, bias, seed, s, *weight = ctx.saved_tensors
+    def backward(ctx, saved, dy):
+        x, A, B, bias, seed, s, *weight = saved
         place, (inputs, outputs), scaling, dropout_p, dims = ctx.rest
         need_dx, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:4]
         dx = ops.linear_4bit_dx(dy, *weight, *dims) if need_dx else None
@@ -146,5 +147,5 @@ class RowParallel(torch.autograd.Function):
             dx = dx.add_(of_adapter) if need_dx else None
         if need_dB:
             dB = (scaling * (outputs.own(dy, 1).float().T @ s)).to(B.dtype)
-        dbias = dy.sum(0, dtype=torch.float32).to(bias.dtype) if need_dbias else None
+        dbias = bias_gradient(dy, bias.dtype) if need_dbias else None
         return dx, dA if need_dA else None, dB, dbias, *([None] * 14)

@@ -8,11 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .. import int8
 from ..adapter import AdapterSettings, are_fused
-from ..backends import check_batch_invariant
 from ..functional import autocast, dropout_seed, wants_grad
-from ..multi_lora.plan import active as active_plan
+from ..multi_lora.in_force import in_force
 from ..nn import LoRALinear4bit, only_a_part
 from ..ragged import by_rows, is_ragged
 from ..schema import check_linear, check_tensor
@@ -71,7 +69,7 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
 
     def _inputs(self, x: torch.Tensor) -> torch.Tensor:
         """x ready for the operator, rows [M, K of the weight]; raises as :func:`lora_linear_4bit`."""
-        if active_plan() is not None and not self._disabled:
+        if in_force.entries and self.in_force(in_force.entries) is not None:
             raise RuntimeError(
                 "forward under a plan: AdapterBank is not implemented for parallel layers; use one active adapter"
             )
@@ -93,8 +91,9 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
                 )
             (A, B), scaling = self.adapter_parameters(name), self.scaling[name]
             dropout_p = self.lora_dropout[name] if self.training else 0.0
-        int8.check(x, w, wants_grad(x, A, B, bias))
-        check_batch_invariant(x)
+        wants_grad(
+            x, w, A, B, bias
+        )  # raises where int8, forward-mode derivatives, ... cannot be had
         seed = dropout_seed(dropout_p, x.device)  # drawn on all, which keeps generators in step
         seed = None if seed is None else self.place.from_first(seed)
         return A, B, bias, seed, self.place, cut, float(scaling), float(dropout_p), *w.op_args()

@@ -6,7 +6,8 @@ import dataclasses
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
+
+from ..functional import differentiable_once
 
 
 def shard_sizes(total: int, parts: int, unit: int = 32) -> list[int]:
@@ -119,8 +120,8 @@ class GatherColumns(torch.autograd.Function):
         return place.all_gather(x, cut)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    @differentiable_once
+    def backward(ctx, saved, dy):
         return ctx.cut.own(dy, 1).contiguous(), None, None
 
 
@@ -133,7 +134,7 @@ class OwnColumns(torch.autograd.Function):
         return cut.own(x, 1).contiguous()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
+    @differentiable_once
+    def backward(ctx, saved, dy):
         place, cut = ctx.rest
         return place.all_gather(dy, cut), None, None

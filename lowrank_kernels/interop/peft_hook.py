@@ -14,7 +14,7 @@ from .on_import import on_import
 
 def register() -> None:
     on_import("peft.tuners.lora.model", _install)
-    on_import("peft.utils.hotswap", _forget_pages_after)
+    on_import("peft.tuners.tuners_utils", _watch_injection)
 
 
 def _install(lora_model: ModuleType) -> None:
@@ -45,6 +45,33 @@ class _AdapterLayers:
         from .peft_layer import adopt
 
         adopt(layer)
+
+
+def _watch_injection(tuners_utils: ModuleType) -> None:
+    """Every method of PEFT makes its layers in ``inject_adapter``: it is refused or taken on there."""
+    inject = tuners_utils.BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self, model, *args, **kwargs):
+        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+            return inject(self, model, *args, **kwargs)
+        from .peft_methods import adopt_layers, check_target
+
+        create = self._create_and_replace
+
+        def create_and_replace(peft_config, adapter_name, target, *rest, **more):
+            check_target(peft_config, target)
+            return create(peft_config, adapter_name, target, *rest, **more)
+
+        self._create_and_replace = create_and_replace
+        try:
+            result = inject(self, model, *args, **kwargs)
+        finally:
+            del self._create_and_replace
+        adopt_layers(model)
+        return result
+
+    tuners_utils.BaseTuner.inject_adapter = inject_adapter
 
 
 def _expected() -> str:
@@ -82,19 +109,3 @@ def _refuse_copies(wrapper: type) -> None:
             )
 
     wrapper.check_module = check
-
-
-def _forget_pages_after(hotswap: ModuleType) -> None:
-    """Hotswapping writes to adapters through ``.data``, which the layers' copies for mixed batches do not see."""
-    swap = hotswap.hotswap_adapter_from_state_dict
-
-    @functools.wraps(swap)
-    def hotswap_adapter_from_state_dict(model, *args, **kwargs):
-        try:
-            return swap(model, *args, **kwargs)
-        finally:
-            for module in model.modules():
-                if hasattr(module, "forget_pages"):
-                    module.forget_pages()
-
-    hotswap.hotswap_adapter_from_state_dict = hotswap_adapter_from_state_dict

@@ -1,20 +1,21 @@
 """Batches with mixed adapters under PEFT: ``model(..., adapter_names=[...])`` in the multi-adapter kernel.
 
-Each layer copies the adapters of the batch into pages of its own, where the kernel reads them. Which adapter
-has which pages is the same in all layers with the same adapters, so they share one plan.
+The adapters of a layer live in pages of its own, those of one dtype together, where the kernel reads them: PEFT's
+parameters are views of the pages. Which adapter has which pages is the same in all layers with the same adapters, so
+they share one plan.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
 
 from ..functional import linear_4bit
-from ..multi_lora.functional import multi_lora_linear_4bit
+from ..multi_lora.functional import multi_lora_, multi_lora_linear_4bit
 from ..multi_lora.pages import ModulePages
 from ..multi_lora.plan import PageTable, Plan
 from ..schema import RANK_STEP, ceil_div
@@ -31,7 +32,7 @@ class Parts(NamedTuple):
 
 
 class _Layout(PageTable):
-    """Adapters one after another in the pages, each in as few as hold its rank. Never changes."""
+    """Adapters in the pages of a layer, each in as few as hold its rank. Never changes."""
 
     def __init__(self, ranks: tuple[tuple[str, int], ...], dtype, device) -> None:
         pages = sum(ceil_div(rank, RANK_STEP) for _, rank in ranks)
@@ -39,8 +40,8 @@ class _Layout(PageTable):
         self.dtype = dtype
         self.first_page: dict[int, int] = {}
         for name, rank in ranks:
-            slot, page_ids = self._take_pages(name, rank)
-            self._name_slot(name, slot, rank)
+            slot, page_ids = self.take_pages(name, rank, adjacent=True)
+            self.name_slot(name, slot, rank)
             self.first_page[slot] = page_ids[0]
 
 
@@ -54,88 +55,72 @@ def _plan(layout: _Layout, names: tuple[str | None, ...], tokens: int) -> Plan:
         return Plan(layout, names, [tokens] * len(names), fixed=False, max_rank=None)
 
 
-class _Pages(ModulePages):
-    """The adapters of one layer. Their parameters stay the owners of the values, see :meth:`refresh`."""
+class _Adapters:
+    """The owner of a layer's pages: the adapters of the layer that live there."""
 
-    def __init__(self, layer: PeftLinear) -> None:
-        parts = {name: layer.plain_part(name) for name in layer.lora_A}
-        parts = {name: part for name, part in parts.items() if part is not None}
-        ranks = tuple((name, part.A.shape[0]) for name, part in parts.items())
-        dtypes = {weight.dtype for part in parts.values() for weight in (part.A, part.B)}
-        device = layer.get_base_layer().weight.device
-        layout = _layout(ranks, dtypes.pop() if len(dtypes) == 1 else torch.float32, device)
-        with torch.inference_mode(False):
-            super().__init__(layout, "", weakref.proxy(layer))
+    def __init__(self, layer: PeftLinear, parts: dict[str, Parts]) -> None:
+        """``parts``: some of the layer's adapters, all of one dtype. They move in."""
         self.parts = parts
-        self._scalings: dict[int, float] = {}
-        self._views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._copied: dict[int, tuple[tuple, tuple]] = {}  # A and B as they were then
-        N, K = self.shape
-        for name, part in parts.items():
-            slot, rank = layout.slot(name), part.A.shape[0]
-            first = layout.first_page[slot] * RANK_STEP
-            rows = slice(first, first + rank)
-            self._views[slot] = self.A.view(-1, K)[rows], self.B.view(-1, N)[rows].T
-            self._scalings[slot] = float(part.scaling)
-            self._describe(slot, rank, self._scalings[slot], part.dropout_p)
-            self.follow(slot, name)
+        ranks = tuple((name, part.A.shape[0]) for name, part in parts.items())
+        A = next(iter(parts.values())).A
+        with torch.inference_mode(False):
+            self.layout = _layout(ranks, A.dtype, A.device)
+            self.names = {self.layout.slot(name): name for name in parts}
+            self.pages = ModulePages(self.layout, layer.out_features, layer.in_features, self)
+            for slot, name in self.names.items():
+                part = parts[name]
+                self.pages.describe(slot, part.A.shape[0], float(part.scaling), part.dropout_p)
+                self.pages.adopt(slot, self.layout.first_page[slot])
 
     def __reduce__(self):
         return type(None), ()  # a copy of the layer makes its own
 
-    def hold(self, parts: dict[str, Parts], device: torch.device) -> bool:
-        """Whether these are the adapters as they were, but for their values, and fit without loss.
+    def adapter(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
+        part = self.parts[self.names[slot]]
+        return part.A, part.B
+
+    def release(self) -> None:
+        """Gives the adapters memory of their own again."""
+        for slot in self.names:
+            self.pages.release(slot)
+
+    def hold(self, parts: dict[str, Parts]) -> bool:
+        """Whether these are the adapters as they were, but for their values, and fit.
 
         Others get other pages, so that a backward that is still to come finds what its forward had.
         """
-        dtype = self.bank.dtype
-        for name, (A, B, scaling, dropout_p, _) in parts.items():
-            slot = self.bank._slots.get(name)
-            if slot is None or self._ranks[slot] != A.shape[0]:
+        for name, part in parts.items():
+            mine = self.parts.get(name)
+            if mine is None or mine.A.shape != part.A.shape or mine.A.device != part.A.device:
                 return False
-            if self._scalings[slot] != scaling or self._dropout[slot] != dropout_p:
+            if (float(mine.scaling), mine.dropout_p) != (float(part.scaling), part.dropout_p):
                 return False
-            if dtype != torch.float32 and not A.dtype == B.dtype == dtype:
-                return False
-        return device == self.device
-
-    def _own_adapter(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.parts[self.own[slot]][:2]
-
-    @torch.no_grad()
-    def refresh(self, plan: Plan) -> None:
-        """Copies the adapters of the plan into their pages, but for those that are as they were copied.
-
-        Those that require gradients are copied every time: not every optimizer's step can be seen. Of the
-        others, writes through ``.data`` cannot, see :meth:`PeftLinear.forget_pages`.
-        """
-        pages, values = [], []
-        for slot in plan.slots:
-            A, B = self._own_adapter(slot)
-            if not (slot in self._copied and all(map(_is_same, self._copied[slot], (A, B)))):
-                pages += self._views[slot]
-                values += A, B
-                self._copied[slot] = _seen(A), _seen(B)
-        if pages:
-            torch._foreach_copy_(pages, values)
+        return True
 
 
-def _seen(parameter: torch.Tensor) -> tuple:
-    # The alias keeps the memory from being freed, so that no other can have its address.
-    unknown = parameter.requires_grad or parameter.is_inference()
-    version = None if unknown else parameter._version
-    return parameter, parameter.detach(), version
-
-
-def _is_same(seen: tuple, parameter: torch.Tensor) -> bool:
-    before, alias, version = seen
-    return (
-        before is parameter
-        and not parameter.requires_grad
-        and version is not None
-        and parameter._version == version
-        and parameter.data_ptr() == alias.data_ptr()
+def can_move(parts: dict[str, Parts], device: torch.device) -> bool:
+    """Whether each of these adapters can live in pages: plain parameters of one dtype, where the base is."""
+    return all(
+        type(A) is type(B) is nn.Parameter and A.dtype == B.dtype and A.device == B.device == device
+        for A, B, *_ in parts.values()
     )
+
+
+def _of_dtype(layer: PeftLinear, parts: dict[str, Parts], dtype: torch.dtype) -> _Adapters:
+    """The adapters of ``layer`` in this dtype, in pages; ``parts``: those that must be among them, as they are."""
+    adapters = layer._mixed_adapters.get(dtype)
+    if adapters is None or not adapters.hold(parts):
+        if adapters is not None:
+            adapters.release()
+        for name in layer.lora_A:
+            part = None if name in parts else layer.plain_part(name)
+            if part is None or part.A.dtype != dtype:
+                continue
+            if can_move({name: part}, layer.base_layer.weight.device):
+                parts = {**parts, name: part}
+        adapters = layer._mixed_adapters[dtype] = _Adapters(layer, parts)
+    adapters.parts = {**adapters.parts, **parts}
+    return adapters
 
 
 @torch.compiler.disable
@@ -144,17 +129,18 @@ def mixed_batch(
 ) -> torch.Tensor:
     """:func:`multi_lora_linear_4bit` with an adapter for each ``x[i]``; ``parts``: those that the layer has.
 
-    Differentiable in x, the bias and the parameters of the adapters.
+    Each of them :func:`can_move`. Those of a second dtype are added by :func:`multi_lora_`. Differentiable in x, the
+    bias and the parameters of the adapters.
     """
     base = layer.base_layer
-    w, pages = base.weight4bit, layer._mixed_pages
-    if not parts:
-        return linear_4bit(x, w, base.bias)
-    if pages is None or not pages.hold(parts, w.device):
-        pages = layer._mixed_pages = _Pages(layer)
-    names = tuple(name if name in parts else None for name in adapter_names)
-    plan = _plan(pages.bank, names, x.shape[1:-1].numel())
-    pages.parts = parts
-    if not torch.is_grad_enabled():
-        pages.refresh(plan)  # with gradients the function does it
-    return multi_lora_linear_4bit(x, w, plan, pages, base.bias, dropout=True)
+    w, y = base.weight4bit, None
+    for dtype in dict.fromkeys(part.A.dtype for part in parts.values()):
+        group = {name: part for name, part in parts.items() if part.A.dtype == dtype}
+        adapters = _of_dtype(layer, group, dtype)
+        names = tuple(name if name in group else None for name in adapter_names)
+        plan = _plan(adapters.layout, names, x.shape[1:-1].numel())
+        if y is None:
+            y = multi_lora_linear_4bit(x, w, plan, adapters.pages, base.bias, dropout=True)
+        else:
+            y = multi_lora_(y, x, plan, adapters.pages, dropout=True)
+    return linear_4bit(x, w, base.bias) if y is None else y

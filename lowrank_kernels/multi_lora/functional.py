@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-import torch
-from torch.autograd.function import once_differentiable
+import math
 
-from .. import int8
-from ..backends import check_batch_invariant
+import torch
+
 from ..formats import Weight4bit
-from ..functional import autocast, check_weight, dropout_seed, linear_4bit, wants_grad
+from ..functional import (
+    autocast,
+    check_weight,
+    differentiable_once,
+    linear,
+    wants_grad,
+)
 from ..schema import check_device, check_float, check_linear, check_shape, check_tensor, ops
 from .pages import ModulePages
 from .plan import Plan
+
+# What a forward read: a plan, pages, the slots of adapters that live in the pages; and how often, by then, the plan had
+# been updated and parameters of each slot been moved in.
+Read = tuple[Plan, ModulePages, list[int], int, tuple[int, ...]]
+
+
+def _check_unchanged(read: Read) -> None:
+    """Raises RuntimeError unless plan and pages still hold what the forward read."""
+    plan, pages, slots, version, moves = read
+    if torch.compiler.is_compiling():
+        return
+    plan.check_current()
+    if plan.version != version:
+        raise RuntimeError(
+            "plan: expected the backward before Plan.update, which has put another batch in its place"
+        )
+    if tuple(map(pages.moves.get, slots)) != moves:
+        raise RuntimeError(
+            "pages: expected the adapters of the forward, but since then other parameters took their place in the "
+            "layer"
+        )
 
 
 class _Gradients:
     """Where the operators leave the gradients of the adapters that want some.
 
-    ``slots``: of the adapters whose A and B are the last inputs of the function, in pairs; ``needed``: for each
-    of those inputs.
+    ``needed``: for each A and B of the adapters of ``read``, which are the last inputs of the function, in pairs.
     """
 
-    def __init__(self, plan: Plan, pages: ModulePages, slots: list[int], needed: tuple[bool, ...]):
-        plan.check_current()  # the pages still hold what the forward read
+    def __init__(self, read: Read, needed: tuple[bool, ...]):
+        _check_unchanged(read)
+        _, pages, slots, *_ = read
         pairs = zip(slots, needed[::2], needed[1::2], strict=True)
         self.pairs = [(slot, need_A, need_B) for slot, need_A, need_B in pairs]
         wanted = tuple(slot for slot, *needs in self.pairs if any(needs))
@@ -42,55 +68,65 @@ class _Gradients:
 
 class _MultiLoRALinear4bit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, seed, plan, pages, weight, slots, *parameters):
-        batch = (*plan.op_args(), *pages.op_args(), seed)
-        y, s = ops.multi_lora_linear_4bit(x, *weight, *batch, bias)
+    def forward(ctx, x, bias, seed, read, weight, *parameters):
+        y, s = ops.multi_lora_linear_4bit(x, *weight, *read[0].args, *read[1].args, seed, bias)
+        # The parameters for their version: a step of an optimizer before the backward is an error.
         ctx.save_for_backward(x, bias, seed, s, *weight[:6], *parameters)
-        ctx.rest = plan, pages, weight[6:], slots
+        ctx.rest = read, weight[6:]
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, bias, seed, s, *saved = ctx.saved_tensors
-        plan, pages, dims, slots = ctx.rest
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        x, bias, seed, s, *saved = saved
+        read, dims = ctx.rest
         weight, parameters = (*saved[:6], *dims), saved[6:]
         need_dx, need_dbias = ctx.needs_input_grad[:2]
-        gradients = _Gradients(plan, pages, slots, ctx.needs_input_grad[7:])
-        batch = (*plan.op_args(), *pages.op_args(), seed)
+        gradients = _Gradients(read, ctx.needs_input_grad[5:])
         dx, dA, dB, dbias = ops.multi_lora_linear_4bit_backward(
-            dy, x, s, *weight, *batch, bias, *gradients.args, need_dx, need_dbias
+            dy,
+            x,
+            s,
+            *weight,
+            *read[0].args,
+            *read[1].args,
+            seed,
+            bias,
+            *gradients.args,
+            need_dx,
+            need_dbias,
         )
         return (
             dx if need_dx else None,
             dbias if need_dbias else None,
-            *([None] * 5),
+            *([None] * 3),
             *gradients.of_parameters(dA, dB, parameters),
         )
 
 
 class _MultiLoRA(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, seed, plan, pages, slots, *parameters):
-        s = ops.multi_lora_(y, x, *plan.op_args(), *pages.op_args(), seed)
+    def forward(ctx, y, x, seed, read, *parameters):
+        s = ops.multi_lora_(y, x, *read[0].args, *read[1].args, seed)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, seed, s, *parameters)
-        ctx.rest = plan, pages, slots
+        ctx.rest = read
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, seed, s, *parameters = ctx.saved_tensors
-        plan, pages, slots = ctx.rest
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        x, seed, s, *parameters = saved
+        read = ctx.rest
         need_dx = ctx.needs_input_grad[1]
-        gradients = _Gradients(plan, pages, slots, ctx.needs_input_grad[6:])
-        batch = (*plan.op_args(), *pages.op_args(), seed)
-        dx, dA, dB = ops.multi_lora_backward(dy, x, s, *batch, *gradients.args, need_dx)
+        gradients = _Gradients(read, ctx.needs_input_grad[4:])
+        dx, dA, dB = ops.multi_lora_backward(
+            dy, x, s, *read[0].args, *read[1].args, seed, *gradients.args, need_dx
+        )
         return (
             dy if ctx.needs_input_grad[0] else None,
             dx if need_dx else None,
-            *([None] * 4),
+            *([None] * 2),
             *gradients.of_parameters(dA, dB, parameters),
         )
 
@@ -109,7 +145,7 @@ def multi_lora_linear_4bit(
     zero for a row without adapter. This is what :class:`LoRALinear4bit` calls under a plan.
 
     Args:
-        x: ``[..., K]`` float32, bfloat16 or float16, with as many rows as :meth:`Plan.for_rows` takes.
+        x: ``[..., K]`` float32, bfloat16 or float16, of a shape that :meth:`Plan.for_shape` takes.
         w: frozen 4-bit weight ``[N, K]``.
         plan, pages: of one :class:`AdapterBank`: ``bank.plan(...)``, ``bank[module_name]``.
         bias: ``[N]`` or None.
@@ -129,22 +165,32 @@ def multi_lora_linear_4bit(
     x = autocast(x)
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
-    plan = _check_batch(x, plan, pages, N, K)
+    _check_batch(x, plan, pages, N, K)
+    return multi(x, w, plan, pages, bias, dropout)
+
+
+def multi(
+    x: torch.Tensor,
+    w: Weight4bit,
+    plan: Plan,
+    pages: ModulePages,
+    bias: torch.Tensor | None,
+    dropout: bool,
+) -> torch.Tensor:
+    """:func:`multi_lora_linear_4bit` of arguments that were checked, all but the rows of x; the plan is current."""
+    N, K = w.shape
+    rows = x.reshape(math.prod(x.shape[:-1]), K)
+    if rows.shape[0] != plan.args.tile_of_row.shape[0]:
+        plan = plan.for_shape(x.shape)
     if plan.is_base_only:
-        return linear_4bit(x, w, bias)
-    rows = x.reshape(x.shape[:-1].numel(), K)
-    seed = dropout_seed(pages.dropout(plan) if dropout else 0.0, x.device)
+        return linear(x, w, bias)
+    seed = pages.seed(plan) if dropout else None
     slots, parameters = pages.parameters(plan)
-    needs_grad = wants_grad(x, bias, *parameters)
-    int8.check(x, w, needs_grad)
-    check_batch_invariant(x)
-    if needs_grad:
-        y = _MultiLoRALinear4bit.apply(
-            rows, bias, seed, plan, pages, w.op_args(), slots, *parameters
-        )
+    if wants_grad(x, w, bias, *parameters):
+        read = plan, pages, slots, plan.version, tuple(map(pages.moves.get, slots))
+        y = _MultiLoRALinear4bit.apply(rows, bias, seed, read, w.op_args(), *parameters)
     else:
-        batch = (*plan.op_args(), *pages.op_args(), seed)
-        y, _ = ops.multi_lora_linear_4bit(rows, *w.op_args(), *batch, bias)
+        y, _ = ops.multi_lora_linear_4bit(rows, *w.op_args(), *plan.args, *pages.args, seed, bias)
     return y.view(*x.shape[:-1], N)
 
 
@@ -158,7 +204,7 @@ def multi_lora_(
 
     Args:
         y: ``[..., N]``, x's dtype, without gaps between its leading dimensions.
-        x: ``[..., K]`` float32, bfloat16 or float16, with as many rows as :meth:`Plan.for_rows` takes.
+        x: ``[..., K]`` float32, bfloat16 or float16, of a shape that :meth:`Plan.for_shape` takes.
         plan, pages: of one :class:`AdapterBank`: ``bank.plan(...)``, ``bank[module_name]``.
         dropout: whether each adapter's own dropout acts.
 
@@ -183,7 +229,8 @@ def multi_lora_(
     check_device("y", y, x.device)
     if y.dtype != x.dtype:
         raise TypeError(f"y: expected {x.dtype} like x, got {y.dtype}")
-    plan = _check_batch(x, plan, pages, N, K)
+    _check_batch(x, plan, pages, N, K)
+    plan = plan.for_shape(x.shape)
     if plan.is_base_only:
         return y
     rows = x.shape[:-1].numel()
@@ -195,12 +242,13 @@ def multi_lora_(
             f"{tuple(y.shape)}"
         ) from None
     x_rows = x.reshape(rows, K)
-    seed = dropout_seed(pages.dropout(plan) if dropout else 0.0, x.device)
+    seed = pages.seed(plan) if dropout else None
     slots, parameters = pages.parameters(plan)
-    if wants_grad(y, x, *parameters):
-        _MultiLoRA.apply(y_rows, x_rows, seed, plan, pages, slots, *parameters)
+    if wants_grad(x, None, y, *parameters):
+        read = plan, pages, slots, plan.version, tuple(map(pages.moves.get, slots))
+        _MultiLoRA.apply(y_rows, x_rows, seed, read, *parameters)
     else:
-        ops.multi_lora_(y_rows, x_rows, *plan.op_args(), *pages.op_args(), seed)
+        ops.multi_lora_(y_rows, x_rows, *plan.args, *pages.args, seed)
     return y
 
 
@@ -211,21 +259,18 @@ def _check_pages(pages: object) -> None:
         )
 
 
-def _check_batch(x: torch.Tensor, plan: Plan, pages: ModulePages, N: int, K: int) -> Plan:
-    """The plan for as many rows as x has."""
+def _check_batch(x: torch.Tensor, plan: Plan, pages: ModulePages, N: int, K: int) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan of AdapterBank.plan, got {type(plan).__name__}")
     _check_pages(pages)
-    if pages.bank is not plan.bank:
+    if pages.table is not plan.bank:
         raise ValueError(
             "pages: expected those of the plan's bank, got those of another AdapterBank"
         )
     if pages.shape != (N, K):
         raise ValueError(
-            f"pages: expected those of a module [N, K] = {(N, K)}, got those of "
-            f"{pages.name!r}, {pages.shape}"
+            f"pages: expected those of a module [N, K] = {(N, K)}, got those of one {pages.shape}"
         )
     if pages.device != x.device:
         raise ValueError(f"pages: expected some on {x.device} like x, got some on {pages.device}")
     plan.check_current()
-    return plan.for_rows(x.shape[:-1].numel())

@@ -2,127 +2,192 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from ..adapter import AdapterLayer
 from ..schema import ceil_div
 from .plan import PageTable, Plan
 
 
-class Layer(Protocol):
-    """The layer whose own adapters the pages follow."""
+class Owner(Protocol):
+    """Whoever has the parameters of the adapters that live in a module's pages."""
 
-    out_features: int
-    in_features: int
-    r: Mapping[str, int]
+    def adapter(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """A ``[r, K]`` and B ``[N, r]`` of the adapter in ``slot``."""
 
-    def adapter_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]: ...
+
+class _Home(NamedTuple):
+    """Where the parameters of an owner's adapter live: views of the pages, and their addresses."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    addresses: tuple[int, int]
 
 
 class ModulePages:
-    """The pages of one module, ``bank[module_name]``: what :func:`multi_lora_` reads."""
+    """The pages of one module, ``bank[module_name]``: what :func:`multi_lora_` reads.
 
-    def __init__(self, bank: PageTable, name: str, layer: Layer) -> None:
-        self.bank, self.name, self.layer = bank, name, layer
-        self.shape = (layer.out_features, layer.in_features)
-        num_pages, page_rank = bank.num_pages, bank.page_rank
-        options = {"dtype": bank.dtype, "device": bank.device}
+    ``A [pages, page_rank, K]`` and ``B [pages, page_rank, N]`` (transposed), and the tables of the module by slot.
+    An adapter is copied into its pages by :meth:`fill`. Or it lives there, after :meth:`adopt`: the owner's
+    parameters are views of the pages, so that what an optimizer writes needs no copying.
+    """
+
+    def __init__(
+        self, table: PageTable, N: int, K: int, owner: Owner | None = None, routed: bool = False
+    ) -> None:
+        """``routed``: the module's rows come in an order of their own, as those of an expert do."""
+        self.table, self.shape, self.owner, self.routed = table, (N, K), owner, routed
+        num_pages, page_rank = table.num_pages, table.page_rank
+        options = {"dtype": table.dtype, "device": table.device}
         # Not initialised: no kernel reads past an adapter's rank.
-        self.A = torch.empty(num_pages, page_rank, layer.in_features, **options)
-        self.B = torch.empty(num_pages, page_rank, layer.out_features, **options)
+        self.A = torch.empty(num_pages, page_rank, K, **options)
+        self.B = torch.empty(num_pages, page_rank, N, **options)
         self.device = self.A.device
         self._ranks = [0] * num_pages
         self._dropout = [0.0] * num_pages
         self._tables = (
-            torch.zeros(num_pages, dtype=torch.int32, device=bank.device),
-            torch.zeros(num_pages, dtype=torch.float32, device=bank.device),
-            torch.zeros(num_pages, dtype=torch.float64, device=bank.device),
+            torch.zeros(num_pages, dtype=torch.int32, device=table.device),
+            torch.zeros(num_pages, dtype=torch.float32, device=table.device),
+            torch.zeros(num_pages, dtype=torch.float64, device=table.device),
         )
-        self.own: dict[int, str] = {}  # slot -> adapter of the layer that it follows
-        # slot -> its pages: torch.compile cannot ask the pool.
-        self._pages: dict[int, list[int]] = {}
+        # The arguments PAGES of the operators but for the seed (see schema.py).
+        self.args = (self.A, self.B, *self._tables)
+        self.own: dict[int, _Home] = {}  # by slot
+        self.moves: dict[int, int] = {}  # by slot: how often parameters were moved in
+        self._residents: dict[int, tuple[weakref.ref, weakref.ref]] = {}
         self._grad_rows: dict[tuple[int, ...], torch.Tensor] = {}
 
     def op_args(self) -> tuple[torch.Tensor, ...]:
         """The arguments PAGES of the operators but for the seed (see schema.py)."""
-        return self.A, self.B, *self._tables
+        return self.args
 
     def rank(self, slot: int) -> int:
         return self._ranks[slot]
 
-    def dropout(self, plan: Plan) -> float:
-        """The largest dropout probability of the plan's adapters: 0.0 if none has any."""
-        return max([0.0, *[self._dropout[slot] for slot in plan.slots]])
+    def seed(self, plan: Plan) -> torch.Tensor | None:
+        """A fresh key for the dropout of the plan's adapters (see functional.dropout_seed); None if none has any."""
+        for slot in plan.slots:
+            if self._dropout[slot]:
+                return torch.randint(
+                    -(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=self.device
+                )
+        return None
+
+    def covers(self, plan: Plan) -> bool:
+        """Whether an adapter of the plan changes this module's output."""
+        return any(self._ranks[slot] for slot in plan.slots)
+
+    def check_order(self, plan: Plan) -> None:
+        """Raises ValueError where the plan cannot say which adapter the module's rows have."""
+        if self.routed and self.covers(plan):
+            raise ValueError(
+                "plan: expected no adapter of routed experts: these layers see some rows of a batch, in an order of "
+                "their own, which a plan does not know; run such a model with one active adapter, or load adapters "
+                "that leave the experts out"
+            )
 
     # -- what the pages hold -----------------------------------------------------------------------
 
-    def assign(self, slot: int, pages: list[int], adapter: AdapterLayer | None) -> None:
-        """Fills the pages of ``slot``; None: the adapter does not cover this module."""
-        if adapter is None:
-            self._describe(slot, 0, 0.0, 0.0)
-        else:
-            self._describe(slot, adapter.r, adapter.scaling, adapter.lora_dropout)
-        self._grad_rows.clear()
-        self._pages[slot] = pages
-        if adapter is not None:
-            self._write(pages, adapter.A, adapter.B)
-
-    def _describe(self, slot: int, rank: int, scaling: float, dropout_p: float) -> None:
+    def describe(self, slot: int, rank: int, scaling: float, dropout_p: float) -> None:
+        """What the adapter in ``slot`` is in this module; rank 0: it does not cover it."""
         self._ranks[slot], self._dropout[slot] = rank, dropout_p
         for table, value in zip(self._tables, (rank, scaling, dropout_p)):
             table[slot] = value
+        self._grad_rows.clear()
 
     @torch.no_grad()
-    def _write(self, pages: list[int], A: torch.Tensor, B: torch.Tensor) -> None:
-        rank, page_rank = A.shape[0], self.bank.page_rank
+    def fill(self, pages: Sequence[int], A: torch.Tensor, B: torch.Tensor) -> None:
+        """Copies an adapter into ``pages``."""
+        rank, page_rank = A.shape[0], self.table.page_rank
         for i in range(ceil_div(rank, page_rank)):
             rows = slice(i * page_rank, min(rank, (i + 1) * page_rank))
             count = rows.stop - rows.start
             self.A[pages[i], :count].copy_(A[rows])
             self.B[pages[i], :count].copy_(B[:, rows].T)
 
-    # -- the model's own adapters ------------------------------------------------------------------
+    # -- adapters that live here -------------------------------------------------------------------
 
-    def follow(self, slot: int, name: str) -> None:
-        """The pages of ``slot`` follow adapter ``name`` of the layer from now on."""
-        self.own[slot] = name
+    def adopt(self, slot: int, first_page: int) -> None:
+        """Has the owner's adapter of ``slot`` live in the adjacent pages from ``first_page`` on.
 
-    def forget(self, slot: int) -> None:
-        self.own.pop(slot, None)
+        Raises as :meth:`check_fits`.
+        """
+        N, K = self.shape
+        first = first_page * self.table.page_rank
+        rows = slice(first, first + self._ranks[slot])
+        A, B = self.A.view(-1, K)[rows], self.B.view(-1, N)[rows].T
+        self.own[slot] = _Home(A, B, (A.data_ptr(), B.data_ptr()))
+        self._move_in(slot, *self.owner.adapter(slot))
 
-    def _own_adapter(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
-        name, layer = self.own[slot], self.layer
-        if layer.r.get(name) != self._ranks[slot]:
-            raise RuntimeError(
-                f"{self.name}: expected its adapter {name!r} with r = {self._ranks[slot]} as it was "
-                f"when the bank loaded it, got r = {layer.r.get(name)}; evict it and load it again"
-            )
-        return layer.adapter_parameters(name)
+    def release(self, slot: int) -> None:
+        """Gives the parameters that live in the pages of ``slot`` memory of their own again."""
+        home = self.own.pop(slot, None)
+        if home is not None:
+            self._move_out(slot, home)
 
-    def refresh(self, plan: Plan) -> None:
-        """Brings the values of the model's own adapters into their pages."""
-        for slot in plan.slots:
-            if slot in self.own:
-                self._write(self._pages[slot], *self._own_adapter(slot))
+    def check_fits(self, slot: int, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Raises RuntimeError if A and B cannot live in the pages of ``slot``, whose rank was described."""
+        (N, K), rank = self.shape, self._ranks[slot]
+        for name, tensor, shape in (("A", A, (rank, K)), ("B", B, (N, rank))):
+            expected = f"{name} of an adapter that lives in pages: expected a parameter"
+            if type(tensor) is not nn.Parameter:
+                raise RuntimeError(f"{expected}, got {type(tensor).__name__}")
+            if tuple(tensor.shape) != shape:
+                raise RuntimeError(
+                    f"{expected} of shape {shape}, got {tuple(tensor.shape)}; evict the adapter and load it again"
+                )
+            if tensor.dtype != self.A.dtype or tensor.device != self.device:
+                raise RuntimeError(
+                    f"{expected} in {self.A.dtype} on {self.device} like the pages, got {tensor.dtype} on "
+                    f"{tensor.device}; make a bank with this dtype, or load a copy of the adapter from a state dict"
+                )
+
+    @torch.no_grad()
+    def _move_in(self, slot: int, A: nn.Parameter, B: nn.Parameter) -> None:
+        self.check_fits(slot, A, B)
+        home = self.own[slot]
+        self._move_out(slot, home)
+        for parameter, view in ((A, home.A), (B, home.B)):
+            view.copy_(parameter)
+            parameter.data = view
+            _Resident(self, parameter).enter()
+        self._residents[slot] = weakref.ref(A), weakref.ref(B)
+        self.moves[slot] = self.moves.get(slot, 0) + 1
+
+    def _move_out(self, slot: int, home: _Home) -> None:
+        for reference, address in zip(self._residents.pop(slot, ()), home.addresses):
+            parameter = reference()
+            if parameter is not None and parameter.data_ptr() == address:
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+                _Resident.leave(parameter)
 
     def parameters(self, plan: Plan) -> tuple[list[int], list[nn.Parameter]]:
-        """Slots of the plan's adapters that want gradients, and A and B of each; their pages are refreshed."""
+        """Slots of the plan's adapters that live here, and A and B of each; none where no gradients are recorded.
+
+        Parameters that were given other memory since the last time (by a cast, by ``.data``, by another parameter in
+        their place) are moved in again. Raises RuntimeError if they do not fit.
+        """
         slots: list[int] = []
         parameters: list[nn.Parameter] = []
-        if not self.own or not torch.is_grad_enabled():
+        if not self.own:
             return slots, parameters
-        self.refresh(plan)  # an optimizer may have made a step
+        compiling = (
+            torch.compiler.is_compiling()
+        )  # which knows no addresses: AdapterBank.using asked
         for slot in plan.slots:
-            if slot in self.own:
-                A, B = self._own_adapter(slot)
-                if A.requires_grad or B.requires_grad:
-                    slots.append(slot)
-                    parameters += (A, B)
-        return slots, parameters
+            home = self.own.get(slot)
+            if home is None:
+                continue
+            A, B = self.owner.adapter(slot)
+            if not compiling and home.addresses != (A.data_ptr(), B.data_ptr()):
+                self._move_in(slot, A, B)
+            slots.append(slot)
+            parameters += A, B
+        return (slots, parameters) if torch.is_grad_enabled() else ([], [])
 
     def grad_layout(self, slots: tuple[int, ...]) -> tuple[dict[int, int], int]:
         """The first row of each slot's gradients among those of all ``slots``, and the number of rows."""
@@ -146,4 +211,60 @@ class ModulePages:
 
     def __repr__(self) -> str:
         N, K = self.shape
-        return f"ModulePages({self.name!r}, N={N}, K={K}, {self.bank.num_pages} pages)"
+        return f"ModulePages(N={N}, K={K}, {self.table.num_pages} pages)"
+
+
+class _Resident:
+    """Has a parameter that lives in pages copied and pickled as one with memory of its own.
+
+    Otherwise its pickle would hold the pages of all adapters, and the copy of B be transposed.
+    """
+
+    def __init__(self, pages: ModulePages, parameter: nn.Parameter) -> None:
+        self.pages, self.parameter = weakref.ref(pages), weakref.ref(parameter)
+
+    def enter(self) -> None:
+        parameter = self.parameter()
+        # copy.deepcopy and pickle look for both on the object itself.
+        parameter.__deepcopy__, parameter.__reduce_ex__ = self.deepcopy, self.reduce
+
+    @staticmethod
+    def leave(parameter: nn.Parameter) -> None:
+        del parameter.__deepcopy__, parameter.__reduce_ex__
+
+    def plain(self) -> nn.Parameter:
+        parameter = self.parameter()
+        data = parameter.detach().clone(memory_format=torch.contiguous_format)
+        return nn.Parameter(data, parameter.requires_grad)
+
+    def deepcopy(self, memo: dict) -> nn.Parameter:
+        return memo.setdefault(id(self.parameter()), self.plain())
+
+    def reduce(self, protocol: int) -> tuple:
+        return self.plain().__reduce_ex__(protocol)
+
+
+def home_of(parameter: nn.Parameter) -> ModulePages | None:
+    """The pages that ``parameter`` lives in."""
+    bound = parameter.__dict__.get("__reduce_ex__")
+    pages = None if bound is None else bound.__self__.pages()
+    if pages is None or all(
+        parameter.data_ptr() not in home.addresses for home in pages.own.values()
+    ):
+        return None
+    return pages
+
+
+def save_plainly(module: nn.Module, state: dict, prefix: str, local_metadata: dict) -> None:
+    """A state-dict hook: of A and B that live in pages the state dict has contiguous copies.
+
+    safetensors refuses what is not contiguous or shares memory, and torch.save would save all pages.
+    """
+    for part in ("lora_A", "lora_B"):
+        for name in getattr(module, part):
+            key = f"{prefix}{part}.{name}.weight"
+            tensor = state.get(key)
+            if type(tensor) is not torch.Tensor or tensor.is_meta:  # with keep_vars: the parameter
+                continue
+            if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() > tensor.nbytes:
+                state[key] = tensor.clone(memory_format=torch.contiguous_format)

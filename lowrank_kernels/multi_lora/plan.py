@@ -1,27 +1,19 @@
-"""``Plan``: which row of a batch has which adapter; and the plan that is in force."""
+"""``Plan``: which row of a batch has which adapter; ``PageTable``: which adapter has which pages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
 from .. import backends
-from ..schema import ceil_div
+from ..arguments import PlanArgs, ceil_div
+from .in_force import entered, in_force
 
 # Of plans that must fit any later batch: decode steps have few rows per adapter.
 _FIXED_TILE_ROWS = 16
-_active: Plan | None = None  # set by AdapterBank.using, for the whole process
-
-
-def active() -> Plan | None:
-    """The plan in force: that of the innermost :meth:`AdapterBank.using`."""
-    return _active
-
-
-def set_active(plan: Plan | None) -> None:
-    global _active
-    _active = plan
 
 
 class Plan:
@@ -29,8 +21,7 @@ class Plan:
 
     ``names``: the adapter of each sequence, or None; ``tokens_per_sequence``: how many rows each has, in the
     order of the batch; ``tokens``: their sum M. A plan names pages, so it holds until one of its adapters is
-    evicted. Layers take M rows under it, or one row per sequence: the decode steps that follow a prefill
-    need no plan of their own.
+    evicted. Which x layers take under it: :meth:`for_shape`.
     """
 
     def __init__(
@@ -50,8 +41,11 @@ class Plan:
             raise ValueError(f"max_rank: expected an integer >= {largest}, got {max_rank!r}")
         self.max_rank: int = largest if max_rank is None else max_rank
         self._buffer = torch.from_numpy(self._arrays.buffer).to(bank.device, copy=fixed)
-        self._args = (*self._views(), self.tile_rows, self.max_rank)
+        # The arguments PLAN of the operators (see schema.py).
+        self.args = PlanArgs(*self._views(), self.tile_rows, self.max_rank)
         self._step: Plan | None = None
+        self.version = 0  # how often it was updated
+        self._uses: list[Use] = []
 
     def _build(self, names: Sequence[str | None], tokens: Sequence[int] | None) -> None:
         names = tuple(names)
@@ -67,14 +61,25 @@ class Plan:
                 "page_capacity": self.bank.num_pages,
                 "tile_rows": _FIXED_TILE_ROWS,
             }
-        slots = self.bank.slots(names)
-        self._arrays = backends.host_module().plan(self.bank.pool, slots, tokens, **limits)
+        slots, plan = self.bank.slots(names), backends.host_module().plan
+        arrays = plan(self.bank.pool, slots, tokens, **limits)
+        if not self.fixed and 1 in (arrays.tile_count, arrays.page_count, arrays.row_count):
+            # torch.compile makes code of its own for every size that is 1, so none is.
+            limits = {
+                "tile_capacity": max(2, arrays.tile_count),
+                "page_capacity": max(2, arrays.page_count),
+                "tile_rows": arrays.tile_rows,
+            }
+            arrays = plan(self.bank.pool, slots, tokens, **limits)
+        self._arrays = arrays
         self.names, self.tokens_per_sequence = names, tokens
         self.tokens: int = self._arrays.M
         # Those that have rows, and what was loaded there: a slot may be another adapter's later.
         self.slots: list[int] = self._arrays.slots
         self.generations: list[int] = self._arrays.generations
         self._evictions = self.bank.evictions
+        # No row has an adapter, nor can one have later.
+        self.is_base_only: bool = not self.slots and not self.fixed
 
     def _views(self) -> list[torch.Tensor]:
         a = self._arrays
@@ -94,7 +99,7 @@ class Plan:
         """
         if not self.fixed:
             raise ValueError("update: expected a plan made with fixed=True")
-        if active() is self:
+        if self._uses:
             raise RuntimeError(
                 "update: the plan is in use; leave its `with bank.using(plan)` first"
             )
@@ -113,33 +118,54 @@ class Plan:
         self.names, self.tokens_per_sequence = new.names, new.tokens_per_sequence
         self.slots, self.generations = new.slots, new.generations
         self._evictions = new._evictions
+        self.version += 1
 
     def op_args(self) -> tuple:
         """The arguments PLAN of the operators (see schema.py)."""
-        return self._args
+        return self.args
 
-    @property
-    def is_base_only(self) -> bool:
-        """No row has an adapter, nor can one have later."""
-        return not self.slots and not self.fixed
+    def for_shape(self, shape: torch.Size) -> Plan:
+        """The plan for the rows of an x ``[..., K]`` of this shape.
 
-    def for_rows(self, rows: int) -> Plan:
-        """This plan for its M rows; for one row per sequence the plan of a decode step.
+        It is this plan where x has M rows, all tokens in their order. An x ``[sequences, 1, K]`` is one row of each
+        sequence, a decode step that follows a prefill, which needs no plan of its own. Nothing else says whose its
+        rows are: a matrix of as many rows as there are sequences may be any rows, those of an expert, say.
 
-        Raises ValueError for any other number.
+        Raises ValueError for any other shape.
         """
+        rows = shape[:-1].numel()
         # self.tokens, but torch.compile takes the size of a tensor as it comes.
-        tile_of_row = self._args[2]
-        if rows == tile_of_row.shape[0]:
+        if rows == self.args.tile_of_row.shape[0]:
             return self
-        if rows != len(self.names):
+        sequences = len(self.names)
+        if len(shape) < 3 or not rows == shape[0] == sequences:
             raise ValueError(
-                f"x: expected {self.tokens} rows, the tokens of the plan, or {len(self.names)}, one for "
-                f"each of its sequences, got {rows}"
+                f"x: expected {self.tokens} rows, the tokens of the plan, or shape [{sequences}, 1, K], one row of "
+                f"each of its sequences, got {rows} rows, shape {tuple(shape)}; for a layer that sees one row of "
+                "each sequence as a matrix, or other rows, make the plan of just these: bank.plan(names, "
+                "tokens_per_sequence)"
             )
         if self._step is None:
             self._step = self.bank.plan(self.names)
         return self._step
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Within the block, in this context, the plan is in force and its adapters cannot be evicted.
+
+        Raises RuntimeError if one of them has been evicted.
+        """
+        self.check_current()
+        use, slots = Use(self), self.slots
+        self.bank.pool.pin(slots, self.generations)
+        self._uses.append(use)
+        try:
+            with entered(use):
+                yield
+        finally:
+            use.ended = True
+            self._uses.remove(use)
+            self.bank.pool.unpin(slots)
 
     def check_current(self) -> None:
         """Raises RuntimeError if an adapter of the plan has been evicted since it was made."""
@@ -160,6 +186,20 @@ class Plan:
         return f"Plan({len(self.names)} sequences, {self.tokens} tokens, {adapters} adapters)"
 
 
+class Use:
+    """One block with a plan in force (see in_force.py)."""
+
+    records = False
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.pages, self.ended = plan, plan.bank.pages_of_layer, False
+
+
+def active() -> Plan | None:
+    """The plan of the innermost block of this context, of whichever bank."""
+    return next((e.plan for e in reversed(in_force.entries) if isinstance(e, Use)), None)
+
+
 class PageTable:
     """Named adapters in the pages of a pool: page ids that hold in every module, and no values."""
 
@@ -167,6 +207,7 @@ class PageTable:
         self.num_pages, self.page_rank, self.device = num_pages, page_rank, device
         self.pool = backends.host_module().PagePool(num_pages)
         self.evictions = 0  # so that a plan sees at a glance that nothing has changed
+        self.pages_of_layer: dict[int, Any] = {}  # the ModulePages of layers, by their id
         self._slots: dict[str, int] = {}
         self._max_rank: dict[int, int] = {}  # of each slot, in any module
 
@@ -179,17 +220,20 @@ class PageTable:
     def free_pages(self) -> int:
         return self.pool.free_pages
 
-    def _take_pages(self, name: str, max_rank: int) -> tuple[int, list[int]]:
+    def take_pages(self, name: str, max_rank: int, adjacent: bool = False) -> tuple[int, list[int]]:
+        """A new slot and its pages, one after another in memory where they are ``adjacent``."""
         needed = ceil_div(max_rank, self.page_rank)
         try:
-            return self.pool.load(needed)
+            return self.pool.load(needed, adjacent)
         except RuntimeError:
+            how = "adjacent pages" if adjacent else "pages"
+            none = ", but not side by side" if needed <= self.free_pages else ""
             raise RuntimeError(
-                f"num_pages: {name!r} of rank {max_rank} needs {needed} pages of {self.page_rank} ranks, "
-                f"{self.free_pages} of {self.num_pages} are free; evict an adapter, or make a larger bank"
+                f"num_pages: {name!r} of rank {max_rank} needs {needed} {how} of {self.page_rank} ranks, "
+                f"{self.free_pages} of {self.num_pages} are free{none}; evict an adapter, or make a larger bank"
             ) from None
 
-    def _name_slot(self, name: str, slot: int, max_rank: int) -> None:
+    def name_slot(self, name: str, slot: int, max_rank: int) -> None:
         self._slots[name], self._max_rank[slot] = slot, max_rank
 
     def slots(self, names: Iterable[str | None]) -> list[int]:
