@@ -60,21 +60,24 @@ def is_stream(path: pathlib.Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def check_replaceable(path: pathlib.Path, keys: Iterable[str]) -> None:
-    """Raises ValueError unless a JSON file with ``keys`` may be written to ``path``, now.
-
-    There may be nothing of that name, a pipe or a device, an empty file, or an earlier file of the same kind.
-    """
+def check_writable(path: pathlib.Path) -> None:
+    """Raises ValueError unless a file may be written to ``path``, now."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise ValueError(f"{path}: expected an existing folder {folder}")
     if path.is_dir():
         raise ValueError(f"{path}: expected the name of a file, got a folder")
-    if is_stream(path):
-        return
     if not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(f"{path}: not writable")
-    if path.exists() and path.stat().st_size and not _is_json_with(path, keys):
+
+
+def check_replaceable(path: pathlib.Path, keys: Iterable[str]) -> None:
+    """Raises ValueError unless a JSON file with ``keys`` may be written to ``path``, now.
+
+    There may be nothing of that name, a pipe or a device, an empty file, or an earlier file of the same kind.
+    """
+    check_writable(path)
+    if path.is_file() and path.stat().st_size and not _is_json_with(path, keys):
         raise ValueError(f"{path}: exists already and is no such report, not replaced")
 
 

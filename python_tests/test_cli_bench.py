@@ -201,3 +201,18 @@ def test_away_from_the_checkout(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "y = x Wᵀ; W 64 x 128" in done.stdout
+
+
+def test_files_are_looked_at_before_anything_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "run", lambda *args: pytest.fail("timed"))
+    other = tmp_path / "other.json"
+    other.write_text('{"model": "mine"}')
+    for option, path, words in (
+        ("--json", tmp_path, "got a folder"),
+        ("--plot", tmp_path, "got a folder"),
+        ("--json", tmp_path / "no" / "x.json", "existing folder"),
+        ("--json", other, "exists already and is no such report"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            cli.main(["bench", option, str(path)])
+    assert other.read_text() == '{"model": "mine"}'

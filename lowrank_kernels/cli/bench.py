@@ -34,9 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--device cuda: torch finds no CUDA device")
     if args.plot:
         require("matplotlib")
-    for path in (args.json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{path}: expected an existing folder")
+    _check_files(args)
     ours = _ours(args)
     if device == "cpu":
         timing.keep_freed_memory()
@@ -57,6 +55,17 @@ def run(args: argparse.Namespace) -> int:
         if path:
             print(f"wrote {path}")
     return 1 if harness.failures(document) else 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Before anything is timed: the files can be written, and --json replaces nothing but earlier results."""
+    try:
+        if args.json:
+            files.check_replaceable(args.json, ("cases",))
+        if args.plot:
+            files.check_writable(args.plot)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 Entries = Iterator[tuple[AnyCase, dict[str, Provider]]]

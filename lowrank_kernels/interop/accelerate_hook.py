@@ -45,12 +45,23 @@ def install(modeling: ModuleType) -> None:
             _loading.reset(before)
         for name, layer in model.named_modules():
             if (entries := vars(layer).pop(_WAITING, None)) is not None:
-                layer._read_weight(entries, f"{name}.weight")  # says what is missing
+                _raise_for(entries, name, layer)
         return result
 
     set_module_tensor_to_device.__module__ = load_checkpoint_in_model.__module__ = __name__
     modeling.set_module_tensor_to_device = set_module_tensor_to_device
     modeling.load_checkpoint_in_model = load_checkpoint_in_model
+
+
+def _raise_for(entries: dict[str, torch.Tensor], name: str, layer: Linear4bit) -> None:
+    """Why a weight is not complete: it never was, or accelerate passed over entries that the layer has not."""
+    try:
+        layer._read_weight(entries, f"{name}.weight")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"load_checkpoint_in_model: {error}. accelerate reads the entries that the layer has (quant_type "
+            f"{layer.quant_type}, double_quant {layer.double_quant}); model.load_state_dict takes those of any"
+        ) from None
 
 
 def _layer_of(module: nn.Module, tensor_name: str) -> tuple[Linear4bit | None, str]:
