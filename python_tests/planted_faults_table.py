@@ -321,6 +321,13 @@ PYTHON = [
     ),
     Fault(
         "lowrank_kernels/multi_lora/pages.py",
+        "for slot in plan.slots:\n            if self._dropout[slot]:",
+        "for slot in plan.slots[:1]:\n            if self._dropout[slot]:",
+        "no adapter of a batch has dropout unless the first has",
+        ("test_multi_lora.py",),
+    ),
+    Fault(
+        "lowrank_kernels/multi_lora/pages.py",
         "rows += self._ranks[slot]",
         "rows += self._ranks[slots[0]]",
         "gradients of adapters with other ranks than the first overlap",
