@@ -1,7 +1,7 @@
 # Everything but `gpu` runs in a virtual environment of its own, .venv; nothing else is touched.
 #   PYTHON=python3.12   the Python that .venv is made from (3.10 or newer), and that a wheel is for
 #   CXX=g++-13          the C++ compiler
-#   ARGS='...'          more arguments for the program that demo, test, bench, gpu or wheel-check runs
+#   ARGS='...'          more arguments for the program that demo, test, bench, bench-pytest, gpu or wheel-check runs
 #   ARCHS='8.0 9.0a'    GPU architectures, for wheel
 #   PYTHONS='python3.10 python3.12' TORCH='2.10.0 2.13.0'    every pair of them, for wheel-check
 
@@ -25,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check planted-faults clean
+.PHONY: help demo test lint format docs bench bench-pytest bench-peers gpu asan cuda emulator emulator-asan wheel wheels wheel-check planted-faults clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -44,6 +44,9 @@ planted-faults: build/.installed emulator ## plant faults in a copy of the sourc
 
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
 	@$(PY) -m bench $(ARGS)
+
+bench-pytest: build/.installed $(VENV)/.bench ## run some of the benchmarks in pytest-benchmark (ARGS='--benchmark-autosave')
+	@$(PY) -m pytest bench --benchmark-only $(ARGS)
 
 bench-peers: $(VENV)/.requirements ## build ggml for the benchmarks to compare with (a minute or a few)
 	@echo '[ggml] fetch'

@@ -15,7 +15,7 @@ from lowrank_kernels import files
 from lowrank_kernels.benchmark import harness, machine, timing
 from lowrank_kernels.cli.arguments import positive, shape
 
-from . import limits, memory, peer_ggml, report, suite
+from . import limits, peer_ggml, report, suite
 
 BENCH = pathlib.Path(__file__).parent
 
@@ -54,9 +54,6 @@ def main(argv: list[str] | None = None) -> None:
     output = _output(args, document)
     output.parent.mkdir(parents=True, exist_ok=True)
     _measure(args, document, output, start + args.budget if args.budget else float("inf"))
-    if args.device == "cpu" and not (args.op or args.k):
-        sizes = suite.SIZES["cpu"].chosen(args.shape, args.tokens)
-        document["memory"] = memory.measure(*sizes.shapes[-1], sizes.tokens, document["threads"])
     del document["complete"]
     files.write_json(document, output)
     print(report.text(document))
@@ -92,23 +89,17 @@ def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end
     entries = suite.entries(sizes, args.op, args.k, args.quick)
     turns = limits.TURNS // 2 if args.quick else limits.TURNS
     marks = [round(turn * len(entries) / (turns - 1)) for turn in range(turns)]  # cases before them
-    best: dict[str, float] = {}
 
-    def take_limits(turn: int) -> None:
-        # AVX2's not every time, and only where kernels for AVX2 are not what runs by itself.
-        with_avx2 = args.device == "cpu" and turn % 2 == 0 and "avx2" in lk.backends.isas()[1:]
-        limits.measure(args.device, best, with_avx2)
-        document["limits"] = limits.limits_of(best)
-        if args.device == "cuda" and (state := machine.gpu_state()):
-            document["gpu"]["states"].append(state)
+    def take_limits() -> None:
+        limits.measure(args.device, document["limits"])
         for (case, _), measured in zip(entries, document["cases"]):
             measured["limit_ms"] = case.limit_seconds(*limits.rates(document["limits"])) * 1e3
 
-    take_limits(0)
+    take_limits()
     for index, measured in enumerate(harness.run(entries, seconds, passes, end)):
         document["cases"].append(measured)
         if index + 1 in marks:
-            take_limits(marks.index(index + 1))
+            take_limits()
         if args.device == "cuda":
             torch.cuda.empty_cache()  # a graph's memory is no use to the next one
             files.write_json(document, output)

@@ -1,13 +1,12 @@
 """What int8 activations cost in accuracy, on a real model: the error of each of its layers, and its perplexity.
 
 ``python -m bench.int8_error``. SmolLM2-135M (the demo's model) is quantized to NF4 with double quantization and reads
-4096 tokens of the demo's corpus. Every layer's output is compared with the product in float64 of the same inputs and
-the same 4-bit weight; the errors are relative, ||y - exact|| / ||exact||.
+the demo's corpus. Every layer's output is compared with the product in float64 of the same inputs and the same 4-bit
+weight; the errors are relative, ||y - exact|| / ||exact||.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -18,29 +17,18 @@ from lowrank_kernels.cli import corpus, models
 
 TOKENS, CONTEXT = 4096, 512
 
-
-def relative(y: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((y.double() - exact).norm() / exact.norm()).item()
+Errors = dict[str, list[tuple[float, float]]]
 
 
-def layer_errors(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
-    """Kind of layer -> the errors of its layers, exact (float32 sums alone) and with int8 activations."""
-    errors: dict[str, list[tuple[float, float]]] = {}
-
-    def look(kind: str, layer, inputs, output):
-        exact = inputs[0].double() @ layer.dequantize(torch.float32).double().T
-        exact += 0 if layer.bias is None else layer.bias.double()
-        with lk.int8_activations():
-            rounded = lk.linear_4bit(inputs[0], layer.weight4bit, layer.bias)
-        errors.setdefault(kind, []).append((relative(output, exact), relative(rounded, exact)))
-
-    with contextlib.ExitStack() as hooks:
-        for name, layer in model.named_modules():
-            if isinstance(layer, lk.Linear4bit):
-                hook = functools.partial(look, name.rpartition(".")[2])
-                hooks.enter_context(layer.register_forward_hook(hook))
-        model(input_ids=ids, use_cache=False)
-    return errors
+def note_errors(errors: Errors, kind: str, layer: lk.Linear4bit, inputs, y) -> None:
+    """Adds to those of ``kind`` the layer's errors with float32 sums alone and with int8 activations."""
+    (x,) = inputs
+    exact = x.double() @ layer.dequantize(torch.float32).double().T
+    exact += 0 if layer.bias is None else layer.bias.double()
+    with lk.int8_activations():
+        rounded = lk.linear_4bit(x, layer.weight4bit, layer.bias)
+    found = [((out.double() - exact).norm() / exact.norm()).item() for out in (y, rounded)]
+    errors.setdefault(kind, []).append(tuple(found))
 
 
 def read(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -60,20 +48,26 @@ def main() -> None:
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :TOKENS]
     dense, _ = read(model, ids)
     lk.replace_linear(model, progress=False)
-    rows = [["layers", "number", "float32, median", "int8, median", "int8, largest"]]
-    for kind, found in layer_errors(model, ids[:, :CONTEXT]).items():
-        exact, rounded = torch.tensor(found, dtype=torch.float64).T
-        numbers = f"{exact.median():.1e}", f"{rounded.median():.2%}", f"{rounded.max():.2%}"
-        rows.append([kind, str(len(found)), *numbers])
     exact, likeliest = read(model, ids)
     with lk.int8_activations():
         rounded, int8_likeliest = read(model, ids)
-    same = (likeliest == int8_likeliest).double().mean().item()
+    errors: Errors = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, lk.Linear4bit):
+            hook = functools.partial(note_errors, errors, path.rpartition(".")[2])
+            layer.register_forward_hook(hook)
+    model(input_ids=ids[:, :CONTEXT], use_cache=False)
+    rows = [["layers", "number", "float32, median", "int8, median", "int8, largest"]]
+    for kind, found in errors.items():
+        ours, int8 = torch.tensor(found, dtype=torch.float64).T
+        numbers = f"{ours.median():.1e}", f"{int8.median():.2%}", f"{int8.max():.2%}"
+        rows.append([kind, str(len(found)), *numbers])
+    print(f"{name}, {ids.shape[1]} tokens, {lk.backends.report()['int8']}\n\n{plain(rows, left=1)}")
     print(
-        f"{name}, {ids.shape[1]} tokens, {lk.backends.report()['int8']}\n\n{plain(rows, left=1)}\n"
+        f"\nperplexity: dense {dense:.3f}, 4 bits {exact:.3f} ({exact / dense - 1:+.2%}), ", end=""
     )
-    print(f"perplexity: dense {dense:.3f}, 4 bits {exact:.3f} ({exact / dense - 1:+.2%}), ", end="")
     print(f"4 bits and int8 {rounded:.3f} ({rounded / exact - 1:+.2%} on 4 bits)")
+    same = (likeliest == int8_likeliest).double().mean().item()
     print(f"the likeliest next token is the same for {same:.1%} of the tokens")
 
 

@@ -1,16 +1,7 @@
-"""What a machine can do at most: bytes moved and matrix products, on a CPU also with AVX2 alone, and on a GPU.
-
-AVX2's product is torch's own in a process that is told to use nothing better: the limit that kernels
-forced to AVX2 are held against. That process runs this file. Of all limits the best round counts.
-"""
+"""What a machine can do at most: bytes moved and matrix products. Of all rounds the best one counts."""
 
 from __future__ import annotations
 
-import functools
-import os
-import pathlib
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -22,7 +13,6 @@ COPY_BYTES = 2 << 30  # on a GPU
 MATMUL_SIZE = 8192
 ROUNDS = 8
 TURNS = 4  # moments of a run at which limits are measured
-AVX2_ONLY = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
 
 def _read() -> Callable:
@@ -43,12 +33,18 @@ def _copy() -> Callable:
     return lambda: target.copy_(source)
 
 
+# Name in the results -> what a call moves (of a copy: bytes read and bytes written) or computes, in units of the name.
 LIMITS = {
-    "cpu": {"read": _read, "sgemm": lambda: _product(SGEMM_SIZE)},
+    "cpu": {
+        "read_gbs": (READ_BYTES / 1e9, _read),
+        "sgemm_gflops": (2 * SGEMM_SIZE**3 / 1e9, lambda: _product(SGEMM_SIZE)),
+    },
     "cuda": {
-        "copy": _copy,
-        "write": lambda: functools.partial(torch.zeros(COPY_BYTES // 4, device="cuda").fill_, 1.0),
-        "matmul": lambda: _product(MATMUL_SIZE, "cuda", torch.bfloat16),
+        "copy_gbs": (2 * COPY_BYTES / 1e9, _copy),
+        "matmul_tflops": (
+            2 * MATMUL_SIZE**3 / 1e12,
+            lambda: _product(MATMUL_SIZE, "cuda", torch.bfloat16),
+        ),
     },
 }
 
@@ -67,38 +63,10 @@ def best_seconds(call: Callable, device: str = "cpu") -> float:
     return min(seconds[2:])
 
 
-def sgemm_avx2_seconds() -> float:
-    """The best round in a process that uses AVX2 and as many threads."""
-    command = [sys.executable, "-m", "bench.limits", str(torch.get_num_threads())]
-    root = pathlib.Path(__file__).parent.parent
-    done = subprocess.run(
-        command, cwd=root, env=os.environ | AVX2_ONLY, capture_output=True, text=True, check=True
-    )
-    return float(done.stdout)
-
-
-def measure(device: str, best: dict[str, float], with_avx2: bool) -> None:
-    """One turn: lowers what ``best`` has of each limit, in seconds."""
-    calls = {
-        name: lambda m=make: best_seconds(m(), device) for name, make in LIMITS[device].items()
-    }
-    if with_avx2:
-        calls["sgemm_avx2"] = sgemm_avx2_seconds
-    for name, seconds in calls.items():
-        best[name] = min(seconds(), best.get(name, float("inf")))
-
-
-def limits_of(best: dict[str, float]) -> dict[str, float]:
-    """GB/s (of a copy: bytes read and bytes written), GFLOP/s, and of a GPU TFLOP/s, from the best round of each."""
-    work = {
-        "read": ("read_gbs", READ_BYTES / 1e9),
-        "sgemm": ("sgemm_gflops", 2 * SGEMM_SIZE**3 / 1e9),
-        "sgemm_avx2": ("sgemm_avx2_gflops", 2 * SGEMM_SIZE**3 / 1e9),
-        "copy": ("copy_gbs", 2 * COPY_BYTES / 1e9),
-        "write": ("write_gbs", COPY_BYTES / 1e9),
-        "matmul": ("matmul_tflops", 2 * MATMUL_SIZE**3 / 1e12),
-    }
-    return {work[name][0]: work[name][1] / seconds for name, seconds in best.items()}
+def measure(device: str, limits: dict[str, float]) -> None:
+    """One turn: raises what ``limits`` has of each rate."""
+    for name, (work, make) in LIMITS[device].items():
+        limits[name] = max(work / best_seconds(make(), device), limits.get(name, 0.0))
 
 
 def rates(limits: dict[str, float]) -> tuple[float, float]:
@@ -106,8 +74,3 @@ def rates(limits: dict[str, float]) -> tuple[float, float]:
     if "copy_gbs" in limits:
         return limits["copy_gbs"], limits["matmul_tflops"] * 1e3
     return limits["read_gbs"], limits["sgemm_gflops"]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[1]))
-    print(best_seconds(LIMITS["cpu"]["sgemm"]()))

@@ -6,44 +6,38 @@ A new operator is a function in OPS that gives, of the sizes, pairs of a case an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import os
 from collections.abc import Callable, Iterator
 
+import lowrank_kernels as lk
 from lowrank_kernels.benchmark import multi_providers as many
 from lowrank_kernels.benchmark import ops, providers
 from lowrank_kernels.benchmark.case import MIX, Case
 from lowrank_kernels.benchmark.harness import Provider
 from lowrank_kernels.benchmark.ops import OURS
+from lowrank_kernels.benchmark.providers import Calls
 
-from . import peer_ggml, peer_openvino, variants
+from . import peer_ggml, peer_openvino
 from . import providers as others
 
 Shapes = tuple[tuple[int, int], ...]
 Entries = Iterator[tuple[Case, dict[str, Callable | Provider]]]
 
-GROWTH = "linear_4bit_growth"
+INT8 = f"{OURS}, int8 activations"
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")  # Punica's
 RANK = 16
 
 
-def growth_shapes(memory_bytes: int) -> Shapes:
-    """Squares whose float32 weight is at most a sixteenth of the memory: copies of it take turns."""
-    sizes = (512, 1024, 2048, 4096, 8192, 16384)
-    return tuple((size, size) for size in sizes if 16 * 4 * size * size <= memory_bytes)
-
-
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Weights [N, K] and numbers of rows; ``many_*``: of many adapters in one batch; ``growth_*``: of time with N K."""
+    """Weights [N, K] and numbers of rows; ``many_*``: of many adapters in one batch."""
 
     device: str
     shapes: Shapes
     tokens: tuple[int, ...]
     training_tokens: tuple[int, ...]
     dtypes: tuple[str, ...]
-    growth_shapes: Shapes = ()
-    growth_tokens: tuple[int, ...] = (1, 16, 512)
     # Punica's shape (4096 -> 11008) and numbers of rows.
     many_shape: tuple[int, int] = (11008, 4096)
     many_tokens: tuple[int, ...] = (1, 4, 16, 64)
@@ -53,9 +47,8 @@ class Sizes:
         changes = {}
         if shapes:
             changes |= {"shapes": tuple(shapes), "many_shape": shapes[-1]}
-            changes |= {"growth_shapes": tuple(shapes) if self.growth_shapes else ()}
         if tokens:
-            names = ("tokens", "training_tokens", "growth_tokens", "many_tokens")
+            names = ("tokens", "training_tokens", "many_tokens")
             changes |= dict.fromkeys(names, tuple(tokens))
         return dataclasses.replace(self, **changes)
 
@@ -80,9 +73,8 @@ class Sizes:
 # Attention and MLP of a 7B model; on a GPU MLPs of an 8B and of a 70B model.
 CPU_SHAPES, CPU_TOKENS = ((4096, 4096), (11008, 4096)), (1, 4, 16, 64, 512)
 CUDA_SHAPES, CUDA_TOKENS = ((4096, 4096), (14336, 4096), (28672, 8192)), (1, 4, 16, 64, 256, 4096)
-GROWTH_SHAPES = growth_shapes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 SIZES = {
-    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16"), GROWTH_SHAPES),
+    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16")),
     "cuda": Sizes("cuda", CUDA_SHAPES, CUDA_TOKENS, (512, 4096), ("bfloat16",)),
 }
 
@@ -99,59 +91,49 @@ FLOAT32_PEERS = {
     peer_openvino.NAME: peer_openvino.PROVIDER,
     "bitsandbytes, training": others.linear_bitsandbytes_training,
     peer_ggml.NAME: peer_ggml.PROVIDER,
-    variants.INT8: variants.int8,
+    INT8: Provider(others.linear_int8, lk.int8_activations),
 }
-LORA_ON_CUDA = {
-    OURS: providers.lora_lowrank,
-    "triton": variants.triton(providers.lora_lowrank),
-    "torch": others.lora_addmm_dense,
-    "bitsandbytes + PEFT": providers.lora_peft_bitsandbytes,
-    "Unsloth's scheme": others.lora_addmm_dequantize,
-    "Unsloth's scheme, bitsandbytes": others.lora_addmm_bitsandbytes,
-}
+
+
+def in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Provider]:
+    """``calls`` on a GPU by the Triton kernels; on a CPU, cold and in float32, by other instruction sets, and with
+    equal bits in every batch. They take turns with the default, so that a few percent can be told from noise."""
+    if case.device == "cuda":
+        return {"triton": Provider(calls, functools.partial(lk.backends.use, "triton"))}
+    if (case.dtype, case.cache) != ("float32", "cold"):
+        return {}
+    found = {f"{OURS}, batch-invariant": Provider(calls, lk.batch_invariant)}
+    for isa in lk.backends.isas():
+        if isa not in ("scalar", lk.backends.isa()):  # a call of the scalar kernels takes seconds
+            found[f"{OURS}, {isa}"] = Provider(calls, functools.partial(lk.backends.use_isa, isa))
+    return found
 
 
 def linear(sizes: Sizes) -> Entries:
     for case in sizes.cases("linear_4bit", hot=True):
-        of_case = _base("linear")
-        if case.device == "cuda":
-            of_case |= {"triton": variants.triton(providers.linear_lowrank)}
-        elif case.dtype == "float32":
-            of_case |= FLOAT32_PEERS
-        yield case, of_case | variants.of_linear(case, providers.linear_lowrank)
+        peers = FLOAT32_PEERS if case.dtype == "float32" else {}
+        yield case, _base("linear") | peers | in_other_ways(case, providers.linear_lowrank)
 
 
 def dx(sizes: Sizes) -> Entries:
-    on_cuda = {"triton": variants.triton(providers.dx_lowrank)} if sizes.device == "cuda" else {}
     for case in sizes.cases("linear_4bit_dx", hot=True):
-        yield case, _base("dx") | on_cuda | variants.of_linear(case, providers.dx_lowrank)
+        yield case, _base("dx") | in_other_ways(case, providers.dx_lowrank)
 
 
 def lora(sizes: Sizes) -> Entries:
-    of_op = LORA_ON_CUDA if sizes.device == "cuda" else _base("lora")
-    for case in sizes.cases("lora_linear_4bit", R=RANK):
-        yield case, of_op | variants.of_lora(case)
-    for case in sizes.cases("lora_linear_4bit_fwd_bwd", sizes.training_tokens, R=RANK):
-        yield case, of_op
+    cases = sizes.cases("lora_linear_4bit", R=RANK)
+    cases += sizes.cases("lora_linear_4bit_fwd_bwd", sizes.training_tokens, R=RANK)
+    for case in cases:
+        triton = in_other_ways(case, providers.lora_lowrank) if case.device == "cuda" else {}
+        yield case, _base("lora") | triton
 
 
 def quantize(sizes: Sizes) -> Entries:
     to = {OURS: others.quantize_lowrank, "bitsandbytes": others.quantize_bitsandbytes}
-    if (
-        sizes.device == "cuda"
-    ):  # where the public function's wait for the device hides what it costs
-        to["operators alone"] = others.quantize_operators
     back = {OURS: others.dequantize_lowrank, "bitsandbytes": others.dequantize_bitsandbytes}
     for op, of_op in (("quantize_4bit", to), ("dequantize_4bit", back)):
         for case in sizes.cases(op, tokens=(0,)):
             yield case, of_op
-
-
-def growth(sizes: Sizes) -> Entries:
-    """From small square matrices to large ones: does the cost per weight stay the same?"""
-    for (N, K), M in itertools.product(sizes.growth_shapes, sizes.growth_tokens):
-        of_case = {OURS: providers.linear_lowrank, "torch": providers.linear_torch}
-        yield Case(GROWTH, N, K, M, device=sizes.device), of_case
 
 
 # -- many adapters in one batch --------------------------------------------------------------------
@@ -161,41 +143,30 @@ ADDED = {
     "torch loop": others.many_loop,
     "gather + bmm": others.many_gather_bmm,
 }
-VLLM = {"vLLM's CPU scheme": others.many_vllm_cpu}
 LINEAR = {
     OURS: many.many_linear_lowrank,
     "linear_4bit, multi_lora_": others.many_linear_separate,
     "linear_4bit, torch loop": many.many_linear_loop,
 }
-TRAINING = {
-    OURS: others.many_training_lowrank,
-    "lora_linear_4bit per adapter": others.many_training_one_by_one,
-    "linear_4bit, torch loop": others.many_training_loop,
-    "dequantize, torch loop": others.many_training_dequantize,
-}
 IN_PLACE = {"torch loop, addmm_": others.many_loop_in_place}
-PADDED = {"padded to 64": others.many_lowrank_padded}
 
 
 def multi_lora(sizes: Sizes) -> Entries:
-    """Punica's grid, and at the first shape what a server and a trainer do."""
+    """Punica's grid, and at the first shape what a server does."""
 
     def case(op: str, M: int, popularity: str, dtype: str = sizes.dtypes[0], mixed=False) -> Case:
         R, device = max(MIX) if mixed else RANK, sizes.device
         return Case(op, *sizes.shapes[0], M, dtype, "cold", R, device, popularity, mixed)
 
-    added = ADDED | (VLLM if sizes.device == "cpu" else {})
     shape = dict(zip("NK", sizes.many_shape))
     for popularity, M in itertools.product(POPULARITIES, sizes.many_tokens):
         if M > 1 or popularity == "identical":  # of one row, all are the same
-            yield dataclasses.replace(case("multi_lora_", M, popularity), **shape), added
+            yield dataclasses.replace(case("multi_lora_", M, popularity), **shape), ADDED
     for batch in ((4, "distinct"), (64, "distinct"), (512, "4")):
         yield case("multi_lora_linear_4bit", *batch), LINEAR
-    yield case("multi_lora_", 512, "4"), added | IN_PLACE
+    yield case("multi_lora_", 512, "4"), ADDED | IN_PLACE
     for dtype, mixed in itertools.product(sizes.dtypes, (False, True)):
-        of_case = added | IN_PLACE | (PADDED if mixed else {})
-        yield case("multi_lora_", 64, "distinct", dtype, mixed), of_case
-    yield case("multi_lora_linear_4bit_fwd_bwd", 512, "2"), TRAINING
+        yield case("multi_lora_", 64, "distinct", dtype, mixed), ADDED | IN_PLACE
 
 
 OPS = {
@@ -204,7 +175,6 @@ OPS = {
     "lora_linear_4bit": lora,
     "multi_lora": multi_lora,
     "quantize": quantize,
-    "growth": growth,
 }
 
 
@@ -216,9 +186,8 @@ def entries(
     for name in names or OPS:
         for case, of_case in OPS[name](sizes):
             if only in case.id and (not quick or sizes.shapes[0] == (case.N, case.K)):
-                made = {
-                    n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()
-                }
-                found.setdefault(case, made)
-    shapes = [*sizes.shapes, sizes.many_shape, *sizes.growth_shapes]
+                found.setdefault(case, of_case)
+    for case, of_case in found.items():
+        found[case] = {n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()}
+    shapes = [*sizes.shapes, sizes.many_shape]
     return sorted(found.items(), key=lambda entry: shapes.index((entry[0].N, entry[0].K)))

@@ -9,7 +9,7 @@ from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .int8 import int8_activations
-from .interop import checkpoint_hook, peft_hook
+from .interop import accelerate_hook, checkpoint_hook, peft_hook
 from .interop import transformers_hook as _transformers
 from .interop.on_import import on_import as _on_import
 from .model_adapters import (
@@ -59,6 +59,7 @@ __all__ = [
 
 _on_import("transformers.quantizers.auto", _transformers.register)
 _on_import("transformers.modeling_utils", _transformers.register_models)
+_on_import("accelerate.utils.modeling", accelerate_hook.install)
 
 if typing.TYPE_CHECKING:
     from .interop.transformers_quantizer import LowRankConfig, pretrained_config

@@ -126,7 +126,17 @@ def are_fused(A: nn.Module, B: nn.Module) -> bool:
 
     They are not with hooks (of offloading, of ZeRO-3, a user's own), parametrizations, weight norm or pruning.
     """
-    return type(A) is type(B) is nn.Linear and is_bare(A) and is_bare(B)
+    for module in (A, B):  # is_bare() of each, without a call: every forward asks
+        if (
+            type(module) is not nn.Linear
+            or module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or ("forward" in module.__dict__ and not is_bare(module))
+        ):
+            return False
+    return True
 
 
 def check_fused(layer: HasAdapters, name: str) -> None:

@@ -28,9 +28,24 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     DistributedDataParallel, checkpoint wrappers, PEFT's). Each file is written under another name and
     then renamed. A warning names what requires gradients and is not in the file, such as biases,
     norms, a head, or other adapters: nobody else saves it.
-    Raises ValueError if no layer has the adapter, or if its layers differ in lora_dropout or
-    use_rslora, which the format holds only once; RuntimeError for a layer that is one process's part
-    (see :func:`lowrank_kernels.distributed.save_adapter`).
+
+    ``adapter_model.safetensors`` holds ``base_model.model.<path>.lora_A.weight [r, K]`` and ``.lora_B.weight [N, r]``
+    of each layer, ``adapter_config.json`` the settings.
+
+    Raises:
+        ValueError: no layer has the adapter; its layers differ in lora_dropout or use_rslora, which the format
+            holds only once; a parameter is on the meta device, as those of an offloaded model are.
+        RuntimeError: a layer is one process's part (see :func:`lowrank_kernels.distributed.save_adapter`).
+
+    Source: the format of PEFT, https://huggingface.co/docs/peft/developer_guides/checkpoint.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.save_adapter(torch.compile(model), "adapter", "policy")
+    >>> from safetensors import safe_open
+    >>> sorted(safe_open("adapter/adapter_model.safetensors", "pt").keys())[0]
+    'base_model.model.0.lora_A.weight'
     """
     write_adapter(model, path, name, lambda layer: layer.whole_adapter(name))
 
@@ -74,10 +89,26 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     (an optimizer goes on working) and takes the values; a layer not in the file loses it. All of
     the file is checked before anything changes. Only safetensors is read, never pickle.
 
-    Raises FileNotFoundError if a file is missing; ValueError, naming the file, the key, what was
-    expected and what came, for a layer that is no :class:`LoRALinear4bit`, wrong shapes, missing
-    partners and what the layers cannot represent (DoRA, trained biases or other modules,
-    initialisations that change the base weight); RuntimeError while an adapter is merged.
+    The file may be a stranger's: keys, shapes and dtypes are compared with the layers before the first
+    tensor is read, patterns are matched in bounded time, NaN and infinities are refused. Any finite
+    ``lora_alpha`` is taken: 0 switches an adapter off, a negative one takes away what it learnt.
+    Names that torch's wrappers left in keys (``_orig_mod``) are passed over.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: naming the file, the key, what was expected and what came: a layer that is no
+            :class:`LoRALinear4bit`, wrong shapes, missing partners, numbers that are not finite, and what the
+            layers cannot represent (DoRA, trained biases, embeddings or other modules, initialisations that
+            change the base weight).
+        RuntimeError: an adapter is merged.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.save_adapter(model, "adapter", "policy")
+    >>> lk.load_adapter(model, "adapter", "again")
+    >>> model[0].active_adapter, model[0].r
+    ('again', {'policy': 8, 'again': 8})
     """
     check_adapter_name(name)
     layers = lora_layers(model)

@@ -31,7 +31,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _MAX_CONFIG_BYTES = 2**24
 # PEFT's init_lora_weights. The others change the base weight, which a 4-bit base cannot follow.
-INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # safetensors' names of the dtypes that an adapter may have.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a key that is none of an adapter's two matrices stands for: a part of it, and words.
@@ -169,7 +169,7 @@ _FIELDS = {
     "init_lora_weights": (
         True,
         lambda v: v in INITIALISATIONS,
-        "true, false, 'gaussian', 'eva' or 'orthogonal'",
+        "true, false, 'gaussian', 'eva', 'orthogonal' or 'mica'",
     ),
 }
 # Fields without a say in what a trained adapter computes; any other must be unset.

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .linear4bit import Linear4bit, Params4bit
+from .linear4bit import Linear4bit
+from .packed import Params4bit
 from .weight_reads import layers_read
 
 _MIB = 2**20
@@ -68,7 +69,9 @@ class DenseLayers:
         hook = getattr(module, "_hf_hook", None)
         if hook is not None and _offloads(hook):
             return "offloaded by accelerate"
-        if hook is None and "forward" in vars(module):
+        # accelerate leaves the class's own forward there as it removes a hook.
+        own = getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
+        if hook is None and "forward" in vars(module) and not own:
             return "its forward has been replaced"
         return None
 

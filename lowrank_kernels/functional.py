@@ -33,6 +33,8 @@ def taken(x: torch.Tensor, w: Weight4bit) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = autocast(x)
+        if x.layout is not torch.strided:
+            by_rows(None, x)  # says what is taken
         fits = x.dtype in FLOAT_DTYPES and x.dim() > 0 and x.shape[-1] == w.shape[1]
         if fits and x.device == w.packed.device:
             return x
@@ -158,6 +160,8 @@ def wants_grad(x: torch.Tensor, w: Weight4bit | None, *others: torch.Tensor | No
         for tensor in inputs:
             if tensor is not None and tensor.requires_grad:
                 needed = True
+    if needed and torch.jit.is_tracing():
+        needed = False  # torch.jit.trace records operators, which TorchScript then runs without gradients
     if forward_ad._current_level >= 0:
         _refuse_tangents(inputs)
     if backends.kernel_in_force == "invariant":

@@ -14,7 +14,7 @@ from .formats import Weight4bit, quantize_4bit
 from .functional import linear, taken
 from .packed import Params4bit, plain
 from .quant_state import KEYS_IN_WORDS
-from .ragged import by_rows, is_ragged
+from .ragged import by_rows
 from .schema import FLOAT_DTYPES
 
 # Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
@@ -204,6 +204,11 @@ class Linear4bit(nn.Linear):
         return self.weight
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that W had before quantization. PEFT reads it as that of a base layer in 4 bits."""
+        return self._weight4bit.dtype
+
+    @property
     def quant_type(self) -> str:
         return self._weight4bit.quant_type
 
@@ -221,7 +226,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype; see :func:`linear_4bit`."""
-        if is_ragged(x):
+        if getattr(x, "is_nested", False):
             return by_rows(self.forward, x)
         w = self.weight4bit
         return linear(taken(x, w), w, self._parameters["bias"])

@@ -35,7 +35,20 @@ class Adapter:
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapter of ``model`` by name, in the order in which layers have them.
 
-    Raises ValueError if the model has no :class:`LoRALinear4bit`.
+    Returns:
+        Name -> :class:`Adapter`: ``layers`` by their paths in the model, without the names of wrappers such as
+        ``torch.compile``'s; ``parameters``, which an optimizer takes: of each layer A ``[r, K]``, then B ``[N, r]``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: it has no :class:`LoRALinear4bit`.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.adapters(model)
+    {'policy': Adapter(2 layers, 1792 parameters)}
+    >>> optimizer = torch.optim.AdamW(lk.adapters(model)["policy"].parameters, lr=1e-3)
     """
     found: dict[str, Adapter] = {}
     for path, layer in _layers(model).items():
@@ -58,10 +71,11 @@ def add_adapter(
     adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     target_modules: str | Iterable[str] = "all-linear",
 ) -> None:
-    """Adds adapter ``name`` to the model's :class:`LoRALinear4bit` layers.
+    """Adds adapter ``name`` to the model's :class:`LoRALinear4bit` layers: each then can compute
 
-    It becomes active in layers where none is; otherwise by :func:`set_adapter`. Call again with
-    other ``target_modules`` for another r in other layers.
+    ``y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias`` with A ``[r, K]``, B ``[N, r]`` and ``scaling = lora_alpha / r``,
+    or ``lora_alpha / sqrt(r)`` for rsLoRA. It becomes active in layers where none is; otherwise by
+    :func:`set_adapter`. Call again with other ``target_modules`` for another r in other layers.
 
     Args:
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see
@@ -69,8 +83,18 @@ def add_adapter(
         target_modules: which of these layers, by the rules of :func:`replace_linear`. Layers of other
             types get their first adapter there.
 
-    Raises ValueError or TypeError naming the argument: also if a target matches no such layer, or a
-    layer has the adapter already.
+    Raises:
+        ValueError, TypeError: naming the argument; also if a target matches no such layer, or a layer has the
+            adapter already. The model is as it was.
+
+    Source: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023).
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.add_adapter(model, "critic", r=4, lora_alpha=8, target_modules=["2"])
+    >>> list(lk.adapters(model)["critic"].layers), model[2].active_adapter
+    (['2'], 'policy')
     """
     layers = _layers(model)
     targeted = _targeted(layers, target_modules)
@@ -90,7 +114,16 @@ def add_adapter(
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Removes adapter ``name`` from all layers; where it was active, none is then.
 
-    Raises ValueError for an unknown name, RuntimeError if it is merged.
+    Raises:
+        ValueError: no layer has it.
+        RuntimeError: it is merged.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.delete_adapter(model, "policy")
+    >>> lk.adapters(model)
+    {}
     """
     having = _having(_layers(model), name)
     _require_unmerged(
@@ -110,7 +143,21 @@ def set_adapter(model: nn.Module, name: str) -> contextlib.AbstractContextManage
     torch drops gradients for a parameter that requires none when backward runs, so run backward while the adapter
     that forward had is active. Under torch.utils.checkpoint, backward under another one raises RuntimeError.
 
-    Raises ValueError for a name that no layer has, RuntimeError while an adapter is merged.
+    Which adapters require gradients is said by this function and by :meth:`AdapterBank.trainable`; the later
+    call counts.
+
+    Raises:
+        ValueError: no layer has it.
+        RuntimeError: an adapter is merged.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.add_adapter(model, "reference")
+    >>> with lk.set_adapter(model, "reference"):
+    ...     y = model(torch.zeros(1, 64))
+    >>> model[0].active_adapter
+    'policy'
     """
     layers = _layers(model)
     _having(layers, name)
@@ -174,7 +221,17 @@ class _Until(contextlib.AbstractContextManager):
 def disable_adapters(model: nn.Module) -> contextlib.AbstractContextManager:
     """The model is its base from now on, even while merged; in a ``with``, until its end.
 
-    Also under :meth:`AdapterBank.using`: disabled layers are their base for every row of a plan.
+    Also under :meth:`AdapterBank.using`: disabled layers are their base, ``y = x Wᵀ + bias``, for every row of a
+    plan. Raises TypeError or ValueError for a model without :class:`LoRALinear4bit`.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> x = torch.randn(3, 64)
+    >>> with lk.disable_adapters(model):
+    ...     base = model(x)
+    >>> torch.equal(base, model(x))  # a new adapter has B = 0
+    True
     """
     restore = contextlib.ExitStack()
     for layer in _layers(model).values():
@@ -183,7 +240,14 @@ def disable_adapters(model: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def enable_adapters(model: nn.Module) -> None:
-    """Undoes :func:`disable_adapters`."""
+    """Undoes :func:`disable_adapters`. Raises TypeError or ValueError for a model without such layers.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> context = lk.disable_adapters(model)
+    >>> lk.enable_adapters(model)
+    """
     for layer in _layers(model).values():
         layer.enable_adapters()
 
@@ -191,8 +255,25 @@ def enable_adapters(model: nn.Module) -> None:
 def merge_adapter(model: nn.Module) -> None:
     """Folds the active adapter into the 4-bit weights: :meth:`LoRALinear4bit.merge` on all layers.
 
-    Raises RuntimeError if a layer is merged, is disabled or has no active adapter; ValueError, naming the
-    layer, if a merged weight is not finite. The model is then as it was.
+    Each W ``[N, K]`` becomes ``quantize(W + scaling · B A)`` with its own settings; the original bytes are kept
+    aside. The merged model is near, not equal to, the unmerged one.
+
+    Raises:
+        RuntimeError: a layer is merged, is disabled, has no active adapter, or its A or B has hooks.
+        ValueError: a merged weight is not finite; the message names the layer.
+
+    After an error the model is as it was.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> packed = model[0].weight.clone()
+    >>> lk.merge_adapter(model)
+    >>> model[0].merged
+    True
+    >>> lk.unmerge_adapter(model)
+    >>> torch.equal(model[0].weight, packed)
+    True
     """
     layers = _layers(model)
     _require_unmerged("merge_adapter", layers)
@@ -210,7 +291,16 @@ def merge_adapter(model: nn.Module) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Restores the original bytes exactly. Raises RuntimeError if nothing is merged."""
+    """Restores the original bytes of every merged layer exactly. Raises RuntimeError if nothing is merged.
+
+    >>> import torch, lowrank_kernels as lk
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
+    >>> report = lk.replace_linear(model, r=8, adapter_name="policy", progress=False)
+    >>> lk.merge_adapter(model)
+    >>> lk.unmerge_adapter(model)
+    >>> model[0].merged
+    False
+    """
     merged = [layer for layer in _layers(model).values() if layer.merged]
     if not merged:
         raise RuntimeError("unmerge_adapter: nothing is merged; call merge_adapter() first")

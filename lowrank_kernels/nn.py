@@ -23,7 +23,7 @@ from .multi_lora.in_force import in_force
 from .multi_lora.pages import ModulePages, save_plainly
 from .multi_lora.plan import Plan
 from .paths import named_modules
-from .ragged import by_rows, is_ragged
+from .ragged import by_rows
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
@@ -279,7 +279,7 @@ class LoRALinear4bit(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype: :func:`lora_linear_4bit`."""
-        if is_ragged(x):
+        if getattr(x, "is_nested", False):
             return by_rows(self.forward, x)
         bias, name = self._parameters["bias"], self._active_adapter
         under = self.in_force(entries) if (entries := in_force.entries) else None

@@ -233,6 +233,7 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
     wrapper = _wrapper(model, names[0])
     for hook in _HOOKS:  # the same dictionaries, so that the handles of the hooks still remove them
         setattr(new, hook, getattr(old, hook))
+    move_accelerates_hook(old, new)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
@@ -243,6 +244,15 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
         adapter_bytes = sum(p.numel() * p.element_size() for p in _adapter_parameters(new))
     shape = (new.out_features, new.in_features)
     return ReplacedLayer(names[0], shape, before, _nbytes(new) - adapter_bytes, adapter_bytes)
+
+
+def move_accelerates_hook(old: nn.Module, new: nn.Module) -> None:
+    """accelerate's hook, if ``old`` has one, becomes one of ``new``."""
+    if (hook := getattr(old, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(old)
+        add_hook_to_module(new, hook)
 
 
 # -- which layers ----------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ ANY, REST = "*", "**"
 _HARMLESS = {"device", "requires_grad", "requires_grad_", "is_meta", "is_cuda", "grad", "is_cpu"}
 _NOT_FORWARD = ("init", "reset_parameters", "embeddings", "tie", "resize", "prune", "extra_repr")
 _MEMBERS = {"values", "items", "children", "named_children", "modules", "named_modules", "get"}
+# Our layers, and PEFT's, which ask a 4-bit base for what they need, or else are refused as such a base's.
+_KNOWN = (__package__, "peft")
 _DEPTH = 3  # of calls that are followed
 
 # Code that reads a weight only where a model is set up in a way that next to none is.
@@ -38,6 +40,8 @@ def layers_read(model: nn.Module) -> dict[str, str]:
     """Name of each module of ``model`` whose weight is read -> the class and method that read it."""
     found: dict[str, str] = {}
     for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] in _KNOWN:
+            continue
         for path, reader in reads_of(type(module)):
             seldom = _SELDOM.get(reader.partition(".")[0])
             if seldom is None or seldom(module):

@@ -28,26 +28,18 @@ def run(*arguments: object) -> int:
     return cli.run(cli.parser().parse_args(["bench", *map(str, arguments)]))
 
 
-OPERATORS = {
-    "linear": "linear_4bit", "dx": "linear_4bit_dx", "lora": "lora_linear_4bit",
-    "training": "lora_linear_4bit_fwd_bwd", "multi_lora": "multi_lora_linear_4bit",
-}  # fmt: skip
-
-
 def test_table_json_and_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="--plot draws with matplotlib")
     pytest.importorskip("bitsandbytes", reason="a column of the table")
     pytest.importorskip("peft", reason="a column of the table")
     target, picture = tmp_path / "x.json", tmp_path / "x.png"
-    ops = ("--op", ",".join(OPERATORS))
+    ops = ("--op", ",".join(OPS))
     assert run(*SMALL, *ops, "--rank", "8", "--json", target, "--plot", picture) == 0
     out, document = capsys.readouterr().out, harness.read(target)
     assert document["threads"] == torch.get_num_threads()
     assert document["versions"]["torch"] == torch.__version__
     assert [(c["op"], c["M"], c["R"]) for c in document["cases"]] == [
-        (op, M, 0 if name in ("linear", "dx") else 8)
-        for name, op in OPERATORS.items()
-        for M in (1, 5)
+        (op.op, M, 8 if op.adapter else 0) for op in OPS.values() for M in (1, 5)
     ]
     for case in document["cases"]:
         assert (case["N"], case["K"], case["dtype"], case["device"]) == (64, 128, "float32", "cpu")
@@ -167,18 +159,15 @@ def test_in_bfloat16_and_with_one_thread(tmp_path, set_threads):
     ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("--isa", "sse9"), "--isa: "),
-        (("--backend", "cuda9"), "--backend: "),
-        (("--json", "no/such/folder/x.json"), "expected an existing folder"),
-        (("--model", "no/such/folder"), "expected a folder with a Hugging Face"),
-    ],
-)
+@pytest.mark.parametrize("arguments, words", [
+    ("--isa sse9", "--isa: "),
+    ("--backend cuda9", "--backend: "),
+    ("--json no/such/folder/x.json", "expected an existing folder"),
+    ("--model no/such/folder", "expected a folder with a Hugging Face"),
+])  # fmt: skip
 def test_problems(arguments, words):
     with pytest.raises(cli.UserError, match=words):
-        run(*SMALL, *arguments)
+        run(*SMALL, *arguments.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -187,23 +176,16 @@ def test_no_gpu():
         run(*SMALL, "--device", "cuda")
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--shape", "4096"),
-        ("--shape", "0x64"),
-        ("--m", "0"),
-        ("--m", "1,x"),
-        ("--op", "conv"),
-        ("--peers", "ggml"),
-        ("--seconds", "-1"),
-        ("--seconds", "nan"),
-        ("more",),
-    ],
-)
+WRONG = (
+    "--shape 4096", "--shape 0x64", "--m 0", "--m 1,x", "--op conv", "--peers ggml", "--seconds -1", "--seconds nan",
+    "more",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", WRONG)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", *arguments])
+        cli.main(["bench", *arguments.split()])
     assert end.value.code == 2
     assert "usage:" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -491,3 +492,93 @@ def test_smollm2(tmp_path):
         logits = [m.train()(input_ids=ids).logits for m in (theirs, mine, model)]
     for of in logits[:2]:
         assert (of - logits[2]).abs().max() < 1e-4 * logits[2].abs().max()
+
+
+# -- what goes along, the report, and what is refused ------------------------------------------------
+
+
+def test_everything_but_weights_and_code_goes_along_or_is_named(llama, copied, tmp_path, capsys):
+    (copied / "1_Pooling" / "deep").mkdir(parents=True)
+    (copied / "2_Dense").mkdir()
+    shutil.copy(llama / "model.safetensors", copied / "2_Dense" / "model.safetensors")
+    goes = ("source.spm", "bpe.codes", "vocab.bpe", "modules.json", "1_Pooling/config.json")
+    goes += ("1_Pooling/deep/x.bin.txt", "preprocessor.yaml", "merges", "2_Dense/model.safetensors")
+    stays = {"old.bin": "weights", "tf_model.h5": "weights", "run.py": "code"}
+    stays |= {"1_Pooling/net.onnx": "weights", "gone.txt": "a link to nothing"}
+    for name in (*goes, *stays):
+        if name == "gone.txt":
+            (copied / name).symlink_to("nothing")
+        elif not (copied / name).exists():
+            (copied / name).write_text(name)
+    quantize(copied, tmp_path / "out", "--report", tmp_path / "report.json")
+    there = contents(tmp_path / "out")
+    for name in goes:
+        assert there[name] == (copied / name).read_bytes()
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())["not_copied"]
+    left = {entry["name"]: entry["reason"] for entry in report}
+    for name, why in stays.items():
+        assert name not in there and f"{name}  {why}" in said and left[name].startswith(why)
+
+
+def test_the_report_overwrites_no_model(copied, tmp_path):
+    """Found out before any work; a pipe or device is written to."""
+    (tmp_path / "folder").mkdir()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(b"weights")
+    os.link(copied / "model.safetensors", tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(copied / "config.json")
+    before = contents(tmp_path)
+    for report, words in (
+        (tmp_path / "folder", "got a folder"),
+        (copied / "model.safetensors", "expected a file outside of"),
+        (copied / "new.json", "expected a file outside of"),
+        (tmp_path / "out" / "report.json", "expected a file outside of"),
+        (tmp_path / "out.partial" / "report.json", "expected a file outside of"),
+        (tmp_path / "soft", "expected a file outside of"),
+        (tmp_path / "hard", "is a file of"),
+        (other, "exists already and is no such report"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["quantize", str(copied), str(tmp_path / "out"), "--report", str(report)])
+        assert words in end.value.code and len(end.value.code.splitlines()) == 1
+    assert contents(tmp_path) == before
+    report = tmp_path / "report.json"
+    quantize(copied, tmp_path / "out", "--report", report)
+    quantize(copied, tmp_path / "out", "--report", report, "--force")  # an earlier report may go
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        quantize(copied, tmp_path / "out", "--report", pipe, "--force", "--quiet")
+        assert pipe.is_fifo()
+        assert json.loads(os.read(descriptor, 1 << 16))["options"]["quant_type"] == "nf4"
+    finally:
+        os.close(descriptor)
+    quantize(copied, tmp_path / "out", "--report", "/dev/null", "--force", "--quiet")
+    assert os.path.exists("/dev/null") and not os.path.isfile("/dev/null")
+
+
+@pytest.mark.parametrize("names", [["vision_tower"], ["lm_head", "vision"], ["layers.0"]])
+def test_exclusions_that_match_nothing(llama, tmp_path, names):
+    with pytest.raises(SystemExit, match=r"--exclude: .* matches no linear layer; .*q_proj"):
+        cli.main(["quantize", str(llama), str(tmp_path / "out"), "--exclude", *names])
+
+
+def test_layers_that_the_code_reads_stay_dense(tmp_path, capsys):
+    config = transformers.MambaConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, state_size=8
+    )
+    model = transformers.MambaForCausalLM(config)
+    model.save_pretrained(tmp_path / "mamba")
+    quantize(tmp_path / "mamba", tmp_path / "out")
+    assert (
+        "backbone.layers.*.mixer.dt_proj (2)  its weight is read by Mamba"
+        in capsys.readouterr().out
+    )
+    keys = tensors_of(tmp_path / "out").keys()
+    packed = {key.removesuffix(".weight.absmax") for key in keys if key.endswith(".absmax")}
+    assert packed == {f"backbone.layers.{i}.mixer.in_proj" for i in (0, 1)}
+    config = lk.pretrained_config(tmp_path / "out")
+    loaded = transformers.MambaForCausalLM.from_pretrained(tmp_path / "out", config=config)
+    assert loaded(torch.arange(12)[None]).logits.isfinite().all()

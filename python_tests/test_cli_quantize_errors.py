@@ -367,3 +367,37 @@ def test_wrong_arguments(arguments, capsys):
         cli.main(["quantize", *arguments])
     assert end.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+ODD = [None, [1], {"a": 1}, "x", -1, True, 1e300, "\x00\n", 10**30]
+FIELDS = ("torch_dtype", "dtype", "architectures", "model_type", "hidden_size", "vocab_size",
+          "num_hidden_layers", "tie_word_embeddings", "rope_parameters", "quantization_config")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_configuration_ends_in_a_traceback(copy, tmp_path, capsys):
+    """One line for each, or a result; never another exception."""
+    original = (copy / "config.json").read_text()
+    for field in FIELDS:
+        for value in ODD:
+            document = json.loads(original) | {field: value}
+            (copy / "config.json").write_text(json.dumps(document))
+            try:
+                cli.main(["quantize", str(copy), str(tmp_path / "out"), "--quiet", "--force"])
+            except SystemExit as end:
+                lines = str(end.code).splitlines()
+                assert end.code == 0 or (len(lines) == 1 and lines[0].startswith("lowrank_")), field
+    for raw in (b"\xff\xfe", b"[" * 100_000, b"", b"{", b'{"a":' * 5000):
+        (copy / "config.json").write_bytes(raw)
+        assert "config.json" in refused(copy, tmp_path / "out", "--force")
+
+
+@pytest.mark.parametrize("count", [10**5, 10**30])
+def test_a_model_far_larger_than_its_files(copy, tmp_path, count):
+    edit(copy / "config.json", num_hidden_layers=count, layer_types=None)
+    words = refused(copy, tmp_path / "out")
+    assert "far larger model" in words or "expected at most 1000000" in words
+
+
+def test_the_root_folder_as_out(llama):
+    assert "expected the name of a folder" in refused(llama, "/")

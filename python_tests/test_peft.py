@@ -266,13 +266,7 @@ def lora_config(name: str, **arguments) -> object:
         ({"init_lora_weights": "pissa_niter_2"}, "init_lora_weights: .* got 'pissa_niter_2'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights: .* got 'olora'"),
         ({"init_lora_weights": "corda"}, "init_lora_weights: .* got 'corda'"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights: .* got 'mica'"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights: .* got 'lora_ga'"),
-        ({"velora_config": lora_config("VeloraConfig")}, "velora_config: expected it unset"),
-        (
-            {"use_bdlora": lora_config("BdLoraConfig", target_modules_bd_a=["up"], nblocks=2)},
-            "use_bdlora: expected it unset",
-        ),
         ({"kasa_config": lora_config("KasaConfig")}, "kasa_config: expected it unset"),
         ({"use_qalora": True}, "use_qalora: expected it unset"),
         (

@@ -311,3 +311,158 @@ def test_a_nan_is_named():
 def test_a_single_layer_cannot_be_replaced_in_place(model):
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module that contains linear"):
         replace_linear(model)
+
+
+# -- what has to stay dense ------------------------------------------------------------------------
+
+
+def reasons(report: ReplaceReport) -> dict[str, str]:
+    return {layer.name: layer.reason for layer in report.skipped}
+
+
+def test_weights_that_are_computed_or_of_another_kind():
+    from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+    class Other(torch.Tensor):
+        pass
+
+    model = nn.ModuleDict({name: nn.Linear(D, D) for name in "abcdefg"})
+    prune.l1_unstructured(model.a, "weight", 0.5)
+    weight_norm(model.b)
+    spectral_norm(model.c)
+    parametrizations.weight_norm(model.d)
+    model.e.weight = nn.Parameter(torch.randn(D, D).as_subclass(Other))
+    model.f.forward = lambda x: x
+    report = replace_linear(model, r=0, progress=False)
+    assert names(report) == ["g"]
+    assert reasons(report) == {
+        **dict.fromkeys("abc", "its weight is computed from other parameters"),
+        "d": "of type ParametrizedLinear",
+        "e": "its weight is a Other",
+        "f": "its forward has been replaced",
+    }
+
+
+def test_layers_of_another_library():
+    bnb = pytest.importorskip("bitsandbytes", reason="a peer of the tests")
+    model = nn.ModuleDict({"a": bnb.nn.Linear4bit(D, D), "b": bnb.nn.Linear8bitLt(D, D)})
+    model["c"] = nn.Linear(D, D)
+    report = replace_linear(model, r=0, progress=False)
+    assert names(report) == ["c"]
+    assert reasons(report) == {
+        "a": "of type bitsandbytes's Linear4bit",
+        "b": "of type Linear8bitLt",
+    }
+
+
+def test_hooks_of_accelerate():
+    hooks = pytest.importorskip("accelerate.hooks", reason="an optional dependency")
+    model, x = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D)), torch.randn(2, D)
+    hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook("cpu", io_same_device=True))
+    weights = {"weight": model[1].weight.detach().clone(), "bias": model[1].bias.detach().clone()}
+    offload = hooks.AlignDevicesHook("cpu", offload=True, weights_map=weights)
+    hooks.add_hook_to_module(model[1], offload)
+    report = replace_linear(model, r=0, progress=False)
+    assert names(report) == ["0"] and reasons(report) == {"1": "offloaded by accelerate"}
+    assert model[0]._hf_hook.io_same_device and model(x).shape == (2, D)
+    hooks.remove_hook_from_module(model[0])
+    assert not hasattr(model[0], "_hf_hook") and type(model[0]) is Linear4bit
+    hooks.remove_hook_from_module(model[1].to_empty(device="cpu"))
+    assert names(replace_linear(model.to("meta"), r=0, progress=False)) == ["1"]
+
+
+def test_what_a_model_keeps_in_float32():
+    class Keeps(Block):
+        _keep_in_fp32_modules = ["q_proj"]
+        _keep_in_fp32_modules_strict = {"v_proj.weight", "proj"}
+
+    model = nn.ModuleDict({"a": Keeps(), "b": Block()})
+    report = replace_linear(model, r=0, progress=False)
+    assert names(report) == ["a.o_proj", "b.q_proj", "b.v_proj", "b.o_proj"]
+    assert set(reasons(report).values()) == {"kept in float32 by the model"}
+
+
+def test_stacks_of_experts_are_listed_and_a_warning_says_if_they_are_most():
+    model = Model()
+    model.experts = nn.ParameterDict({"up": nn.Parameter(torch.randn(8, D, D))})
+    report = replace_linear(model, ["q_proj"], r=0, progress=False)
+    assert reasons(report)["experts.up"] == (
+        "8 matrices of 64 x 64 in one parameter, as experts are: 0.125 MiB stay dense"
+    )
+    with pytest.warns(UserWarning, match=r"most of this model stays dense: 1 stacks.*experts.up"):
+        assert "experts.up" in str(replace_linear(model, r=0, progress=False))
+
+
+@pytest.mark.parametrize(
+    "exclude",
+    [["lm_headd"], ["lm_head", "gone"], ["layers.0"], r"model\..*", [""]],
+    ids=str,
+)
+def test_exclusions_that_match_nothing(exclude):
+    model = Model()
+    with pytest.raises(
+        ValueError, match=r"exclude_modules: .* matches no layer; .*layers.0.q_proj"
+    ):
+        replace_linear(model, exclude_modules=exclude, progress=False)
+    assert set(kinds(model).values()) == {nn.Linear}
+    del model.lm_head
+    assert len(replace_linear(model, r=0, progress=False).replaced) == 6  # the default may
+
+
+# -- models that PEFT has been at ------------------------------------------------------------------
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="an optional dependency")
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_bases_of_peft_layers_are_replaced_and_adapters_stay(peft):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    wrapped = peft.get_peft_model(Model().eval(), config)
+    before = {name: p.detach().clone() for name, p in wrapped.named_parameters()}
+    trains = trainable(wrapped)
+    report = replace_linear(wrapped, r=0, exclude_modules=["o_proj"], progress=False)
+    prefix = "base_model.model."
+    assert names(report) == [
+        f"{prefix}layers.{i}.{name}.base_layer" for i in (0, 1) for name in ("q_proj", "v_proj")
+    ]
+    why = "base_model.model.lm_head is in modules_to_save, which trains a copy"
+    heads = [f"{prefix}lm_head.original_module", f"{prefix}lm_head.modules_to_save.default"]
+    assert {name: reasons(report)[name] for name in heads} == dict.fromkeys(heads, why)
+    assert not any("lora_" in name for name in reasons(report))
+    assert trainable(wrapped) == trains
+    for name in trains:
+        assert torch.equal(wrapped.get_parameter(name), before[name])
+
+    y = wrapped(TOKENS)
+    layer = wrapped.base_model.model.layers[0].q_proj
+    packed = layer.base_layer.weight.clone()
+    wrapped.merge_adapter()
+    assert (wrapped(TOKENS) - y).norm() < 0.2 * y.norm()
+    with pytest.raises(ValueError, match="is merged; call unmerge_adapter"):
+        replace_linear(wrapped, ["q_proj"], r=0, progress=False)
+    wrapped.unmerge_adapter()
+    assert torch.equal(layer.base_layer.weight, packed) and torch.equal(wrapped(TOKENS), y)
+
+
+def test_bases_of_other_adapters_are_refused(peft):
+    wrapped = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"q_proj.base_layer: the base of PEFT's Linear, which has"
+    ):
+        replace_linear(wrapped, ["q_proj"], r=4, progress=False)
+    wrapped = peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        ValueError, match=r"base of PEFT's Linear: only PEFT's LoRA.*before adapters"
+    ):
+        replace_linear(wrapped, ["q_proj"], r=0, progress=False)
+    report = replace_linear(wrapped, r=0, progress=False)
+    assert not any("base_layer" in name for name in names(report)) and report.replaced

@@ -107,8 +107,10 @@ ValueError: num_pages is not in 1 .. 2^31-1; everywhere below also: a slot that 
             return py::make_tuple(loaded.slot, std::move(loaded.pages));
           },
           py::arg("pages"), py::arg("adjacent") = false,
-          "(slot, its page numbers) for a new adapter of so many pages; adjacent: each page follows "
-          "the one before. RuntimeError: fewer are free, or not side by side. ValueError: pages < 1.")
+          "(slot, its page numbers) for a new adapter of so many pages; adjacent: each page "
+          "follows "
+          "the one before. RuntimeError: fewer are free, or not side by side. ValueError: pages < "
+          "1.")
       .def("evict", &PagePool::evict, py::arg("slot"),
            "Frees a slot and its pages. RuntimeError: it is pinned.")
       .def("pin", &pin, py::arg("slots"), py::arg("generations") = py::none(),

@@ -61,7 +61,7 @@ class PagePool {
   };
 
   std::vector<int32_t> free_run(size_t pages) const;  // empty: there is none
-  const Slot* find(int64_t slot) const;  // null: not loaded
+  const Slot* find(int64_t slot) const;               // null: not loaded
   const Slot& at(const char* argument, int64_t slot) const;
   Slot& at(const char* argument, int64_t slot);
 

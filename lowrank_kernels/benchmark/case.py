@@ -67,10 +67,9 @@ class Case:
 
     @property
     def groups(self) -> int:
-        """How many batches with adapters of their own take turns; in training the weights are enough."""
-        if self.mixed or self.cache == "hot" or self.op.endswith("fwd_bwd"):
-            return 1
-        return max(1, POOL // len(self.rows))
+        """How many batches with adapters of their own take turns."""
+        alone = self.mixed or self.cache == "hot"
+        return 1 if alone else max(1, POOL // len(self.rows))
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -37,18 +37,15 @@ class Provider:
     """Who computes a case.
 
     ``calls`` makes the calls of a case, or raises :class:`Unavailable`. ``context``: they are made and timed within it;
-    a RuntimeError on entering it means that this provider is not available. ``tolerance``: of the check. ``changes``:
-    fields of the case that this provider has otherwise, as another dtype.
+    a RuntimeError on entering it means that this provider is not available. ``tolerance``: of the check.
     """
 
     calls: Callable[[AnyCase], Calls]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tolerance: float = check.TOLERANCE
-    changes: dict = dataclasses.field(default_factory=dict)
 
     def timer(self, case: AnyCase) -> timing.OnHost | timing.InGraph:
         """The calls of ``case``, checked and ready to be timed."""
-        case = dataclasses.replace(case, **self.changes)
         calls = self.calls(case)
         if isinstance(case, ModelCase):
             return timing.OnHost(calls, case.verify, case.device)
@@ -150,7 +147,7 @@ def header(device: str) -> dict:
         "versions": machine.versions(),
     }
     if device == "cuda":
-        document |= {"backend": "cuda", "gpu": machine.gpu() | {"states": []}}
+        document |= {"backend": "cuda", "gpu": machine.gpu()}
     return document
 
 
@@ -171,14 +168,9 @@ def where(case: dict) -> str:
 
 
 def read(path: pathlib.Path) -> dict:
-    """A result document; fields that older ones lack get the values that they had then.
-
-    Raises ValueError for a file that is none, or of a format that is newer than this program.
-    """
+    """A result document. Raises ValueError for a file that is none, or of a format that is newer than this program."""
     document = json.loads(path.read_text())
     schema = document.get("schema") if isinstance(document, dict) else None
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         raise ValueError(f"{path}: expected results with schema 1 to {SCHEMA}, got {schema}")
-    fields = {"R": 0, "device": "cpu", "popularity": "", "mixed": False}
-    document["cases"] = [fields | case for case in document["cases"]]
     return document

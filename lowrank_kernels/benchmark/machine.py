@@ -8,7 +8,6 @@ import os
 import pathlib
 import platform
 import re
-import subprocess
 
 import torch
 
@@ -82,23 +81,6 @@ def l2_bytes() -> int:
     return torch.cuda.get_device_properties(0).L2_cache_size
 
 
-def gpu_state() -> dict[str, float] | None:
-    """Clocks, temperature and power as nvidia-smi reads them now; None where it does not tell."""
-    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    command = [
-        "nvidia-smi",
-        "--id=0",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        values = [float(value) for value in done.stdout.split(",")]
-    except (OSError, subprocess.TimeoutExpired, ValueError):  # no such program, or "[N/A]"
-        return None
-    return dict(zip(("sm_mhz", "memory_mhz", "celsius", "watts"), values))
-
-
 @functools.lru_cache(maxsize=1)
 def gpu() -> dict[str, object]:
     """The device and what its kernels depend on."""
@@ -112,9 +94,7 @@ def gpu() -> dict[str, object]:
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
-        "memory_bytes": properties.total_memory,
         "driver": cuda_library.status().driver,
         "cuda": torch.version.cuda,
         "architectures": architectures,
-        "plan": os.environ.get("LOWRANK_CUDA_PLAN"),
     }

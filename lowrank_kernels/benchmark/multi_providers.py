@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 import lowrank_kernels as lk
 from lowrank_kernels.multi_lora.functional import multi_lora_linear_4bit
@@ -87,16 +86,13 @@ def of_group(case: Case, group: int) -> list[tuple]:
 # -- this library ----------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=2)
-def _bank(pool: Pool, count: int, rank: int = 0) -> lk.AdapterBank:
-    """A bank of ``count`` modules, each with all adapters of the pool, stored at ``rank`` where given."""
+@functools.lru_cache(maxsize=1)
+def _bank(pool: Pool, count: int) -> lk.AdapterBank:
+    """A bank of ``count`` modules, each with all adapters of the pool."""
     w = providers.weight_of(pool.N, pool.K, pool.device)
     layers = {f"layer{i}": lk.LoRALinear4bit.from_weight(w) for i in range(count)}
-    pages = sum(-(-(rank or r) // 8) for r in pool.ranks)
-    bank = lk.AdapterBank(layers, pages, dtype=pool.dtype)
+    bank = lk.AdapterBank(layers, sum(-(-r // 8) for r in pool.ranks), dtype=pool.dtype)
     for u, (A, B) in enumerate(adapters_of(pool)):
-        if rank:
-            A, B = F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - len(A)))
         state = {}
         for name in layers:
             state |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
@@ -104,10 +100,10 @@ def _bank(pool: Pool, count: int, rank: int = 0) -> lk.AdapterBank:
     return bank
 
 
-def planned(case: Case, rank: int = 0) -> list[tuple]:
+def planned(case: Case) -> list[tuple]:
     """(plan, pages) of every turn."""
-    count = pool_copies(case, rank)
-    bank = _bank(pool_of(case), count, rank)
+    count = pool_copies(case)
+    bank = _bank(pool_of(case), count)
     plans = [bank.plan([str(u) for u in group_of(case, g)], case.rows) for g in range(case.groups)]
     return [(plans[group], bank[f"layer{c}"]) for c, group in turns(case, count)]
 

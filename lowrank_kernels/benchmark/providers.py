@@ -24,7 +24,6 @@ from .case import BLOCKSIZE, Case
 Calls = list[Callable[[], object]]
 SCALING = 2.0
 MAX_COPIES = 128
-MAX_SMALL_COPIES = 5000  # where cases are small and providers few
 
 
 class Unavailable(Exception):
@@ -46,8 +45,7 @@ def copies(case: Case, nbytes: int) -> int:
         wanted = -(-3 * machine.l2_bytes() // max(1, nbytes))
     else:
         wanted = 1 + -(-5 * machine.last_level_cache_bytes() // (4 * max(1, nbytes)))
-    most = MAX_SMALL_COPIES if case.op == "linear_4bit_growth" else MAX_COPIES
-    return min(most, max(2, wanted))
+    return min(MAX_COPIES, max(2, wanted))
 
 
 def random_tensor(

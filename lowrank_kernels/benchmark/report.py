@@ -111,35 +111,24 @@ def group_name(group: list[dict]) -> str:
 
 
 def table(group: list[dict], names: list[str], versus: Collection[str]) -> Rows:
-    """A row per case: time of each provider, ratios of the first one to ``versus``, share of the limit.
-
-    Dequantizing on a GPU has a rate, too.
-    """
+    """A row per case: time of each provider, ratios of the first one to ``versus``, share of the limit."""
     first = group[0]
     called = GPU_NAMES if first["device"] == "cuda" else {}
     peers = [name for name in names[1:] if name in versus]
     with_limit = "limit_ms" in first and first["cache"] == "cold"
-    with_rate = first["device"] == "cuda" and first["op"] == "dequantize_4bit"
     key = "phase" if first["op"] == "model" else "M"
     head = [key] if first[key] else []
     head += [called.get(name, name) for name in names]
     head += [f"vs {called.get(name, name)}" for name in peers]
-    head += ["of limit"] * with_limit + ["GB/s written"] * with_rate
+    head += ["of limit"] * with_limit
     rows = [head]
     for case in group if key == "phase" else sorted(group, key=lambda case: case["M"]):
         row = [str(case[key])] if case[key] else []
         row += [cell(case, name) for name in names]
         row += [times_faster(ratio(case, peer, names[0])) for peer in peers]
         row += [of_limit(case)] if with_limit else []
-        row += [written(case)] if with_rate else []
         rows.append(row)
     return rows
-
-
-def written(case: dict) -> str:
-    """GB/s at which this library writes the dense matrix, 2 bytes an element."""
-    ours = median(case, OURS)
-    return f"{2 * case['N'] * case['K'] / ours / 1e6:.0f}" if ours else "-"
 
 
 def names_of(group: list[dict]) -> list[str]:

@@ -32,7 +32,7 @@ from collections.abc import Callable
 import torch
 
 MAX_ROUNDS = 40  # per pass
-SLOW_SECONDS = 0.2  # calls shorter than this are preceded by an untimed one in the first pass
+SLOW_SECONDS = 1.0  # calls shorter than this are preceded by an untimed one in the first pass
 SHORT_SECONDS = 0.05  # and shorter than this in every pass
 # On a GPU:
 GRAPH_SECONDS = 1e-3
@@ -57,17 +57,17 @@ class OnHost:
     """The calls of one provider on one case, which take turns, timed by the clock of the host.
 
     A call may have an attribute ``prepare``, a function that runs before it each time and is not timed. ``device``:
-    where it is "cuda", the clock stops when the device is done.
+    where it is "cuda", the clock stops when the device is done. ``calls`` gives the next one without end.
     """
 
     def __init__(self, calls: list[Callable], check: Check, device: str = "cpu"):
         self.about = {"copies": len(calls)}
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-        self._calls, self._passes = itertools.cycle(calls), 0
+        self.calls, self._passes = itertools.cycle(calls), 0
         self._first = self._time(check)  # it also allocates and starts threads
 
     def _time(self, check: Check = lambda outputs: None) -> float:
-        call = next(self._calls)
+        call = next(self.calls)
         getattr(call, "prepare", lambda: None)()
         self._wait()
         start = time.perf_counter()
@@ -77,15 +77,20 @@ class OnHost:
         check([output])
         return seconds
 
-    def measure(self, seconds: float) -> list[float]:
-        """One pass: the seconds of each call, for as many calls as fit."""
+    def rounds(self, seconds: float) -> int:
+        """How many calls fit into a pass that begins now; a short one is timed again before: the first is slow."""
         if self._first < SHORT_SECONDS or (not self._passes and self._first < SLOW_SECONDS):
             self._first = min(self._first, self._time())
         self._passes += 1
+        return _rounds(self._first, seconds)
+
+    def measure(self, seconds: float) -> list[float]:
+        """One pass: the seconds of each call, for as many calls as fit."""
+        rounds = self.rounds(seconds)
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return [self._time() for _ in range(_rounds(self._first, seconds))]
+            return [self._time() for _ in range(rounds)]
         finally:
             if collecting:
                 gc.enable()
@@ -190,8 +195,8 @@ class InGraph:
     def measure(self, seconds: float) -> list[float]:
         """One pass: seconds per call, a mean over all copies, for as many replays as fit."""
         self.device.times(self.run, _rounds(self._seconds, WARM_SECONDS))
-        rounds = max(MIN_REPLAYS, _rounds(self._seconds, seconds))
-        return [time / self.calls for time in self.device.times(self.run, rounds)]
+        replays = max(MIN_REPLAYS, _rounds(self._seconds, seconds))
+        return [time / self.calls for time in self.device.times(self.run, replays)]
 
 
 def _fill(outputs: list, value: float) -> None:

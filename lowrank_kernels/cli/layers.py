@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..dense_layers import DenseLayers, SkippedLayer
 from ..replace import DEFAULT_EXCLUDED
@@ -16,6 +19,7 @@ from ..targets import check_all_match, matches
 from . import UserError, models
 from .checkpoint import Entry, Source
 
+_COUNTS = re.compile(r"(layers?|blocks?|experts?|stages?|heads?|labels?|groups?|depths?|states?)$")
 _CONVERTED = "converted when it is loaded"
 
 
@@ -40,6 +44,8 @@ def meta_model(source: Source) -> nn.Module:
     import transformers
 
     path = source.folder / "config.json"
+    _check_numbers(source.config, path)
+    hook = register_module_module_registration_hook(_limited(source, path))
     try:
         config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         config._attn_implementation = "eager"  # it can name code on the hub
@@ -60,7 +66,37 @@ def meta_model(source: Source) -> nn.Module:
     except Exception as error:  # of a configuration that anyone may have written
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{path}: transformers cannot build this model: {lines[0]}") from None
+    finally:
+        hook.remove()
     return model
+
+
+def _check_numbers(value: object, path: pathlib.Path, key: str = "") -> None:
+    """Refuses counts that no model has: transformers would go through them one by one."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_numbers(inner, path, name)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_numbers(inner, path, key)
+    elif isinstance(value, int):
+        limit = 10**6 if _COUNTS.search(key) else 2**53
+        if abs(value) > limit:
+            raise UserError(f"{path}: {key}: expected at most {limit}, got {value}")
+
+
+def _limited(source: Source, path: pathlib.Path) -> Callable:
+    """A hook for each module that is made: the model may not have many more of them than the files have tensors."""
+    left = [50 * len(source.entries) + 10_000]
+
+    def count(module, name, submodule):
+        left[0] -= 1
+        if left[0] < 0:
+            raise UserError(
+                f"{path}: describes a far larger model than the {len(source.entries)} tensors are of"
+            )
+
+    return count
 
 
 def _parameters(model: nn.Module, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -37,7 +37,6 @@ class Panel:
     ylabel: str
     lines: list[Line]
     over: list[int] | None = None
-    xscale: str = "linear"
     yscale: str = "linear"
 
 
@@ -76,7 +75,7 @@ def draw(path: pathlib.Path, title: str, panels: list[Panel], width: float = 5.5
     """The panels in one picture, written whole or not at all."""
     figure, axes = _figure(title, len(panels), width, 4.4)
     for axis, panel in zip(axes, panels):
-        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, xscale=panel.xscale, yscale=panel.yscale)
+        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, yscale=panel.yscale)
         axis.set_title(panel.title, fontsize=11)
         axis.grid(alpha=0.25, which="both", linewidth=0.5)
         if panel.over:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from types import ModuleType
@@ -13,6 +14,7 @@ from .on_import import on_import
 
 def register() -> None:
     on_import("peft.tuners.lora.model", _install)
+    on_import("peft.tuners.tuners_utils", _watch_injection)
 
 
 def _install(lora_model: ModuleType) -> None:
@@ -43,6 +45,33 @@ class _AdapterLayers:
         from .peft_layer import adopt
 
         adopt(layer)
+
+
+def _watch_injection(tuners_utils: ModuleType) -> None:
+    """Every method of PEFT makes its layers in ``inject_adapter``: it is refused or taken on there."""
+    inject = tuners_utils.BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self, model, *args, **kwargs):
+        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+            return inject(self, model, *args, **kwargs)
+        from .peft_methods import adopt_layers, check_target
+
+        create = self._create_and_replace
+
+        def create_and_replace(peft_config, adapter_name, target, *rest, **more):
+            check_target(peft_config, target)
+            return create(peft_config, adapter_name, target, *rest, **more)
+
+        self._create_and_replace = create_and_replace
+        try:
+            result = inject(self, model, *args, **kwargs)
+        finally:
+            del self._create_and_replace
+        adopt_layers(model)
+        return result
+
+    tuners_utils.BaseTuner.inject_adapter = inject_adapter
 
 
 def _expected() -> str:

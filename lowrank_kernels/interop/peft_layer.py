@@ -24,10 +24,19 @@ from ..multi_lora.in_force import in_force
 from ..multi_lora.pages import save_plainly
 from ..nn import LoRALinear4bit
 from ..ragged import is_ragged
+from .peft_methods import dense_base
 from .peft_mixed import Parts, can_move, mixed_batch
 
-# The others read or replace the base layer's dense weight as they are initialised.
-_VARIANTS = {"use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config"}
+_VARIANTS = {
+    "use_dora", "alora_invocation_tokens", "arrow_config", "monteclora_config", "use_bdlora", "velora_config",
+}  # fmt: skip
+# Initialisations and variants that read the base weight (MiCA its singular vectors) or only its dtype (the blocks of
+# BD-LoRA, VeLoRA's projection), and change nothing of it: they see a dense copy meanwhile.
+_READING = ("mica", "orthogonal", "use_bdlora", "velora_config")
+_REFUSED = {
+    "kasa_config": "replaces the base weight by one of lower rank, and a Linear4bit keeps its bytes",
+    "use_qalora": "is implemented by PEFT for GPTQ's layers alone and would be ignored here",
+}
 
 
 class PeftLinear4bit(peft_lora.Linear):
@@ -40,6 +49,8 @@ class PeftLinear4bit(peft_lora.Linear):
     Raises ValueError, as an adapter is added, for initialisations and variants that change the base weight.
     """
 
+    _merges_into_4_bits = True  # for peft_methods.py
+
     def __init__(self, base_layer, adapter_name: str, config, **kwargs) -> None:
         self._mixed_adapters: dict[torch.dtype, Any] = {}  # of peft_mixed.py
         self._bias_aside: torch.Tensor | None = None
@@ -48,17 +59,11 @@ class PeftLinear4bit(peft_lora.Linear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config, **kwargs) -> None:
         _check_config(config)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def orthogonal_init(self, adapter_name: str) -> None:
-        # It asks the base weight for the dtype of A and B, and for nothing else.
-        base = self.base_layer
-        dtype = self.get_base_layer().weight4bit.dtype
-        self.base_layer = nn.Linear(self.in_features, self.out_features, device="meta", dtype=dtype)
-        try:
-            super().orthogonal_init(adapter_name)
-        finally:
-            self.base_layer = base
+        arguments = {"lora_alpha": lora_alpha, "config": config, **kwargs}
+        if not _reads_base(config):
+            return super().update_layer(adapter_name, r, **arguments)
+        with dense_base(self):
+            super().update_layer(adapter_name, r, **arguments)
 
     def forget_pages(self) -> None:
         """Gives the adapters, which live in pages since a batch with mixed adapters, memory of their own again.
@@ -227,7 +232,8 @@ class PeftLinear4bit(peft_lora.Linear):
                 norm = magnitude.get_weight_norm(original, delta, scaling=1)
                 W = (magnitude.weight.float() / norm).view(-1, 1) * (W + delta)
             else:
-                W = variant.merge_safe(self, name, W)  # raises for what cannot be merged
+                with dense_base(self):  # for its dtype
+                    W = variant.merge_safe(self, name, W)  # raises for what cannot be merged
             if not W.isfinite().all():
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
@@ -266,21 +272,31 @@ def adopt(layer: peft_lora.Linear) -> None:
     layer._mixed_pages = layer._bias_aside = None
 
 
-def _check_config(config) -> None:
+def _init_of(config) -> object:
     init = config.init_lora_weights
-    if (init.lower() if isinstance(init, str) else init) not in INITIALISATIONS:
+    return init.lower() if isinstance(init, str) else init
+
+
+def _reads_base(config) -> bool:
+    """Whether making the adapter reads the base layer's weight, or its dtype, as that of a dense layer."""
+    return _init_of(config) in _READING or any(getattr(config, name, None) for name in _READING)
+
+
+def _check_config(config) -> None:
+    init = _init_of(config)
+    if init not in INITIALISATIONS:
         raise ValueError(
-            f"init_lora_weights: expected one of {INITIALISATIONS}, got {init!r}, which changes the base weight; "
-            "a Linear4bit keeps its bytes (an adapter trained that way can be converted: see PEFT's "
+            f"init_lora_weights: expected one of {INITIALISATIONS}, got {init!r}, which changes the base "
+            "weight; a Linear4bit keeps its bytes (an adapter trained that way can be converted: see PEFT's "
             "path_initial_model_for_weight_conversion)"
         )
     variants = [f.name for f in dataclasses.fields(config) if f.metadata.get("is_lora_variant")]
-    # Older versions do not mark use_bdlora as a variant, none does use_qalora, which it would ignore.
-    for name in {*variants, "use_bdlora", "use_qalora"} - _VARIANTS:
+    # Older versions do not mark use_bdlora as a variant.
+    for name in {*variants, *_REFUSED} - _VARIANTS:
         if value := getattr(config, name, None):
+            reason = _REFUSED.get(name, "was not tested on a Linear4bit")
             raise ValueError(
-                f"{name}: expected it unset, got {value!r}; it needs a dense base weight and is not supported on "
-                f"a Linear4bit, unlike {sorted(_VARIANTS)}"
+                f"{name}: expected it unset, got {value!r}; it {reason}. On a Linear4bit {sorted(_VARIANTS)} work"
             )
 
 

@@ -81,7 +81,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.bitsandbytes = copy.deepcopy(bitsandbytes)
         if adapters is not None:
             check_adapters(adapters)
-        self.adapters = adapters  # of a checkpoint that has some: transformers_save.py
+        self.adapters = adapters  # of a checkpoint that has some: transformers_adapters.py
 
     @property
     def quantize_args(self) -> tuple:
@@ -116,7 +116,7 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 def check_adapters(adapters: object) -> None:
-    """Raises ValueError for what transformers_save.py cannot have written."""
+    """Raises ValueError for what transformers_adapters.py cannot have written."""
     if not isinstance(adapters, list):
         raise ValueError(f"adapters: expected a list, got {type(adapters).__name__}")
     for entry in adapters:

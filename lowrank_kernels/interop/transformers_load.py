@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..formats import Weight4bit, quantize_4bit
 from ..nn import Linear4bit, LoRALinear4bit
 from ..quant_state import KEYS
-from . import transformers_save as saved
+from . import transformers_adapters as adapters_in_files
 
 # Longest first: up to transformers 5.22 the first that a key begins with takes it.
 _ENTRIES = (
@@ -40,16 +40,16 @@ def _install(
     old = model.get_submodule(path)
     if not isinstance(old, (nn.Linear, Conv1D)):
         raise ValueError(f"{name}: expected a weight of a linear layer, got a {type(old).__name__}")
-    shape = saved.shape_of(old)
+    shape = adapters_in_files.shape_of(old)
     if isinstance(old.weight, DTensor):
         raise ValueError(f"{name}: 4-bit weights cannot be loaded with tensor parallelism")
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
-    saved.check_present(path, old, missing)
+    adapters_in_files.check_present(path, old, missing)
     kind = LoRALinear4bit if hasattr(old, "lora_A") else Linear4bit
     new = kind.from_weight(weight, old.bias).train(old.training)
     if kind is LoRALinear4bit:
-        saved.take_over(new, old)
+        adapters_in_files.take_over(new, old)
     # transformers initialises what no file had; it must not touch the bytes.
     new._is_hf_initialized = f"{path}.bias" not in missing
     # It also replaces every non-persistent buffer by an empty one; until after_loading we have none.

@@ -13,8 +13,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..dense_layers import DenseLayers, SkippedLayer, stacks, warning_of_stacks
 from ..nn import Linear4bit, LoRALinear4bit
+from ..replace import move_accelerates_hook
 from ..targets import BoundedPatterns
-from . import transformers_save as saved
+from . import transformers_adapters as adapters_in_files
 from . import transformers_version as versions
 from .transformers_config import METHOD, LowRankConfig, pretrained_config
 
@@ -114,7 +115,7 @@ class LowRankQuantizer(HfQuantizer):
         self.conv1d = {n for n, m in model.named_modules() if type(m) is Conv1D}
         self.readers = rule.readers
         if self.pre_quantized and config.adapters is not None:
-            self.adapters = saved.prepare(model, config.adapters)
+            self.adapters = adapters_in_files.prepare(model, config.adapters)
         storage = getattr(torch, config.quant_storage)
         if self.pre_quantized and storage.is_floating_point:
             # transformers 5.20 casts a floating tensor to the dtype of the parameter it is for.
@@ -153,7 +154,7 @@ class LowRankQuantizer(HfQuantizer):
         for layer in layers.values():
             after_loading(layer)
         if self.pre_quantized:
-            saved.finish(model, config.adapters or [])
+            adapters_in_files.finish(model, config.adapters or [])
             self._warn_of_readers(layers)
         else:
             # What no file had was initialised: a new head, which is there to be trained.
@@ -219,11 +220,7 @@ class LowRankQuantizer(HfQuantizer):
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """``model.set_submodule`` that keeps accelerate's hook."""
     old = model.get_submodule(name)
-    if (hook := getattr(old, "_hf_hook", None)) is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        remove_hook_from_module(old)
-        add_hook_to_module(new, hook)
+    move_accelerates_hook(old, new)
     model.set_submodule(name, new)
 
 
