@@ -210,17 +210,17 @@ GPU = [
     ),
     Fault(
         f"{CUDA}mma_dequant.cuh",
-        "const int64_t n = backward ? row : min64(output + row, w.N - 1);",
-        "const int64_t n = backward ? row : min64(output + row, w.N);",
-        "mma: a row beyond the last one of the weight is read",
+        "return static_cast<int64_t>(step) * kMmaDepth + depth_ < (backward ? w_.N : w_.K);",
+        "return static_cast<int64_t>(step) * kMmaDepth + depth_ < w_.K;",
+        "mma: dx ends its sums as y does",
         ("test_cuda_mma.py",),
     ),
     Fault(
         f"{CUDA}simt_tile.cuh",
-        "const int depth = static_cast<int>(min64(kSimtDepth, p.depth - p0));",
-        "const int depth = kSimtDepth;",
-        "simt: the zeros beyond the depth meet infinities",
-        ("test_lora_linear.py::test_infinities_and_nans_spread_as_in_ieee",),
+        "b_tile[bp * kSimtPitch + bj] = b_in ? p.b.at(p0 + bp, j0 + bj) : 0.0f;",
+        "b_tile[bp * kSimtPitch + bj] = b_in ? p.b.at(bp, j0 + bj) : 0.0f;",
+        "simt: every step of the depth takes the first rows of the second factor",
+        FORWARD,
     ),
     Fault(
         f"{CUDA}quantize.cuh",
@@ -318,6 +318,13 @@ PYTHON = [
         "self.B[pages[i], :count].copy_(B[:, :count].T)",
         "every page of an adapter has the first columns of its B",
         ("test_bank.py", "test_multi_lora.py"),
+    ),
+    Fault(
+        "lowrank_kernels/multi_lora/pages.py",
+        "for slot in plan.slots:\n            if self._dropout[slot]:",
+        "for slot in plan.slots[:1]:\n            if self._dropout[slot]:",
+        "no adapter of a batch has dropout unless the first has",
+        ("test_multi_lora.py",),
     ),
     Fault(
         "lowrank_kernels/multi_lora/pages.py",
