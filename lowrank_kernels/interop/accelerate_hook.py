@@ -1,8 +1,8 @@
 """``accelerate.load_checkpoint_in_model`` on a model with 4-bit layers: the entries of a weight are put together.
 
 accelerate sets the tensors of a checkpoint one by one, each as a parameter or buffer of that name. Those of a 4-bit
-weight (``weight``, ``weight.absmax``, ...) wait at their layer until all of them are there. Hooks that offload a
-layer set its tensors one by one too, as they were: those are left to accelerate.
+weight (``weight``, ``weight.absmax``, ...) wait at their layer until all of them are there. Outside of a load (where
+its hooks bring offloaded parameters in) accelerate sets them as it always does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from ..linear4bit import Linear4bit
 
 _WAITING = "_entries_of_a_checkpoint"
+_loading = contextvars.ContextVar("load_checkpoint_in_model is running", default=False)
 
 
 def install(modeling: ModuleType) -> None:
@@ -25,23 +26,23 @@ def install(modeling: ModuleType) -> None:
     set_tensor, load = modeling.set_module_tensor_to_device, modeling.load_checkpoint_in_model
     if set_tensor.__module__ != modeling.__name__:
         return
-    loading = contextvars.ContextVar("loading", default=False)
 
     @functools.wraps(set_tensor)
     def set_module_tensor_to_device(module, tensor_name, device, value=None, *args, **kwargs):
-        ours = loading.get() and value is not None
-        layer, path = _layer_of(module, tensor_name) if ours else (None, "")
+        layer, path = None, ""
+        if value is not None and _loading.get():
+            layer, path = _layer_of(module, tensor_name)
         if layer is None:
             return set_tensor(module, tensor_name, device, value, *args, **kwargs)
         _take(layer, path, tensor_name, value.to(device))
 
     @functools.wraps(load)
     def load_checkpoint_in_model(model, *args, **kwargs):
-        token = loading.set(True)
+        before = _loading.set(True)
         try:
             result = load(model, *args, **kwargs)
         finally:
-            loading.reset(token)
+            _loading.reset(before)
         for name, layer in model.named_modules():
             if (entries := vars(layer).pop(_WAITING, None)) is not None:
                 layer._read_weight(entries, f"{name}.weight")  # says what is missing
