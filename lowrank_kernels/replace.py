@@ -12,6 +12,7 @@ from tabulate import SEPARATING_LINE, tabulate
 from torch import nn
 from tqdm.auto import tqdm
 
+from .adapter import AdapterSettings
 from .dense_layers import (
     OF_THE_CODE,
     PART,
@@ -94,18 +95,18 @@ def replace_linear(
     model: nn.Module,
     target_modules: str | Iterable[str] = "all-linear",
     exclude_modules: str | Iterable[str] | None = DEFAULT_EXCLUDED,
-    r: int = 16,
-    lora_alpha: float = 32,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
+    r: int = AdapterSettings.r,
+    lora_alpha: float = AdapterSettings.lora_alpha,
+    lora_dropout: float = AdapterSettings.lora_dropout,
+    use_rslora: bool = AdapterSettings.use_rslora,
     quant_type: str = "nf4",
     blocksize: int = 64,
     double_quant: bool = True,
     progress: bool = True,
     adapter_name: str = "default",
-    init_lora_weights: bool | str = True,
+    init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
     quant_storage: torch.dtype = torch.uint8,
-    adapter_dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
 ) -> ReplaceReport:
     """Replaces linear layers by :class:`LoRALinear4bit`, or with r = 0 by :class:`Linear4bit`.
 
