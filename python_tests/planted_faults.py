@@ -39,7 +39,8 @@ COPIED = (
     "docs",
 )
 EMULATOR = "build/emulator/liblowrank_cuda_emulated.so"
-TIMEOUT = 600  # seconds, for the tests of one fault; they take some
+TIMEOUT = 600  # seconds, for a build, or the tests without a fault
+ENDLESS = 200  # seconds after which the tests of a fault are taken to hang; they take some
 VECTOR = ("avx512", "avx2")  # what a fault of all CPU kernels is compiled for: the first, or each
 CAUGHT, SURVIVED = "caught", "SURVIVED"
 
@@ -76,10 +77,12 @@ def copy_tree(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def run(command: list[str], tree: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    command: list[str], tree: pathlib.Path, limit: float = TIMEOUT, **environment: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=tree, env=os.environ | environment, capture_output=True, text=True,
-        timeout=TIMEOUT,
+        timeout=limit,
     )  # fmt: skip
 
 
@@ -117,12 +120,17 @@ def build(tree: pathlib.Path, file: str, isa: str) -> None:
         must([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], tree)
 
 
-def run_tests(tree: pathlib.Path, tests: tuple[str, ...], word: str) -> tuple[int, str]:
+def run_tests(
+    tree: pathlib.Path, tests: tuple[str, ...], word: str, limit: float = TIMEOUT
+) -> tuple[int, str]:
     """pytest's exit status and output; of the tests only those whose names fit the expression ``word``."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += [f"python_tests/{test}" for test in tests] + (["-k", word] if word else [])
     variables = {"PYTHONPATH": str(tree), "LOWRANK_EMULATOR": str(tree / EMULATOR)}
-    done = run(command, tree, LOWRANK_BACKEND="", LOWRANK_ISA="", **variables)
+    try:
+        done = run(command, tree, limit, LOWRANK_BACKEND="", LOWRANK_ISA="", **variables)
+    except subprocess.TimeoutExpired:  # a fault may make a loop endless, which nobody overlooks
+        return -1, f"FAILED {' '.join(tests)}: no end within {limit} s"
     return done.returncode, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -141,7 +149,7 @@ def plant(fault: Fault, isa: str) -> tuple[str, str]:
             raise Problem(f"{fault.file} has the text {text.count(fault.old)} times: {fault.old!r}")
         path.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
         build(tree, fault.file, isa)
-        status, output = run_tests(tree, fault.tests, word_of(fault, isa))
+        status, output = run_tests(tree, fault.tests, word_of(fault, isa), ENDLESS)
     if status == 0:
         return SURVIVED, ""
     if status == 1 or status < 0:  # a test failed, or the process crashed
