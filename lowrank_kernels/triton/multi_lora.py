@@ -198,6 +198,18 @@ class Gradients(NamedTuple):
         return PagedLora(self.ds, self.batch.s_stride, self.batch.plan, self.batch.A)
 
 
+def _check_grad_rows(grad_rows: torch.Tensor, ranks: torch.Tensor, grad_rank: int) -> None:
+    """As csrc/ops/arguments.h: on a GPU the numbers cannot be read without waiting for it."""
+    if grad_rows.device.type != "cpu":
+        return
+    for slot, (first, rank) in enumerate(zip(grad_rows.tolist(), ranks.tolist(), strict=True)):
+        require(
+            first < 0 or (rank >= 0 and first + rank <= grad_rank),
+            f"grad_rows: expected rows below grad_rank = {grad_rank}, got rows from {first} for the {rank} "
+            f"ranks of slot {slot}",
+        )
+
+
 def adapter_gradients(
     unpack: Unpack, dy, x, s, plan: PlanArgs, pages: PagesArgs, N: int, K: int, grad_rows, grad_rank
 ) -> Gradients:
@@ -206,6 +218,7 @@ def adapter_gradients(
     require(0 <= grad_rank < 2**31, f"grad_rank: expected 0..2^31-1, got {grad_rank}")
     s = unpack.data("s", s.contiguous(), torch.float32, M * batch.s_stride)
     grad_rows = unpack.data("grad_rows", grad_rows, torch.int32, batch.A.ranks.numel())
+    _check_grad_rows(grad_rows, batch.A.ranks, grad_rank)
     dy, x = unpack.matrix("dy", dy, M, N), unpack.matrix("x", x, M, K)
     ds = rows_of_adapters(dy, batch, batch.B)
     # dS has the scaling already, and dropout is of x alone.
