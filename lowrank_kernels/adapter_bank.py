@@ -54,6 +54,18 @@ class AdapterBank(PageTable):
 
     ``bank[module_name]`` are the pages of one module, for :func:`multi_lora_`. Memory: ``num_pages * page_rank
     * Σ (K + N)`` elements over the modules, see :attr:`nbytes`.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> report = lk.replace_linear(model, r=4, progress=False)
+        >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+        >>> french = {"0.lora_A.weight": torch.randn(8, 64), "0.lora_B.weight": torch.randn(32, 8)}
+        >>> bank.load("french", french, lora_alpha=16)
+        >>> bank.adapters, bank.free_pages, bank.module_names
+        (('french',), 7, ('0',))
+        >>> with torch.no_grad(), bank.using(bank.plan(["french", None], [3, 2])):
+        ...     y = model(torch.randn(5, 64))  # rows 0 to 2 have the adapter, rows 3 and 4 the base alone
     """
 
     def __init__(
@@ -105,6 +117,14 @@ class AdapterBank(PageTable):
                 float32.
 
         Raises ValueError or TypeError naming the argument, also for a model without such layers.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+            >>> report = lk.replace_linear(model, r=4, progress=False)
+            >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+            >>> bank.nbytes  # pages of 8 ranks for 64 inputs and 32 outputs, in float32
+            24576
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -162,6 +182,16 @@ class AdapterBank(PageTable):
         Raises ValueError, naming the key, for what :func:`load_adapter` refuses, and for a name that is loaded
         already; RuntimeError if too few pages are free, and for an adapter of the model's own that has another dtype
         than the pages or lives in another bank.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+            >>> report = lk.replace_linear(model, r=4, progress=False)
+            >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+            >>> bank.load("default")  # the model's own adapter
+            >>> bank.load("other", {"0.lora_A.weight": torch.randn(2, 64), "0.lora_B.weight": torch.randn(32, 2)})
+            >>> bank.adapters
+            ('default', 'other')
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: expected a non-empty string, got {name!r}")
@@ -223,6 +253,16 @@ class AdapterBank(PageTable):
         """Frees the pages of ``name``. Plans with it hold no longer.
 
         Raises ValueError if it is not loaded, RuntimeError while a plan with it is in use.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+            >>> report = lk.replace_linear(model, r=4, progress=False)
+            >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+            >>> bank.load("default")
+            >>> bank.evict("default")
+            >>> bank.free_pages
+            8
         """
         slot = self.slot(name)
         try:
@@ -244,6 +284,15 @@ class AdapterBank(PageTable):
         """Sets requires_grad on exactly these adapters of the model's own; returns their parameters.
 
         Raises ValueError for a name that is not loaded or was not loaded from the model itself.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+            >>> report = lk.replace_linear(model, r=4, progress=False)
+            >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+            >>> bank.load("default")
+            >>> [tuple(parameter.shape) for parameter in bank.trainable("default")]
+            [(4, 64), (32, 4)]
         """
         slots = [self.slot(name) for name in names]
         for name, slot in zip(names, slots):
@@ -276,6 +325,17 @@ class AdapterBank(PageTable):
 
         Raises TypeError or ValueError for what is no plan of this bank, RuntimeError if an adapter of the plan has
         been evicted, or if parameters that live in the pages were replaced by some that do not fit.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+            >>> report = lk.replace_linear(model, r=4, progress=False)
+            >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+            >>> bank.load("default")
+            >>> optimizer = torch.optim.SGD(bank.trainable("default"), lr=0.1)
+            >>> with bank.using(bank.plan(["default", None])):
+            ...     model(torch.randn(2, 64)).square().mean().backward()
+            >>> optimizer.step()
         """
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: expected a Plan of AdapterBank.plan, got {type(plan).__name__}")

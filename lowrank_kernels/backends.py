@@ -361,6 +361,14 @@ def batch_invariant() -> Iterator[None]:
     :func:`int8_activations` rows are independent anyway, at no cost.
 
     Raises RuntimeError where a layer runs on a tensor that is not on the CPU, or on another backend than "cpu".
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(32, 64))
+        >>> x = torch.randn(7, 64)
+        >>> with lk.batch_invariant():
+        ...     torch.equal(lk.linear_4bit(x, w)[:1], lk.linear_4bit(x[:1], w))
+        True
     """
     with _forced_kernel.asked("invariant"):
         yield

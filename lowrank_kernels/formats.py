@@ -56,7 +56,14 @@ class Weight4bit:
     nested_offset: torch.Tensor | None = None
 
     def op_args(self) -> WeightArgs:
-        """The nine flat arguments of a 4-bit weight in an operator's schema, a tuple in its order."""
+        """The nine flat arguments of a 4-bit weight in an operator's schema, a tuple in its order.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(32, 64))
+            >>> torch.ops.lowrank_kernels.linear_4bit(torch.randn(2, 64), *w.op_args(), None).shape
+            torch.Size([2, 32])
+        """
         return WeightArgs(
             self.packed, self.absmax, self.code,
             self.nested_absmax, self.nested_code, self.nested_offset,

@@ -211,6 +211,15 @@ def linear_4bit(x: torch.Tensor, w: Weight4bit, bias: torch.Tensor | None = None
     Raises:
         TypeError: x or bias is not a tensor of those dtypes, or w is not a Weight4bit.
         ValueError: shapes or devices do not fit; the message names the argument.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(32, 64))
+        >>> x = torch.randn(5, 3, 64, requires_grad=True)
+        >>> y = lk.linear_4bit(x, w, bias=torch.zeros(32))
+        >>> y.shape, torch.allclose(y, x @ w.dequantize().T, atol=1e-4)
+        (torch.Size([5, 3, 32]), True)
+        >>> y.sum().backward()
     """
     check_weight(w)
     if is_ragged(x):
@@ -263,6 +272,15 @@ def lora_linear_4bit(
 
     Source: LoRA (Hu et al. 2021), QLoRA (Dettmers et al. 2023); gradients
     ``dS = scaling dY B, dX = dY W + mask (dS A), dA = dSᵀ dropout(X), dB = scaling dYᵀ S``.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(32, 64))
+        >>> A, B = torch.randn(4, 64, requires_grad=True), torch.zeros(32, 4, requires_grad=True)
+        >>> y = lk.lora_linear_4bit(torch.randn(5, 64), w, A, B, scaling=2.0, dropout_p=0.1)
+        >>> y.sum().backward()
+        >>> A.grad.shape, B.grad.shape
+        (torch.Size([4, 64]), torch.Size([32, 4]))
     """
     check_weight(w)
     if is_ragged(x):
@@ -300,6 +318,12 @@ def lora_linear(
     """:func:`lora_linear_4bit` on a dense base: ``weight`` is ``[N, K]`` float32, bfloat16 or float16.
 
     Differentiable in x, A, B, bias, and in weight where it requires a gradient.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> x, weight, A, B = torch.randn(5, 64), torch.randn(32, 64), torch.randn(4, 64), torch.randn(32, 4)
+        >>> torch.allclose(lk.lora_linear(x, weight, A, B, 0.5), x @ weight.T + 0.5 * x @ A.T @ B.T, atol=1e-3)
+        True
     """
     if is_ragged(x):
         return by_rows(lambda rows: lora_linear(rows, weight, A, B, scaling, bias, dropout_p), x)

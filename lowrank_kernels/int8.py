@@ -46,6 +46,13 @@ def int8_activations() -> Iterator[None]:
         ValueError: a weight whose in_features are no multiple of its blocksize.
 
     Source: groups and bytes as in llama.cpp's IQ4_NL products with Q8_0, an unsigned table as in ik_llama.cpp.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(32, 64))
+        >>> if lk.backends.report()["int8"]:
+        ...     with torch.no_grad(), lk.int8_activations():
+        ...         y = lk.linear_4bit(torch.randn(16, 64), w)
     """
     host, thread = backends.host_module(), threading.get_ident()
     state.blocks = getattr(state, "blocks", 0) + 1

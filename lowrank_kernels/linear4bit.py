@@ -79,6 +79,15 @@ class Linear4bit(nn.Linear):
 
     Raises TypeError for another dtype, ValueError for an unknown quant_type, blocksize or
     quant_storage. Source: QLoRA (Dettmers et al. 2023).
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> layer = lk.Linear4bit(64, 32, quant_type="nf4", blocksize=64)
+        >>> layer(torch.randn(2, 64)).shape, layer.weight4bit.shape, layer.merged
+        (torch.Size([2, 32]), torch.Size([32, 64]), False)
+        >>> fresh = lk.Linear4bit(64, 32)
+        >>> fresh.load_state_dict(layer.state_dict())
+        <All keys matched successfully>
     """
 
     def __init__(
@@ -100,7 +109,14 @@ class Linear4bit(nn.Linear):
 
     @classmethod
     def from_weight(cls, w: Weight4bit, bias: torch.Tensor | None = None) -> Linear4bit:
-        """A layer around ``w`` (its tensors are shared, not copied) and ``bias [N]`` or None."""
+        """A layer around ``w`` (its tensors are shared, not copied) and ``bias [N]`` or None.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> w = lk.quantize_4bit(torch.randn(32, 64))
+            >>> lk.Linear4bit.from_weight(w, torch.zeros(32))(torch.randn(2, 64)).shape
+            torch.Size([2, 32])
+        """
         if not isinstance(w, Weight4bit):
             raise TypeError(f"w: expected a Weight4bit (see quantize_4bit), got {type(w).__name__}")
         w.validate("w")
@@ -127,6 +143,13 @@ class Linear4bit(nn.Linear):
         A ``Linear4bit`` keeps its bytes: its weight is shared, the quantization arguments do not
         apply. Raises TypeError if ``linear`` is no nn.Linear or its weight not float32, bfloat16 or
         float16; ValueError for a weight with a NaN or infinity.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> linear = torch.nn.Linear(64, 32)
+            >>> layer = lk.Linear4bit.from_linear(linear)
+            >>> layer.bias is linear.bias, layer.quant_type
+            (True, 'nf4')
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
@@ -221,7 +244,13 @@ class Linear4bit(nn.Linear):
         return self._buffers["nested_absmax"] is not None
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W dense ``[N, K]``, in the dtype it had before quantization unless given."""
+        """W dense ``[N, K]``, in the dtype it had before quantization unless given.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> lk.Linear4bit(64, 32).dequantize(torch.bfloat16).shape
+            torch.Size([32, 64])
+        """
         return self.weight4bit.dequantize(dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

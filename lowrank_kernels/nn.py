@@ -49,6 +49,17 @@ class LoRALinear4bit(Linear4bit):
     :meth:`AdapterBank.using` each row has the adapter that the plan gives it instead.
 
     Sources: LoRA (Hu et al. 2021), rsLoRA (Kalajdzievski 2023), QLoRA (Dettmers et al. 2023).
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+        >>> layer.add_adapter("other", r=2)
+        >>> layer.set_adapter("other")
+        >>> layer.active_adapter, layer.r
+        ('other', {'default': 4, 'other': 2})
+        >>> layer(torch.randn(2, 64)).sum().backward()
+        >>> [name for name, parameter in layer.named_parameters() if parameter.grad is not None and "lora" in name]
+        ['lora_A.other.weight', 'lora_B.other.weight']
     """
 
     def __init__(
@@ -92,6 +103,12 @@ class LoRALinear4bit(Linear4bit):
         """``linear`` quantized as by :meth:`Linear4bit.from_linear`, with one active adapter.
 
         The other arguments, and what they raise: :meth:`add_adapter`.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit.from_linear(torch.nn.Linear(64, 32), r=8, lora_alpha=16)
+            >>> layer.scaling
+            {'default': 2.0}
         """
         settings = AdapterSettings(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
@@ -133,6 +150,13 @@ class LoRALinear4bit(Linear4bit):
         deviation 1/r, and both set B = 0; False leaves both as nn.Linear draws them.
         ``adapter_dtype`` is float32 unless given, also over a 16-bit base.
         Raises ValueError or TypeError naming the argument, also for a name that exists.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> layer.add_adapter("wide", r=16, lora_alpha=32, use_rslora=True)
+            >>> layer.scaling["wide"]
+            8.0
         """
         settings = AdapterSettings(
             r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
@@ -164,6 +188,13 @@ class LoRALinear4bit(Linear4bit):
         """Removes adapter ``name``; if it was active, none is then.
 
         Raises ValueError for an unknown name, RuntimeError if it is merged.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> layer.delete_adapter("default")
+            >>> layer.r, layer.active_adapter
+            ({}, None)
         """
         if name not in self.r:
             raise ValueError(f"name: expected one of {list(self.r)}, got {name!r}")
@@ -179,6 +210,14 @@ class LoRALinear4bit(Linear4bit):
 
         A name this layer lacks is allowed, since an adapter may cover only some layers of a model:
         the layer is then its base. Raises RuntimeError while an adapter is merged.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> layer.add_adapter("other", r=2)
+            >>> layer.set_adapter("other")
+            >>> [parameter.requires_grad for parameter in layer.adapter_parameters("default")]
+            [False, False]
         """
         if not isinstance(name, str):
             raise TypeError(f"name: expected a string, got {type(name).__name__}")
@@ -187,7 +226,14 @@ class LoRALinear4bit(Linear4bit):
         train_only(self, (name,))
 
     def adapter_parameters(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """A ``[r, in_features]`` and B ``[out_features, r]`` of adapter ``name``."""
+        """A ``[r, in_features]`` and B ``[out_features, r]`` of adapter ``name``.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> [tuple(parameter.shape) for parameter in layer.adapter_parameters("default")]
+            [(4, 64), (32, 4)]
+        """
         A, B = self.adapter_modules(name)
         try:
             return A._parameters["weight"], B._parameters["weight"]
@@ -197,13 +243,26 @@ class LoRALinear4bit(Linear4bit):
             return A.weight, B.weight
 
     def adapter_modules(self, name: str) -> tuple[nn.Module, nn.Module]:
-        """The modules that hold A and B of adapter ``name``."""
+        """The modules that hold A and B of adapter ``name``.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> layer.adapter_modules("default")
+            (Linear(in_features=64, out_features=4, bias=False), Linear(in_features=4, out_features=32, bias=False))
+        """
         # Past Module.__getattr__, which takes 20 times as long and is asked at every decode step.
         modules = self._modules
         return modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
 
     def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B as they are saved. Raises RuntimeError where this process has only parts of them."""
+        """A and B as they are saved. Raises RuntimeError where this process has only parts of them.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> A, B = layer.whole_adapter("default")
+        """
         A, B = self.adapter_parameters(name)
         if is_dtensor(A):
             raise only_a_part()
@@ -212,7 +271,13 @@ class LoRALinear4bit(Linear4bit):
     def shard_of_adapter(
         self, A: torch.Tensor, B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What this layer holds of a whole A and B: all, unless it is a parallel layer."""
+        """What this layer holds of a whole A and B: all, unless it is a parallel layer.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> A, B = layer.shard_of_adapter(torch.zeros(4, 64), torch.zeros(32, 4))
+        """
         return A, B
 
     @property
@@ -223,6 +288,14 @@ class LoRALinear4bit(Linear4bit):
         """The layer is its base from now on, even while merged; in a ``with``, until its end.
 
         Blocks may overlap in any order: the layer is its base until the last of them has ended.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> x = torch.randn(2, 64)
+            >>> with layer.disable_adapters():
+            ...     torch.equal(layer(x), lk.linear_4bit(x, layer.weight4bit, layer.bias))
+            True
         """
         request = object()
         self._disabled.append(request)
@@ -235,7 +308,14 @@ class LoRALinear4bit(Linear4bit):
             self._disabled.remove(request)
 
     def enable_adapters(self) -> None:
-        """Undoes every :meth:`disable_adapters`."""
+        """Undoes every :meth:`disable_adapters`.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> undo = layer.disable_adapters()
+            >>> layer.enable_adapters()
+        """
         self._disabled.clear()
 
     # -- merging -----------------------------------------------------------------------------------
@@ -253,6 +333,13 @@ class LoRALinear4bit(Linear4bit):
         Needs a float32 ``[N, K]`` temporary. Where this layer lacks the active adapter the weight
         stays as it is. The state dict of a merged layer holds the merged weight.
         Raises RuntimeError if merged already, or if adapters are disabled or none is active.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> layer.merge()
+            >>> layer.merged
+            True
         """
         self._require_unmerged("merge")
         if self._active_adapter is None or self._disabled:
@@ -270,7 +357,17 @@ class LoRALinear4bit(Linear4bit):
             self._unmerged = self.weight4bit
 
     def unmerge(self) -> None:
-        """Restores the original bytes exactly. Raises RuntimeError if nothing is merged."""
+        """Restores the original bytes exactly. Raises RuntimeError if nothing is merged.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> before = layer.weight4bit.packed.clone()
+            >>> layer.merge()
+            >>> layer.unmerge()
+            >>> torch.equal(layer.weight4bit.packed, before)
+            True
+        """
         if not self.merged:
             raise RuntimeError("unmerge: nothing is merged; call merge() first")
         self._unmerge_weight()
@@ -304,6 +401,12 @@ class LoRALinear4bit(Linear4bit):
 
         ``entries``: all that is in force. Records of checkpoints hear what else decides about y.
         Raises RuntimeError if the block of the plan has ended, ValueError for a layer of routed experts.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4)
+            >>> layer.in_force(()) is None  # no plan is in force anywhere
+            True
         """
         found = None
         for entry in reversed(entries):

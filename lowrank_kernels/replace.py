@@ -145,6 +145,13 @@ def replace_linear(
             the layer, and those before it are replaced.
         TypeError: model is no module or is an nn.Linear, or a targeted weight is not float32,
             bfloat16 or float16; the model is as it was.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> report = lk.replace_linear(model, r=4, exclude_modules=["2"], progress=False)
+        >>> [layer.name for layer in report.replaced], report.skipped
+        (['0'], [SkippedLayer(name='2', reason='in exclude_modules')])
     """
     if not isinstance(model, nn.Module) or isinstance(model, nn.Linear):
         raise TypeError(

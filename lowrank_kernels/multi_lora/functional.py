@@ -218,6 +218,16 @@ def multi_lora_(
         RuntimeError: an adapter of the plan has been evicted.
 
     Sources: Punica (Chen et al. 2023), S-LoRA (Sheng et al. 2023).
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> report = lk.replace_linear(model, r=4, progress=False)
+        >>> bank = lk.AdapterBank.for_model(model, num_pages=8)
+        >>> bank.load("a", {"0.lora_A.weight": torch.ones(1, 64), "0.lora_B.weight": torch.ones(32, 1)})
+        >>> y = lk.multi_lora_(torch.zeros(2, 32), torch.ones(2, 64), bank.plan(["a", None]), bank["0"])
+        >>> y[:, 0]
+        tensor([64.,  0.])
     """
     check_float("x", x)
     check_float("y", y)
