@@ -233,7 +233,7 @@ $(ASAN_TESTS):
 EMULATOR := build/emulator/liblowrank_cuda_emulated.so
 EMULATOR_ASAN := build/emulator-asan/liblowrank_cuda_emulated.so
 # The tests under sanitizers: a share of those that run the kernels, one of the shards of each.
-EMULATOR_ASAN_SHARD ?= 0/6
+EMULATOR_ASAN_SHARD ?= 0/9
 EMULATOR_ASAN_TESTS ?= python_tests/test_emulator.py \
 	$(filter-out %_build.py,$(wildcard python_tests/test_cuda_*.py))
 
