@@ -37,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGE = "lowrank_kernels"
 MIN_TORCH = (2, 10)
-# Of every compilation, also of those in the Makefile.
+# The flags of every compilation, those in the Makefile included.
 COMMON_FLAGS = shlex.split((Path(__file__).parent / "csrc/flags").read_text(), comments=True)
 CXXFLAGS = ["-O3", *COMMON_FLAGS]
 LDFLAGS = ["-shared", "-Wl,-rpath,$ORIGIN", "-Wl,--as-needed"]

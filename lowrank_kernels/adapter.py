@@ -112,11 +112,14 @@ def is_bare(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _is_classs_own(module, module.__dict__["forward"]))
+        or (
+            "forward" in module.__dict__
+            and not _is_forward_of_class(module, module.__dict__["forward"])
+        )
     )
 
 
-def _is_classs_own(module: nn.Module, forward: object) -> bool:
+def _is_forward_of_class(module: nn.Module, forward: object) -> bool:
     """What accelerate leaves behind when its hooks are removed: the class's forward, as an attribute."""
     return getattr(forward, "__func__", None) is type(module).forward
 

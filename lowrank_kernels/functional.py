@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 from . import backends, int8
 from .formats import Weight4bit
-from .ragged import by_rows, is_ragged
+from .ragged import by_rows, is_ragged, layout_error
 from .schema import FLOAT_DTYPES, check_float, check_linear, check_lora, check_tensor, ops
 
 
@@ -34,7 +34,7 @@ def taken(x: torch.Tensor, w: Weight4bit) -> torch.Tensor:
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = autocast(x)
         if x.layout is not torch.strided:
-            by_rows(None, x)  # says what is taken
+            raise layout_error(x)
         fits = x.dtype in FLOAT_DTYPES and x.dim() > 0 and x.shape[-1] == w.shape[1]
         if fits and x.device == w.packed.device:
             return x

@@ -13,6 +13,11 @@ def is_ragged(x: object) -> bool:
     return isinstance(x, torch.Tensor) and (x.is_nested or x.layout is not torch.strided)
 
 
+def layout_error(x: torch.Tensor) -> TypeError:
+    """What is raised for a tensor that is neither dense nor nested."""
+    return TypeError(f"x: expected a dense tensor or a nested one, got one of layout {x.layout}")
+
+
 def by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """``function``, ``[M, K] -> [M, N]``, of a nested tensor of ``[..., K]``: one of ``[..., N]`` in the same layout.
 
@@ -20,7 +25,7 @@ def by_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -
     tensors that are no nested ones (sparse, MKL-DNN's).
     """
     if not x.is_nested:
-        raise TypeError(f"x: expected a dense tensor or a nested one, got one of layout {x.layout}")
+        raise layout_error(x)
     if x.layout == torch.jagged:
         if x._ragged_idx == x.dim() - 1:
             raise TypeError(

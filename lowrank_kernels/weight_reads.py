@@ -152,7 +152,7 @@ class _Reader(ast.NodeVisitor):
         code = function.__code__
         names = code.co_varnames[: code.co_argcount]
         self.variables = {names[i]: paths for i, paths in arguments.items() if i < len(names)}
-        # Of other parameters nothing is known: their parts may be anywhere.
+        # Nothing is known of other parameters: their parts may be anywhere.
         self.unknown = set(names) - set(self.variables)
         self.tree = _parsed(function)
 

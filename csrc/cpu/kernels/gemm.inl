@@ -24,7 +24,7 @@ constexpr int64_t kPad = 16;     // keeps rows of scratch off one cache set
 // Strips in a piece of C. The operand is read anew for each piece, from beyond the second-level
 // cache, so pieces are as wide as that cache allows.
 constexpr int64_t kStripsAtOnce = 8;
-// So many rows of C are never cut.
+// Up to this many rows of C stay in one piece.
 constexpr int64_t kWhole = 2 * (kMicroRows > kSkinnyRows ? kMicroRows : kSkinnyRows);
 
 // -- operand --------------------------------------------------------------------------------------
