@@ -349,6 +349,59 @@ _forced_kernel = _Setting(_force_kernel, lambda: kernel_in_force)
 
 
 @contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Within the block the CPU multiplies every activation by 4-bit weights exactly: in float32, none rounded.
+
+    Elsewhere that holds for float32 and float16 activations; the operands of bfloat16 ones are rounded once to
+    bfloat16 where the instruction set has products of bfloat16 numbers ("avx512_bf16", "amx"), as on GPUs: in forward
+    the codes of the weight, whose sums are scaled in float32, in backward the decoded weight, or codes and scaled
+    gradients. That takes half of the time or less, and::
+
+        |y - exact| <= 2^-8 Σ_k |x_k W_nk|,   beside the rounding of y itself
+
+    ``torch.set_float32_matmul_precision("medium")``, torch's own switch, permits the same for float32 activations.
+    See :func:`products` for what is in force. Adapters and their gradients are exact with or without it.
+
+    It holds for the whole process, and blocks may overlap, as those of :func:`use`.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> w = lk.quantize_4bit(torch.randn(32, 64))
+        >>> with lk.backends.exact():
+        ...     y = lk.linear_4bit(torch.randn(2, 64, dtype=torch.bfloat16), w)
+    """
+    host_module()
+    with _exact.asked("exact"):
+        yield
+
+
+def products(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype the CPU multiplies activations of ``dtype`` by 4-bit weights now: torch.float32 or torch.bfloat16.
+
+    Sums are float32 in any case. What decides are the instruction set, :func:`exact`, and for torch.float32
+    ``torch.backends.mkldnn.matmul.fp32_precision``, which ``torch.set_float32_matmul_precision`` sets.
+    (:func:`int8_activations` comes before all of them.)
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> with lk.backends.exact():
+        ...     lk.backends.products(torch.bfloat16)
+        torch.float32
+    """
+    rounded = dtype == torch.bfloat16 or (
+        dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    )
+    rounded = rounded and host_module().pairs() and not host_module().exact()
+    return torch.bfloat16 if rounded else torch.float32
+
+
+_exact = _Setting(
+    lambda value: host_module().exact_set(bool(value)),
+    lambda: "exact" if host_module().exact() else "",
+)
+
+
+@contextlib.contextmanager
 def batch_invariant() -> Iterator[None]:
     """Within the block, or the function it decorates, a row's bits on the CPU are the same in every batch.
 

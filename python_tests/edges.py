@@ -19,14 +19,29 @@ from cases import BF16, F16, F32, Case
 from lowrank_kernels.schema import NESTED_BLOCKSIZE
 
 CSRC = pathlib.Path(__file__).parents[1] / "csrc" / "cpu"
-VOCABULARY = {"amx": "avx512"}  # which has no constants of its own
 BUDGET = 20_000_000  # multiplications of a case, which scalar code does in some 20 ms
+
+
+def vocabulary(isa: str) -> list[pathlib.Path]:
+    """The headers of csrc/cpu/simd that a unit of csrc/cpu/isa includes, those that others include first."""
+
+    def included(source: pathlib.Path) -> list[pathlib.Path]:
+        names = re.findall(r'^#include "cpu/(simd/\w+\.h)"', source.read_text(), re.MULTILINE)
+        return [file for name in names for file in (*included(CSRC / name), CSRC / name)]
+
+    return included(CSRC / "isa" / f"{isa}.cpp")
+
+
+def multiplies_pairs(isa: str) -> bool:
+    """Whether bfloat16 activations have kernels of their own there."""
+    return any("#define LK_DOT2" in header.read_text() for header in vocabulary(isa))
 
 
 @functools.cache
 def constants(isa: str) -> dict[str, int]:
-    """Name -> value of the integers that csrc/cpu/simd/<isa>.h, csrc/cpu/kernels and csrc/cpu/<isa> define."""
-    sources = [CSRC / "simd" / f"{VOCABULARY.get(isa, isa)}.h", *sorted(CSRC.glob("kernels/*.inl"))]
+    """Name -> value of the integers that the vocabulary of csrc/cpu/isa/<isa>.cpp, csrc/cpu/kernels and csrc/cpu/<isa>
+    define."""
+    sources = [*vocabulary(isa), *sorted(CSRC.glob("kernels/*.inl"))]
     sources += sorted(CSRC.glob(f"{isa}/*.inl"))
     expressions: dict[str, str] = {}
     for source in sources:
@@ -77,6 +92,8 @@ def _sizes(isa: str) -> tuple[list[int], list[int], list[int]]:
         c["kWhole"],
     )
     rows += [c["kRows"], c["kRows"] + 1]
+    if multiplies_pairs(isa):
+        rows += around(c["kPairWide"], c["kMaxPairs"], c["kMaxSkinnyPairs"])
     if isa == "amx":
         rows += around(c["kAmxForward"], c["kAmxDx"], 2 * c["kAmxRows"])
     strip = c["kStripsAtOnce"] * c["kStripWidth"]
@@ -97,13 +114,14 @@ def _case(kind: dict[str, Turns], M: int, N: int, K: int) -> Case:
     )
 
 
-def _kinds() -> dict[str, Turns]:
+def _kinds(isa: str) -> dict[str, Turns]:
     """What a case has beside its sizes."""
+    pairs = multiplies_pairs(isa)
     return {
         "blocksize": Turns((32, 64, 128, 256, 512, 1024)),
         "quant_type": Turns(("nf4", "fp4", "nf4")),
         "double_quant": Turns((True, False)),
-        "dtype": Turns((F32, BF16, F32, F16, F32)),
+        "dtype": Turns((BF16, F32, BF16, F16, BF16) if pairs else (F32, BF16, F32, F16, F32)),
         "bias": Turns((None, F32, BF16, None, F16, None, None)),
         "R": Turns((8, 1, 16, 5, 64, 3, 20, 33, 12, 17, 40)),
         "adapter": Turns((F32, BF16, F32, F16, F32, BF16, F32)),
@@ -154,7 +172,7 @@ def regions(isa: str) -> dict[str, dict[str, int | bool]]:
 def linear(isa: str) -> list[Case]:
     """About 60 cases for the operators of one weight."""
     sizes = _sizes(isa)
-    kinds, turns = _kinds(), [Turns(values, seed) for seed, values in enumerate(sizes)]
+    kinds, turns = _kinds(isa), [Turns(values, seed) for seed, values in enumerate(sizes)]
     found = []
     for i, values in enumerate(sizes):
         for value in values:
@@ -184,7 +202,7 @@ def many_adapters(isa: str) -> list[Case]:
         4 * c["kMicroRows"] + 1,
         *around(16, c["kMaxTileRows"]),
     ]
-    kinds, turns = _kinds(), [Turns(rows), Turns(columns, 1), Turns(columns, 2), Turns(ranks)]
+    kinds, turns = _kinds(isa), [Turns(rows), Turns(columns, 1), Turns(columns, 2), Turns(ranks)]
     count = 2 * max(map(len, (ranks, columns, rows)))
     sizes = [[turn.take() for turn in turns] for _ in range(count)]
     found = [_case(kinds, M, N, K)._replace(R=R) for M, N, K, R in sizes]
@@ -200,7 +218,7 @@ def many_adapters(isa: str) -> list[Case]:
 def weights(isa: str) -> list[Case]:
     """Cases for the operators on the weight alone: spans that a thread takes at a time, blocks of nested scales."""
     span = constants(isa)["kSpan"]
-    kinds = _kinds()
+    kinds = _kinds(isa)
     shapes = [(1, size) for size in around(span, 2 * span)]
     shapes += [(rows, 32) for rows in around(NESTED_BLOCKSIZE, 2 * NESTED_BLOCKSIZE)]
     shapes += [(3, span // 2 + 16), (span // 32 + 1, 33), (2, 48)]

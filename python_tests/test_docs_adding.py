@@ -16,6 +16,8 @@ ALWAYS, KERNELS, NEEDED, CALLERS = re.search(
     TEXT, re.DOTALL,
 ).groups()  # fmt: skip
 
+EXAMPLE = re.compile(r"^ *(>>>|\.\.\.) .*$", re.MULTILINE)
+
 
 def places(text, op="<op>"):
     """Patterns of files: the code spans of the first column of a table, or of a paragraph."""
@@ -26,14 +28,14 @@ def places(text, op="<op>"):
 
 
 def naming(name, *folders):
-    """Source files that name it as a whole word."""
+    """Source files that name it as a whole word, elsewhere than in the examples of docstrings."""
     word = re.compile(rf"(?<![A-Za-z0-9_]){name}(?![A-Za-z0-9_])")
     found = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.is_file()]
     sources = (".py", ".h", ".inl", ".cpp", ".cu", ".cuh")
     return {
         str(f.relative_to(ROOT))
         for f in found
-        if f.suffix in sources and word.search(f.read_text())
+        if f.suffix in sources and word.search(EXAMPLE.sub("", f.read_text()))
     }
 
 

@@ -6,7 +6,7 @@ import conftest
 import edges
 import lowrank_kernels as lk
 
-isas = pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "amx"])
+isas = pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
 
 
 @pytest.mark.parametrize("isa", conftest.ISAS)

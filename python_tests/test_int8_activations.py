@@ -19,7 +19,12 @@ pytestmark = [
         reason="int8 activations are the CPU kernels' alone",
     ),
 ]
-KERNELS = {"amx": "avx512_vnni", "avx512": "avx512_vnni", "avx2": "avx_vnni"}
+KERNELS = {
+    "amx": "avx512_vnni",
+    "avx512_bf16": "avx512_vnni",
+    "avx512": "avx512_vnni",
+    "avx2": "avx_vnni",
+}
 Case, F32, BF16, F16 = cases.Case, cases.F32, cases.BF16, cases.F16
 
 

@@ -17,7 +17,9 @@ less than float32, so u_acc is the same for all terms.
 Tensor cores multiply 16-bit operands. There the codes of the weight (or the decoded weights), and for many
 rows what adapter and bias add to the product, are rounded once to the dtype of x; sums, scales and the
 adapter's own products stay float32. So y and dx of 16-bit activations get one more term on a GPU (see
-``operands_rounded``): u_x magnitude, u_x the unit roundoff of x's dtype.
+``operands_rounded``): u_x magnitude, u_x the unit roundoff of x's dtype. CPUs with products of bfloat16
+round operands likewise where ``lk.backends.products`` says so: those of bfloat16 activations, and under
+``torch.set_float32_matmul_precision("medium")`` those of float32 ones, which count as two roundings.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 import cases
+import lowrank_kernels as lk
 from lowrank_kernels import reference
 
 U_ACC = 2.0**-24  # unit roundoff of float32, the dtype of every sum and intermediate
@@ -168,12 +171,16 @@ def _check(op, args, outputs, values, magnitudes, c) -> None:
 
 
 def operand_rounding(rows: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor | float:
-    """What the bound of ``rows`` times the weight (y of x, dx of dy) has more on tensor cores."""
-    if not _operands_rounded or rows.dtype == torch.float32:
+    """What the bound of ``rows`` times the weight (y of x, dx of dy) has more where operands are rounded."""
+    on_cpu = rows.device.type == "cpu" and lk.backends.active() == "cpu"
+    if on_cpu and lk.backends.products(rows.dtype) == torch.bfloat16:
+        rounded, roundings = torch.bfloat16, 1 if rows.dtype == torch.bfloat16 else 2
+    elif _operands_rounded and rows.dtype != torch.float32:
+        rounded, roundings = rows.dtype, 1
+    else:
         return 0.0
-    return U_OUT[rows.dtype] * magnitude + _SUBNORMAL[rows.dtype] * rows.double().abs().sum(
-        1, keepdim=True
-    )
+    below = _SUBNORMAL[rounded] * rows.double().abs().sum(1, keepdim=True)
+    return roundings * U_OUT[rounded] * magnitude + below
 
 
 def assert_close(

@@ -97,6 +97,12 @@ struct Base {
   const Matrix* dense = nullptr;
 };
 
+// How a CPU multiplies rows by a 4-bit base. exact: codes and activations as they are, float32
+// sums; bf16: each operand rounded once to bfloat16, float32 sums; int8: see cpu/kernels/int8.inl.
+// Where the instruction set in use has no products of bfloat16, or none for the weight, bf16 is
+// exact.
+enum class Arithmetic : int { exact, bf16, int8 };
+
 // y = x Wᵀ + scaling S Bᵀ + bias, S = dropout(x) Aᵀ (written to s, float32 [M, R]).
 struct LinearArgs {
   Matrix x;
@@ -105,7 +111,7 @@ struct LinearArgs {
   Vector bias;
   MutMatrix y;
   float* s = nullptr;
-  bool int8 = false;  // x Wᵀ of a 4-bit base in 8-bit integers (CPU; cpu/kernels/int8.inl)
+  Arithmetic arithmetic = Arithmetic::exact;  // of x Wᵀ
 };
 
 // dS = scaling dy B (scratch ds, float32 [M, R]); dx = dy W + mask (dS A); dA = dSᵀ dropout(x);
@@ -118,6 +124,7 @@ struct BackwardArgs {
   const float* s = nullptr;
   float* ds = nullptr;
   MutMatrix dx, dA, dB, dbias;
+  Arithmetic arithmetic = Arithmetic::exact;  // of dy W; int8 counts as exact
 };
 
 // -- many adapters in one batch -------------------------------------------------------------------
@@ -177,7 +184,7 @@ struct MultiArgs {
   MutMatrix y;
   float* s = nullptr;
   int64_t s_stride = 0;
-  bool int8 = false;  // as in LinearArgs
+  Arithmetic arithmetic = Arithmetic::exact;  // of x Wᵀ
 };
 
 // dS[m] = scaling_u dy[m] B_u (scratch ds, laid out as S); dx = dy W + mask_u (dS A_u), without a
@@ -194,9 +201,10 @@ struct MultiBackwardArgs {
   float* ds = nullptr;
   int64_t s_stride = 0;
   MutMatrix dx;
-  const int32_t* grad_rows = nullptr;  // [slots]; -1: no gradient wanted
-  int64_t grad_rank = 0;               // rows of dA and dB; 0: no gradients wanted
-  float *dA = nullptr, *dB = nullptr;  // [grad_rank, K], [grad_rank, N]
+  Arithmetic arithmetic = Arithmetic::exact;  // as in BackwardArgs
+  const int32_t* grad_rows = nullptr;         // [slots]; -1: no gradient wanted
+  int64_t grad_rank = 0;                      // rows of dA and dB; 0: no gradients wanted
+  float *dA = nullptr, *dB = nullptr;         // [grad_rank, K], [grad_rank, N]
   MutMatrix dbias;
 };
 

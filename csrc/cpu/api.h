@@ -19,7 +19,14 @@ LK_API int lk_isa_supported(int index);
 // Whether the operators that this thread calls round activations to int8; at first they do not.
 LK_API void lk_int8_set(int on);
 LK_API int lk_int8_active(void);
-// The kernels for that beside the instruction set in use: their name, or null if there are none or
+// Whether all activations are multiplied exactly, in the whole process; at first operands are
+// rounded to bfloat16 where activations are, or torch permits it, and the kernels in use multiply
+// those.
+LK_API void lk_exact_set(int on);
+LK_API int lk_exact_active(void);
+// Whether the kernels in use multiply pairs of bfloat16 numbers.
+LK_API int lk_pairs(void);
+// The kernels for int8 beside the instruction set in use: their name, or null if there are none or
 // this CPU cannot run them.
 LK_API const char* lk_int8_kernels(void);
 // The kernels that multiply by the frozen base, those for few rows first.

@@ -18,7 +18,7 @@ namespace lk {
 // Each is defined by a unit of isa/.
 extern const KernelTable kScalarTable;
 #if defined(__x86_64__)
-extern const KernelTable kAvx2Table, kAvx512Table, kAmxTable;
+extern const KernelTable kAvx2Table, kAvx512Table, kAvx512Bf16Table, kAmxTable;
 #endif
 
 namespace {
@@ -55,6 +55,7 @@ bool has_amx() {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {&kAmxTable, has_amx},
+    {&kAvx512Bf16Table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
     {&kAvx512Table, has_avx512},
     {&kAvx2Table,
      [] {
@@ -87,6 +88,7 @@ bool has_feature(const char* name) {
 }
 
 thread_local bool int8_active = false;
+std::atomic<bool> exact_active{false};
 
 std::atomic<Kernel> asked{Kernel::any};
 
@@ -147,6 +149,12 @@ int lk_isa_supported(int index) {
 void lk_int8_set(int on) { lk::int8_active = on != 0; }
 
 int lk_int8_active(void) { return lk::int8_active; }
+
+void lk_exact_set(int on) { lk::exact_active = on != 0; }
+
+int lk_exact_active(void) { return lk::exact_active; }
+
+int lk_pairs(void) { return lk_kernels()->pairs; }
 
 const char* lk_int8_kernels(void) {
   const char* name = lk_kernels()->int8;

@@ -22,7 +22,8 @@ struct Crossovers {
 
 struct KernelTable {
   const char* isa;
-  const char* int8;  // what LinearArgs::int8 runs on, a CPU feature beyond `isa`; null: nothing
+  const char* int8;  // what Arithmetic::int8 runs on, a CPU feature beyond `isa`; null: nothing
+  bool pairs;        // whether there are kernels for Arithmetic::bf16; without them it is exact
   Crossovers forward, dx;
   void (*quantize)(const QuantizeArgs&, const Parallel&);
   void (*double_quantize)(const DoubleQuantizeArgs&, const Parallel&);

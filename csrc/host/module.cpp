@@ -58,6 +58,13 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "int8_set", [](bool on) { lk_int8_set(on); }, py::arg("on"),
       "Whether operators called by this thread round activations to int8.");
+  m.def(
+      "exact_set", [](bool on) { lk_exact_set(on); }, py::arg("on"),
+      "Whether all activations are multiplied exactly, in the whole process.");
+  m.def("exact", [] { return lk_exact_active() != 0; }, "Whether they are.");
+  m.def(
+      "pairs", [] { return lk_pairs() != 0; },
+      "Whether the kernels in use multiply pairs of bfloat16 numbers.");
   m.def("int8_kernels", &lk_int8_kernels, "Name of the int8 kernels that can run, or None.");
   m.def(
       "kernel_set",

@@ -1,4 +1,6 @@
 // The operators on CPU tensors: the kernels of the best instruction set, on torch's threads.
+#include <dlfcn.h>
+
 #include "cpu/api.h"
 #include "cpu/table.h"
 #include "ops/operators.h"
@@ -27,6 +29,42 @@ bool int8(const Weight4* w) {
   return true;
 }
 
+// Whether torch.set_float32_matmul_precision("medium") is in force, or what stands for it on CPUs,
+// torch.backends.mkldnn.matmul.fp32_precision = "bf16". The stable ABI has no such question, so
+// torch's own function is looked up; where a version of torch has no such function, the answer is
+// no.
+bool medium_precision() {
+  using Context = void* (*)();
+  using Precision = int (*)(const void*, int, int);
+  constexpr int kMkldnn = 2, kMatmul = 3,
+                kBf16 = 3;  // of at::Float32Backend, Float32Op, -Precision
+  static const auto found = [] {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    const auto symbol = [&](const char* name) { return torch ? dlsym(torch, name) : nullptr; };
+    struct {
+      Context context;
+      Precision precision;
+    } of{reinterpret_cast<Context>(symbol("_ZN2at13globalContextEv")),
+         reinterpret_cast<Precision>(
+             symbol("_ZNK2at7Context16float32PrecisionENS_14Float32BackendENS_9Float32OpE"))};
+    return of;
+  }();
+  return found.context && found.precision &&
+         found.precision(found.context(), kMkldnn, kMatmul) == kBf16;
+}
+
+// Rounded to bfloat16 are the operands of bfloat16 activations, and of float32 ones where torch
+// permits it, unless somebody asked for exact products.
+Arithmetic arithmetic(DType activations) {
+  const bool rounded =
+      lk_pairs() && !lk_exact_active() &&
+      (activations == DType::bf16 || (activations == DType::f32 && medium_precision()));
+  return rounded ? Arithmetic::bf16 : Arithmetic::exact;
+}
+Arithmetic arithmetic(const Weight4* w, DType activations) {
+  return int8(w) ? Arithmetic::int8 : arithmetic(activations);
+}
+
 struct Cpu {
   explicit Cpu(const Tensor& first) {
     STD_TORCH_CHECK(first.is_cpu(), "expected CPU tensors, got one on another device");
@@ -38,19 +76,23 @@ struct Cpu {
   void dequantize(const DequantizeArgs& a) const { lk_kernels()->dequantize(a, pool()); }
   void linear(const LinearArgs& a, const Tensor&, const Tensor*, Tensor&) const {
     LinearArgs with = a;
-    with.int8 = int8(a.base.quantized);
+    with.arithmetic = arithmetic(a.base.quantized, a.x.dtype);
     lk_kernels()->linear(with, pool());
   }
   void linear_backward(const BackwardArgs& a, const Tensor&, const Tensor*, Tensor&) const {
-    lk_kernels()->linear_backward(a, pool());
+    BackwardArgs with = a;
+    with.arithmetic = arithmetic(a.dy.dtype);
+    lk_kernels()->linear_backward(with, pool());
   }
   void multi(const MultiArgs& a, const Tensor&, Tensor&) const {
     MultiArgs with = a;
-    with.int8 = int8(a.base);
+    with.arithmetic = arithmetic(a.base, a.x.dtype);
     lk_kernels()->multi(with, pool());
   }
   void multi_backward(const MultiBackwardArgs& a, const Tensor&, Tensor&) const {
-    lk_kernels()->multi_backward(a, pool());
+    MultiBackwardArgs with = a;
+    with.arithmetic = arithmetic(a.dy.dtype);
+    lk_kernels()->multi_backward(with, pool());
   }
 };
 

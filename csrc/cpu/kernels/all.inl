@@ -26,6 +26,11 @@ void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int6
 #include "cpu/kernels/sgmv.inl"
 #include "cpu/kernels/epilogue.inl"
 #include "cpu/kernels/gemv.inl"
+#ifdef LK_DOT2  // of simd/avx512_bf16.h
+#include "cpu/kernels/gemv_pairs.inl"
+#include "cpu/kernels/gemm_pairs.inl"
+#include "cpu/kernels/skinny_pairs.inl"
+#endif
 #include "cpu/kernels/quantize.inl"
 #ifdef LK_INT8
 #include "cpu/kernels/int8.inl"
@@ -40,6 +45,7 @@ void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int6
   const KernelTable table = {                                                                 \
       name,                                                                                   \
       kInt8,                                                                                  \
+      kHasPairs,                                                                              \
       kForward,                                                                               \
       kDx,                                                                                    \
       quantize,                                                                               \

@@ -69,9 +69,13 @@ inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* scales,
     }
 }
 
+// Table: what the codes are looked up in. X: what x is shuffled into, floats, or dwords of two
+// bfloat16 numbers where the table gives pairs.
+template <class Table, class X>
 struct GemvArgs {
   const LinearArgs& a;
-  const float* x;  // shuffled, M rows of x_stride
+  const Table& table;
+  const X* x;  // shuffled, M rows of x_stride
   int64_t x_stride;
   const float* s;  // scaling * S, M rows of s_stride, zero beyond R; null: no adapter
   int64_t s_stride;
@@ -95,8 +99,8 @@ struct Deltas {
 };
 
 // Computes outputs [n0, n0 + Rows) of every activation row.
-template <int Rows, int M>
-void gemv_outputs(const GemvArgs& f, const Chunks& chunks, const Lut& lut, float* scales,
+template <int Rows, int M, class Args, class Table>
+void gemv_outputs(const Args& f, const Chunks& chunks, const Table& table, float* scales,
                   float* b_row, const Deltas<M>& deltas, int64_t n0) {
   const int64_t scales_size = Chunks::scales_size(chunks.w);
   vf total[Rows][M];
@@ -104,7 +108,7 @@ void gemv_outputs(const GemvArgs& f, const Chunks& chunks, const Lut& lut, float
     for (int m = 0; m < M; ++m) total[r][m] = zero();
     chunks.load_row_scales(scales + r * scales_size, n0 + r, 0, chunks.blocks_per_row);
   }
-  dot_rows<Rows, M>(chunks, lut, scales, scales_size, n0, f.x, f.x_stride, total);
+  dot_rows<Rows, M>(chunks, table, scales, scales_size, n0, f.x, f.x_stride, total);
   for (int r = 0; r < Rows; ++r) {
     const int64_t n = n0 + r;
     if (f.s) {
@@ -123,13 +127,17 @@ void gemv_outputs(const GemvArgs& f, const Chunks& chunks, const Lut& lut, float
   }
 }
 
-template <int M>
-void gemv_forward(const GemvArgs& f, const Parallel& pool) {
-  constexpr int kRowsAtOnce = 4;
+// Rows of the weight at a time, by the table that they are looked up in.
+template <class Table, int M>
+constexpr int kGemvRows = 4;
+
+template <int M, class Table, class X>
+void gemv_forward(const GemvArgs<Table, X>& f, const Parallel& pool) {
+  constexpr int kRowsAtOnce = kGemvRows<Table, M>;
   const Weight4& w = *f.a.base.quantized;
   parallel(pool, ceil_div(w.N, kRowsAtOnce), [&](int64_t begin, int64_t end) {
     const Chunks chunks(w);
-    const Lut lut = make_lut(w.code);
+    const Table table = f.table;
     const int64_t scales_size = Chunks::scales_size(w);
     const int64_t b_size = f.s ? f.s_stride : 0;
     float* memory = static_cast<float*>(
@@ -144,39 +152,62 @@ void gemv_forward(const GemvArgs& f, const Parallel& pool) {
       if (f.many && (t - begin) % (kStripWidth / kRowsAtOnce) == 0)
         deltas.fill(*f.many, n, min64(kStripWidth, min64(end * kRowsAtOnce, w.N) - n));
       if (n + kRowsAtOnce <= w.N)
-        gemv_outputs<kRowsAtOnce, M>(f, chunks, lut, scales, b_row, deltas, n);
+        gemv_outputs<kRowsAtOnce, M>(f, chunks, table, scales, b_row, deltas, n);
       else
         for (int64_t i = n; i < w.N; ++i)
-          gemv_outputs<1, M>(f, chunks, lut, scales, b_row, deltas, i);
+          gemv_outputs<1, M>(f, chunks, table, scales, b_row, deltas, i);
     }
   });
 }
 
+// scaling * S of the adapter of a, rows padded with zeros to whole vectors; null: no adapter.
+struct ScaledS {
+  float* data = nullptr;
+  int64_t stride = 0;
+
+  static int64_t stride_of(const LinearArgs& a) {
+    return a.lora.A.data ? ceil_div(a.lora.A.rows, kLanes) * kLanes : 0;
+  }
+  ScaledS(const LinearArgs& a, float* memory) : stride(stride_of(a)) {
+    if (stride == 0) return;
+    data = memory;
+    const int64_t R = a.lora.A.rows;
+    for (int64_t m = 0; m < a.x.rows; ++m)
+      for (int64_t r = 0; r < stride; ++r)
+        data[m * stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
+  }
+};
+
+// Calls f(Constant<M>{}) for 1 <= M <= kMaxGemv.
+template <class F>
+inline void for_gemv_rows(int64_t M, const F& f) {
+  switch (M) {
+    case 1:
+      return f(Constant<1>{});
+    case 2:
+      return f(Constant<2>{});
+    case 3:
+      return f(Constant<3>{});
+    default:
+      return f(Constant<4>{});
+  }
+}
+
 // Computes y for 1 <= M <= kMaxGemv; S is in a.s already.
 inline void linear_gemv(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
-  const int64_t M = a.x.rows, K = a.x.cols, R = a.lora.A.data ? a.lora.A.rows : 0;
-  const int64_t x_stride = ceil_div(K, kChunk) * kChunk, s_stride = ceil_div(R, kLanes) * kLanes;
+  const int64_t M = a.x.rows, K = a.x.cols;
+  const int64_t x_stride = ceil_div(K, kChunk) * kChunk;
   float* memory = static_cast<float*>(
-      scratch(Buffer::shared, (M * (x_stride + s_stride) + x_stride) * sizeof(float)));
+      scratch(Buffer::shared, (M * (x_stride + ScaledS::stride_of(a)) + x_stride) * sizeof(float)));
   float* x = memory + x_stride;
-  float* s = x + M * x_stride;
   for (int64_t m = 0; m < M; ++m) {
     load_row(memory, a.x.data, a.x.dtype, m * a.x.stride, K);
     shuffle_row(x + m * x_stride, memory, K);
-    for (int64_t r = 0; r < s_stride; ++r)
-      s[m * s_stride + r] = r < R ? a.s[m * R + r] * a.lora.scaling : 0.0f;
   }
-  const GemvArgs f{a, x, x_stride, R ? s : nullptr, s_stride, many};
-  switch (M) {
-    case 1:
-      return gemv_forward<1>(f, pool);
-    case 2:
-      return gemv_forward<2>(f, pool);
-    case 3:
-      return gemv_forward<3>(f, pool);
-    default:
-      return gemv_forward<4>(f, pool);
-  }
+  const ScaledS s(a, x + M * x_stride);
+  const Lut lut = make_lut(a.base.quantized->code);
+  const GemvArgs<Lut, float> f{a, lut, x, x_stride, s.data, s.stride, many};
+  for_gemv_rows(M, [&](auto rows) { gemv_forward<decltype(rows)::value>(f, pool); });
 }
 
 // -- dx = dy W: outer-product form ----------------------------------------------------------------
@@ -253,15 +284,18 @@ inline void add_adapters_to_row(const Expansion& many, int64_t m, int64_t k_begi
   }
 }
 
+// Rows of the weight at a time, as kGemvRows.
+template <class Table>
+constexpr int kOuterRows = 4;
+
 // Computes columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N];
 // a.ds holds dS already.
-template <int M>
-void gemv_columns(const BackwardArgs& a, const Expansion* many, const float* dy, int64_t k_begin,
-                  int64_t k_end) {
-  constexpr int kRowsAtOnce = 4;
+template <int M, class Table>
+void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& table, const float* dy,
+                  int64_t k_begin, int64_t k_end) {
+  constexpr int kRowsAtOnce = kOuterRows<Table>;
   const Weight4& w = *a.base.quantized;
   const Chunks chunks(w);
-  const Lut lut = make_lut(w.code);
   const int64_t width = ceil_div(k_end - k_begin, kChunk) * kChunk;
   const int64_t scales_size = Chunks::scales_size(w);
   const int64_t first = chunks.first_block(k_begin);
@@ -278,12 +312,12 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const float* dy,
       chunks.prefetch_scales(n + r + kScalesAhead, first, blocks);
       chunks.load_row_scales(scales + r * scales_size, n + r, first, blocks);
     }
-    outer_rows<kRowsAtOnce, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
+    outer_rows<kRowsAtOnce, M>(chunks, table, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
                                width);
   }
   for (; n < w.N; ++n) {
     chunks.load_row_scales(scales, n, first, blocks);
-    outer_rows<1, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
+    outer_rows<1, M>(chunks, table, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
   }
   float* base = memory + kRowsAtOnce * scales_size;
   float* adapter = base + width;
@@ -298,7 +332,9 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const float* dy,
   }
 }
 
-inline void dx_gemv(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+template <class Table>
+void dx_gemv(const BackwardArgs& a, const Expansion* many, const Table& table,
+             const Parallel& pool) {
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
   float* dy = static_cast<float*>(scratch(Buffer::shared, M * N * sizeof(float)));
   for (int64_t m = 0; m < M; ++m) load_row(dy + m * N, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
@@ -308,19 +344,9 @@ inline void dx_gemv(const BackwardArgs& a, const Expansion* many, const Parallel
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k_begin = chunks * t / strips * kChunk,
                     k_end = min64(K, chunks * (t + 1) / strips * kChunk);
-      switch (M) {
-        case 1:
-          gemv_columns<1>(a, many, dy, k_begin, k_end);
-          break;
-        case 2:
-          gemv_columns<2>(a, many, dy, k_begin, k_end);
-          break;
-        case 3:
-          gemv_columns<3>(a, many, dy, k_begin, k_end);
-          break;
-        default:
-          gemv_columns<4>(a, many, dy, k_begin, k_end);
-      }
+      for_gemv_rows(M, [&](auto rows) {
+        gemv_columns<decltype(rows)::value>(a, many, table, dy, k_begin, k_end);
+      });
     }
   });
 }

@@ -2,6 +2,13 @@
 
 // -- choice ---------------------------------------------------------------------------------------
 
+#ifdef LK_DOT2
+constexpr bool kHasPairs = true;
+constexpr Crossovers kForwardPairs{kMaxGemv, kMaxSkinnyPairs, INT64_MAX},
+    kDxPairs{kMaxGemv, 0, INT64_MAX};
+#else
+constexpr bool kHasPairs = false;
+#endif
 constexpr Crossovers kForward{kMaxGemv, kMaxSkinny, kAmxForward}, kDx{kMaxGemv, 0, kAmxDx};
 
 // Whether the base is a 4-bit weight whose blocks fit its rows: then a vector of packed bytes has
@@ -101,12 +108,45 @@ inline void linear_whole_blocks(const LinearArgs& a, const Expansion* many, cons
   });
 }
 
+#ifdef LK_DOT2
+// The product with a weight whose blocks fit its rows, on pairs of bfloat16 numbers.
+inline void linear_pairs(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
+  const Kernel kernel = kernel_for(kForwardPairs, a.base, a.x.rows);
+  if (kernel == Kernel::gemv) return linear_gemv_pairs(a, many, pool);
+  const int64_t M = a.x.rows, K = a.x.cols;
+  const Chunks chunks(*a.base.quantized);
+  const Lut lut = make_lut(a.base.quantized->code);
+  const PairLut table = make_pair_lut(a.base.quantized->code);
+  if (kernel != Kernel::skinny)
+    return linear_pieces(
+        a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+          const LaneRows weight(chunks, lut, j0, columns);
+          accumulate_pairs(a.x, LanePairs{weight, table}, i0, rows, j0, columns, K, c);
+        });
+  uint32_t* x = static_cast<uint32_t*>(
+      scratch(Buffer::shared, static_cast<size_t>(M * K / 2) * sizeof(uint32_t)));
+  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)
+      interleave_pairs(a.x, k, min64(kStage, K - k), x);
+  });
+  linear_pieces(a, many, pool, [&](int64_t, int64_t, int64_t j0, int64_t columns, float* c) {
+    for_strips(M, columns, c, [&](int64_t j, int64_t width, float* strip) {
+      accumulate_skinny_pairs(x, M, LaneRows(chunks, lut, j0 + j, width), table, strip);
+    });
+  });
+}
+#endif
+
 // y with the adapter of a, or those of `many`, or none.
 inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
 #ifdef LK_INT8
-  if (a.int8) return linear_int8(a, many, pool);
+  if (a.arithmetic == Arithmetic::int8) return linear_int8(a, many, pool);
+#endif
+#ifdef LK_DOT2
+  if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base))
+    return linear_pairs(a, many, pool);
 #endif
   const Kernel kernel = kernel_for(kForward, a.base, a.x.rows);
   if (kernel == Kernel::gemv) return linear_gemv(a, many, pool);
@@ -158,10 +198,27 @@ void dx_gemm(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
   });
 }
 
+#ifdef LK_DOT2
+// dx of a weight whose blocks fit its rows, on pairs of bfloat16 numbers.
+inline void dx_pairs(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+  const Weight4& w = *a.base.quantized;
+  if (kernel_for(kDxPairs, a.base, a.dy.rows) == Kernel::gemv)
+    return dx_gemv(a, many, make_pair_lut(w.code), pool);
+  const Lut lut = make_lut(w.code);
+  dx_pieces(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+    const ColumnStrip strip(w, lut, j0, columns);
+    accumulate_pairs(a.dy, StripPairs{strip}, i0, rows, j0, columns, a.dy.cols, c);
+  });
+}
+#endif
+
 // Computes dx; dS is in a.ds already.
 inline void dx(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+#ifdef LK_DOT2
+  if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base)) return dx_pairs(a, many, pool);
+#endif
   const Kernel kernel = kernel_for(kDx, a.base, a.dy.rows);
-  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, make_lut(a.base.quantized->code), pool);
   if (a.base.dense)
     return dx_gemm(a, many, pool, kernel, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
   const Quantized weight(*a.base.quantized);

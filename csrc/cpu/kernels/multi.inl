@@ -15,7 +15,7 @@ void multi(const MultiArgs& a, const Parallel& pool) {
     base.base.quantized = a.base;
     base.bias = a.bias;
     base.y = a.y;
-    base.int8 = a.int8;
+    base.arithmetic = a.arithmetic;
     return linear(base, &delta, pool);
   }
   delta.all(pool, [&](const Segment& of, int64_t m, int64_t j0, int64_t columns, const float* c) {
@@ -97,6 +97,7 @@ void multi_backward(const MultiBackwardArgs& a, const Parallel& pool) {
     base.base.quantized = a.base;
     base.dx = a.dx;
     base.dbias = a.dbias;
+    base.arithmetic = a.arithmetic;
     linear_backward(base, &expansion, pool);
   } else if (a.dx.data) {
     const float zeros[kStripWidth] = {};
