@@ -8,13 +8,13 @@ from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import groups, machine_of, median
 from lowrank_kernels.cli import pictures as p
 
-from . import peer_ggml, peer_openvino, report, suite
+from . import peer_ggml, peer_int4, peer_openvino, report, suite
 
 # (label, slow, fast, color): what is how many times faster than what
 SPEEDUPS = (
     ("F.linear", "torch", OURS, p.BLUE),
     ("bitsandbytes", "bitsandbytes", OURS, p.AMBER),
-    ("bitsandbytes, training", "bitsandbytes, training", OURS, p.GREY),
+    (peer_int4.ORT, peer_int4.ORT, OURS, p.GREY),
     (peer_openvino.NAME, peer_openvino.NAME, OURS, p.GREEN),
     (peer_ggml.NAME, peer_ggml.NAME, OURS, p.VIOLET),
     ("int8 activations against ggml's", peer_ggml.NAME, suite.INT8, p.VIOLET),

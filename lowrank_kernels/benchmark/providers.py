@@ -7,6 +7,7 @@ reason, which the results keep.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -28,6 +29,22 @@ MAX_COPIES = 128
 
 class Unavailable(Exception):
     """Why a provider cannot run a case here."""
+
+
+@contextlib.contextmanager
+def precision(name: str):
+    """``torch.set_float32_matmul_precision(name)`` within the block; by "medium" float32 may be rounded to bfloat16.
+
+    Raises RuntimeError for "medium" where this library has no such products.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        if name == "medium" and lk.backends.products(torch.float32) != torch.bfloat16:
+            raise RuntimeError("this CPU has no products of bfloat16 numbers")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # -- tensors ---------------------------------------------------------------------------------------
