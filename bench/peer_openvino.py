@@ -84,28 +84,28 @@ PROVIDERS = {
 }
 
 
-def _packed(ov, kind: str, nibbles: torch.Tensor):
-    """A constant of 4-bit numbers [N, blocks, 64]; it owns its memory."""
-    N, blocks, _ = nibbles.shape
-    packed = ov.Tensor(getattr(ov.Type, kind), ov.Shape([N, blocks, BLOCKSIZE]))
+def _packed(ov, kind: str, nibbles: torch.Tensor, *shape: int):
+    """A constant of 4-bit numbers; it owns its memory."""
+    packed = ov.Tensor(getattr(ov.Type, kind), ov.Shape(shape))
     packed.data[:] = nibbles.flatten().numpy()
     return ov.opset13.convert(ov.op.Constant(packed), "f32")
 
 
 def _nf4(ov, w: Weight4bit):
     """The values of ``w``, [N, blocks, 64]."""
-    N, K = w.shape
-    codes = _packed(ov, "nf4", swap_nibbles(w.packed.view(N, K // BLOCKSIZE, -1)))
+    op, (N, K) = ov.opset13, w.shape
+    codes = _packed(ov, "nf4", swap_nibbles(w.packed), N, K // BLOCKSIZE, BLOCKSIZE)
     scales = reference.block_scales(w.absmax, w.nested_absmax, w.nested_code, w.nested_offset)
-    op = ov.opset13
     return op.multiply(codes, op.constant(scales.view(N, K // BLOCKSIZE, 1).numpy()))
 
 
 def _u4(ov, N: int, K: int):
-    """The values of :func:`peer_int4.int4`, [N, blocks, 64]."""
+    """The values of :func:`peer_int4.int4`. Only if 8, too, has 4 bits are activations rounded to 8 bits."""
     weight, op = peer_int4.int4(N, K), ov.opset13
-    codes = op.subtract(_packed(ov, "u4", weight.nibbles()), op.constant(8.0, ov.Type.f32))
-    return op.multiply(codes, op.constant(weight.scales[..., None].numpy()))
+    codes = _packed(ov, "u4", weight.nibbles(), N, K // BLOCKSIZE, BLOCKSIZE)
+    eight = _packed(ov, "u4", torch.tensor([8], dtype=torch.uint8), 1)
+    scales = op.constant(weight.scales[..., None].numpy())
+    return op.multiply(op.subtract(codes, eight), scales)
 
 
 def _model(ov, weight, N: int, K: int, M: int):

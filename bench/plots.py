@@ -23,7 +23,7 @@ SPEEDUPS = (
 
 def speedup(document: dict, path: pathlib.Path) -> bool:
     """Draws linear_4bit of the first dtype with cold caches, a panel per shape; False where there are no such cases."""
-    dtype, panels = document["cases"][0]["dtype"], []
+    dtype, panels = next((c["dtype"] for c in document["cases"] if c["op"] != "model"), ""), []
     for (_, N, K, *rest), group in groups(document, ["linear_4bit"]).items():
         if rest == [dtype, "cold"]:
             axes = (f"W {N} x {K}", "tokens M", "times faster than")

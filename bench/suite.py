@@ -48,11 +48,16 @@ class Sizes:
     many_tokens: tuple[int, ...] = (1, 4, 16, 64)
     models: tuple[str, ...] = ()
 
-    def chosen(self, shapes: list[tuple[int, int]] | None, tokens: list[int] | None) -> Sizes:
-        """The same with other shapes and rows, where they are given."""
+    def chosen(
+        self,
+        shapes: list[tuple[int, int]] | None,
+        tokens: list[int] | None = None,
+        models: list[str] | None = None,
+    ) -> Sizes:
+        """The same with other shapes, rows and models, where they are given; models that are not have neither."""
         changes = {}
-        if shapes or tokens:
-            changes["models"] = ()
+        if models or shapes or tokens:
+            changes["models"] = tuple(models or ())
         if shapes:
             changes |= {"shapes": tuple(shapes), "many_shape": shapes[-1]}
         if tokens:
@@ -232,7 +237,7 @@ def entries(
         return places.index(case.model if case.op == "model" else (case.N, case.K))
 
     first = (0, len(sizes.models))
-    for name in names or OPS:
+    for name in names or [op for op in OPS if not (quick and op == "model")]:
         for case, of_case in OPS[name](sizes):
             if only in case.id and (not quick or place(case) in first):
                 found.setdefault(case, provided(of_case))

@@ -1,4 +1,4 @@
-"""What is timed: one :class:`Case` or :class:`ModelCase`, and the flops and bytes that its operator cannot do without."""
+"""What is timed: one :class:`Case`, and the flops and bytes that its operator cannot do without; or a whole model."""
 
 from __future__ import annotations
 

@@ -193,6 +193,12 @@ def where(case: dict) -> str:
     return f"{case['op']} {case['N']}x{case['K']}" + (f" M={case['M']}" if case["M"] else "")
 
 
+def key(case: dict) -> tuple:
+    """What tells a case of a document from others."""
+    results = ("providers", "limit_ms", "flops", "bytes")
+    return tuple(sorted((name, value) for name, value in case.items() if name not in results))
+
+
 def read(path: pathlib.Path) -> dict:
     """A result document. Raises ValueError for a file that is none, or of a format that is newer than this program."""
     document = json.loads(path.read_text())

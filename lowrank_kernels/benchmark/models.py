@@ -1,7 +1,7 @@
 """A whole model as a case, in training, prefill and decode: ours, dense and with bitsandbytes, all with LoRA.
 
 All contenders have the same 4-bit weights, the dense one their values, and the same adapters. What the first call of
-each gives is compared with a dense model in float32 before it is timed; of a training step, the gradients of all adapters.
+each gives is compared with a dense model in float32 before it is timed: in training, the gradients of all adapters.
 
 Training comes first: on a CPU with bfloat16 units bitsandbytes repacks its weights at the first call in evaluation
 mode, and no gradient passes them from then on. Such a model trains twice as fast, and wrongly; the check refuses it.
@@ -103,20 +103,27 @@ def contenders(
         for name, parameter in adapters(ours).items():
             if "lora_B" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    make = {
+    make = {  # the dense one last: its weights change
         PEFT: lambda: _with_peft(_of_layers(ours, _linear), ours, rank),
-        FUSED: lambda: _fused(ours),
-        DENSE: lambda: _with_peft(_dense(dense, ours), ours, rank),
+        FUSED: lambda: _fused(dense, rank),
         BITSANDBYTES: lambda: _with_peft(_bitsandbytes(ours), ours, rank),
+        DENSE: lambda: _with_peft(_dense(dense, ours), ours, rank),
     }
     found: dict[str, torch.nn.Module | str] = {OURS: ours}
-    for name in names:
-        if name != OURS:
+    for name in make:
+        if name in names:
             try:
-                found[name] = make[name]()
+                found[name] = _same_adapters(make[name](), ours)
             except Unavailable as reason:
                 found[name] = str(reason)
     return found
+
+
+def _same_adapters(model: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Module:
+    values = adapters(ours)
+    for name, parameter in adapters(model).items():
+        parameter.data.copy_(values[name].data)
+    return model
 
 
 def layers(model: torch.nn.Module) -> dict[str, lk.LoRALinear4bit]:
@@ -152,12 +159,12 @@ def _dense(dense: torch.nn.Module, ours: torch.nn.Module) -> torch.nn.Module:
     return dense
 
 
-def _fused(ours: torch.nn.Module) -> torch.nn.Module:
-    """``ours`` with one call for the layers that share an input."""
+def _fused(dense: torch.nn.Module, rank: int) -> torch.nn.Module:
+    """Our layers, with one call for those that share an input."""
     if "fuse" not in inspect.signature(lk.replace_linear).parameters:
         raise Unavailable("replace_linear has no argument fuse")
-    model = copy.deepcopy(ours)
-    lk.replace_linear(model, fuse=True, progress=False)
+    model = copy.deepcopy(dense)
+    lk.replace_linear(model, r=rank, lora_alpha=2 * rank, progress=False, fuse=True)
     return model
 
 
@@ -181,14 +188,9 @@ def _bitsandbytes(ours: torch.nn.Module) -> torch.nn.Module:
 
 
 def _with_peft(model: torch.nn.Module, ours: torch.nn.Module, rank: int) -> torch.nn.Module:
-    """``model`` under PEFT, with the adapters of ``ours``."""
     peft, names = providers.peft(), list(layers(ours))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
-    model = peft.get_peft_model(model, config)
-    values = adapters(ours)
-    for name, parameter in adapters(model).items():
-        parameter.data.copy_(values[name].data)
-    return model
+    return peft.get_peft_model(model, config)
 
 
 class _Reference(torch.nn.Module):
