@@ -223,18 +223,17 @@ def summary(document: dict, page: str, picture: str = "") -> str:
 
 def _model_rows(document: dict) -> Rows:
     """Tokens per second of the first model."""
-    rows = [["model", "", "", *MODEL_PEERS, OURS, f"vs {MODEL_PEERS[0]}"]]
-    groups = list(shared.groups(document, ["model"]).values())
-    for group in (g for g in reversed(groups) if g[0]["model"] == groups[0][0]["model"]):
-        first = True
+    names = (*MODEL_PEERS, OURS)
+    rows = [["tokens per second", "", *names, f"vs {names[0]}"]]
+    of_models = list(shared.groups(document, ["model"]).values())
+    for group in reversed([g for g in of_models if g[0]["model"] == of_models[0][0]["model"]]):
+        words = f"{group[0]['model']}, {group[0]['dtype']}"
         for case in group:
-            rate = [
-                case["providers"].get(n, {}).get("tokens_per_second") for n in (*MODEL_PEERS, OURS)
-            ]
-            name = [f"{case['model']}, {case['dtype']}" if first else "", case["phase"], "tokens/s"]
-            ratio = shared.times_faster(shared.ratio(case, MODEL_PEERS[0]))
-            rows.append([*name, *(shared.digits(r) if r else "-" for r in rate), ratio])
-            first = False
+            rates = [cell(case, name) for name in names]
+            rows.append(
+                [words, case["phase"], *rates, shared.times_faster(shared.ratio(case, names[0]))]
+            )
+            words = ""
     return rows
 
 

@@ -98,16 +98,14 @@ def of_models(document: dict) -> Rows:
 
 def errors(document: dict) -> Rows:
     """The largest relative error of each provider of linear_4bit, as the check before its timing found it."""
-    rows = [["", "dtype", "relative error"]]
     largest: dict[tuple[str, str], float] = {}
     for case in document["cases"]:
         for name, result in case["providers"].items():
             if case["op"] == "linear_4bit" and "relative_error" in result:
-                key = (name, case["dtype"])
+                key = (case["dtype"], name)
                 largest[key] = max(largest.get(key, 0.0), result["relative_error"])
-    for (name, dtype), error in sorted(largest.items(), key=lambda item: (item[0][1], item[1])):
-        goal = ""
-        if (name, dtype) == (OURS, "bfloat16"):
-            goal = f" {'≤' if error <= ERROR else '>'} {ERROR:.1e}"
-        rows.append([name, dtype, f"{error:.1e}{goal}"])
-    return rows
+    words = {key: f"{error:.1e}" for key, error in largest.items()}
+    if (ours := ("bfloat16", OURS)) in words:
+        words[ours] += f" {'≤' if largest[ours] <= ERROR else '>'} {ERROR:.1e}"
+    order = sorted(largest, key=lambda key: (key[0], largest[key]))
+    return [["", "dtype", "relative error"], *([key[1], key[0], words[key]] for key in order)]
