@@ -176,6 +176,24 @@ def test_columns_for_instruction_sets_and_backends(tmp_path, capsys, monkeypatch
     assert all(name in capsys.readouterr().out for name in names[:1])
 
 
+def test_medium(tmp_path, capsys):
+    """A column more for each; an instruction set without bfloat16 products has none, and that is said."""
+    choice = ("--medium", "--isa", f"{lk.backends.isa()},scalar", "--op", "linear", "--m", "5")
+    assert run(*SMALL, *choice, "--json", tmp_path / "x.json") == 0
+    [case] = harness.read(tmp_path / "x.json")["cases"]
+    assert {name for name in case["providers"] if name.endswith(", medium")} == {
+        f"{name}, medium" for name in case["providers"] if not name.endswith(", medium")
+    }
+    why = case["providers"][f"{OURS}, scalar, medium"]["unavailable"]
+    assert why in capsys.readouterr().out and "no products of bfloat16" in why
+    rounds = lk.backends.products(torch.bfloat16) == torch.bfloat16
+    exact, rounded = (
+        case["providers"][f"{OURS}, {lk.backends.isa()}{m}"] for m in ("", ", medium")
+    )
+    assert exact["relative_error"] < 1e-5
+    assert rounded["relative_error"] > 1e-4 if rounds else "unavailable" in rounded
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
     def twice(case):
         return [lambda call=call: 2 * call() for call in providers.linear_lowrank(case)]

@@ -80,7 +80,7 @@ def with_medium(providers: dict[str, Provider]) -> dict[str, Provider]:
 
     @contextlib.contextmanager
     def both(context: Callable):
-        with precision("medium"), context():
+        with context(), precision("medium"):
             yield
 
     return providers | {

@@ -41,7 +41,7 @@ def precision(name: str):
     torch.set_float32_matmul_precision(name)
     try:
         if name == "medium" and lk.backends.products(torch.float32) != torch.bfloat16:
-            raise RuntimeError("this CPU has no products of bfloat16 numbers")
+            raise RuntimeError("the instruction set has no products of bfloat16 numbers")
         yield
     finally:
         torch.set_float32_matmul_precision(before)

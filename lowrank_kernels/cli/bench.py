@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device")
+    if args.medium and device == "cuda":
+        raise UserError("--medium: what it permits is measured on CPUs only")
     if args.plot:
         require("matplotlib")
     _check_files(args)
