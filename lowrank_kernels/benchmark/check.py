@@ -110,9 +110,9 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (found.detach().to(wanted.dtype) - wanted).norm() / wanted.norm()
 
 
-def within(errors: list[torch.Tensor], tolerance: float) -> float:
+def within(errors: list[torch.Tensor], tolerance: float, what: str = "result") -> float:
     """The largest error. Raises Wrong if it is not below ``tolerance``."""
     largest = float(torch.stack(errors).max())  # max() keeps a NaN, and a NaN is never below
     if not largest < tolerance:
-        raise Wrong(f"wrong result: relative error {largest:.2g}, allowed is {tolerance:g}")
+        raise Wrong(f"wrong {what}: relative error {largest:.2g}, allowed is {tolerance:.2g}")
     return largest

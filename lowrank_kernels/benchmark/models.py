@@ -32,8 +32,9 @@ DENSE, BITSANDBYTES = "torch + PEFT", "bitsandbytes + PEFT"
 ROWS, LENGTH = 2, 256  # of a training step
 PREFILL, DECODE, CONTEXT = 256, 8, 32  # tokens of a call; before the first one that is decoded
 TOKENS = {"train": ROWS * LENGTH, "prefill": PREFILL, "decode": DECODE}
-# Of the norm of logits, and of that of each adapter's gradient: where all products are float32, and elsewhere.
-EXACT, ROUNDED = 1e-3, 0.1
+# Of the norm of logits, and of each adapter's gradient, where all products are float32; elsewhere the second, or the
+# third times the error that a dense model in bfloat16 makes there.
+EXACT, ROUNDED, TIMES = 1e-3, 0.05, 6.0
 
 # Shapes of models with random weights; a name ends in the number of layers. The vocabulary is small, so that a few
 # layers are not outweighed by the head, which is dense for all.
@@ -212,20 +213,30 @@ class _Reference(torch.nn.Module):
 
 @dataclasses.dataclass
 class Contest:
-    """Contenders, the batch that they read, and by phase what a dense model in float32 makes of it."""
+    """Contenders, and the batch that they read."""
 
     models: dict[str, torch.nn.Module | str]
     batch: Batch
 
     @functools.cached_property
-    def expected(self) -> dict[str, dict[str, torch.Tensor]]:
-        found, model = {}, _of_layers(self.models[OURS], _Reference).float()
+    def expected(self) -> dict[str, dict[str, tuple[torch.Tensor, float]]]:
+        """By phase, of each result by its name: what float32 makes of it, and how far off that is in bfloat16.
+
+        Deep in a real model some gradients are little more than rounding.
+        """
+        model = _of_layers(self.models[OURS], _Reference).float()
         with providers.precision("highest"):
-            for phase, make in _CALLS.items():
-                call = make(model, self.batch)
-                getattr(call, "prepare", lambda: None)()
-                found[phase] = call()
-        return found
+            exact = _results(model, self.batch)
+            weights = [b for name, b in model.named_buffers() if name.endswith(".W")]
+            for tensor in (*model.parameters(), *weights):
+                tensor.data = tensor.data.bfloat16()
+            rounded = _results(model, self.batch)
+        return {
+            phase: {
+                n: (t, float(check.relative_error(rounded[phase][n], t))) for n, t in of.items()
+            }
+            for phase, of in exact.items()
+        }
 
     def calls(self, name: str, case: ModelCase) -> Calls:
         """The call of a case; it gives tensors by their names. Raises Unavailable where there is no model."""
@@ -236,14 +247,17 @@ class Contest:
 
     def verify(self, name: str, case: ModelCase, outputs: list[dict]) -> float:
         """The largest relative error. Raises Wrong for one that rounding does not explain, or a missing gradient."""
-        wanted, errors = self.expected[case.phase], []
+        wanted, largest = self.expected[case.phase], 0.0
+        rounds = name == BITSANDBYTES and case.phase != "train"  # its inference kernel
+        rounds |= case.dtype != "float32" or torch.get_float32_matmul_precision() == "medium"
         for output in outputs:
             if missing := sorted(wanted.keys() - output.keys()):
                 raise check.Wrong(f"{len(missing)} gradients are missing, such as {missing[0]}")
-            errors += [check.relative_error(output[key], wanted[key]) for key in wanted]
-        rounded = name == BITSANDBYTES and case.phase != "train"  # its inference kernel
-        rounded |= case.dtype != "float32" or torch.get_float32_matmul_precision() == "medium"
-        return check.within(errors, ROUNDED if rounded else EXACT)
+            for key, (exact, rounding) in wanted.items():
+                allowed = max(ROUNDED, TIMES * rounding) if rounds else EXACT
+                error = check.within([check.relative_error(output[key], exact)], allowed, key)
+                largest = max(largest, error)
+        return largest
 
     def provider(self, name: str) -> Provider:
         return provider(name, lambda: self)
@@ -344,3 +358,13 @@ class _Decode:
 
 
 _CALLS = {"train": _train, "prefill": _prefill, "decode": _Decode}
+
+
+def _results(model: torch.nn.Module, batch: Batch) -> dict[str, dict[str, torch.Tensor]]:
+    """What the call of each phase gives."""
+    found = {}
+    for phase, make in _CALLS.items():
+        call = make(model, batch)
+        getattr(call, "prepare", lambda: None)()
+        found[phase] = call()
+    return found
