@@ -132,6 +132,7 @@ struct Problem {
   std::vector<uint8_t> packed, absmax_u8;
   std::vector<float> absmax, nested_absmax, nested_code, code, dense;
   float offset = 0.0f;
+  Values original{DType::f32, 0};
   Weight4 w;
 
   explicit Problem(const Case& values) : c(values), code(kNf4, kNf4 + 16) { make_weight(); }
@@ -145,10 +146,10 @@ struct Problem {
 
   void make_weight() {
     const int64_t numel = c.N * c.K, blocks = ceil_div(numel, int64_t{1} << c.shift);
-    Values weight = normal(DType::f32, numel);
+    original = normal(DType::f32, numel);
     packed.resize(static_cast<size_t>(ceil_div(numel, 2)));
     absmax.resize(static_cast<size_t>(blocks));
-    lk_kernels()->quantize({weight.data(), DType::f32, numel, int64_t{1} << c.shift, code.data(),
+    lk_kernels()->quantize({original.data(), DType::f32, numel, int64_t{1} << c.shift, code.data(),
                             packed.data(), absmax.data()},
                            kPool);
     w.packed = packed.data();
@@ -172,14 +173,13 @@ struct Problem {
     }
     dense.resize(static_cast<size_t>(numel));
     lk_kernels()->dequantize({w, DType::f32, dense.data()}, kPool);
-    check_dequantized(weight);
   }
 
   double weight(int64_t n, int64_t k) const {
     return static_cast<double>(dense[static_cast<size_t>(n * c.K + k)]);
   }
 
-  void check_dequantized(const Values& weight) {
+  void check_weight() {
     for (int64_t i = 0; i < c.N * c.K; ++i) {
       const size_t block = static_cast<size_t>(i >> c.shift);
       float scale = absmax[block];
@@ -192,7 +192,7 @@ struct Problem {
       if (dense[static_cast<size_t>(i)] != kNf4[nibble] * scale && ++failures <= 20)
         std::printf("FAIL dequantize [%lld]\n", static_cast<long long>(i));
       // No other code is nearer.
-      const double v = weight.get(i) / absmax[block];
+      const double v = original.get(i) / absmax[block];
       for (int n = 0; n < 16; ++n)
         if (std::fabs(v - kNf4[n]) < std::fabs(v - kNf4[nibble]) - 1e-6 && ++failures <= 20)
           std::printf("FAIL quantize [%lld]\n", static_cast<long long>(i));

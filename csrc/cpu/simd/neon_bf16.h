@@ -20,7 +20,11 @@ inline float32x4_t dot2(float32x4_t sum, uint32x4_t a, uint32x4_t b) {
 inline vf dot2(vf sum, vi a, vi b) {
   return {dot2(sum.low, a.low, b.low), dot2(sum.high, a.high, b.high)};
 }
-inline vf dot2(vf sum, vi a, const uint32_t& b) { return dot2(sum, a, set1i(b)); }
+inline vf dot2(vf sum, vi a, const uint32_t& b) {
+  const bfloat16x4_t pair = vcreate_bf16(b);
+  return {vbfdotq_lane_f32(sum.low, vreinterpretq_bf16_u32(a.low), pair, 0),
+          vbfdotq_lane_f32(sum.high, vreinterpretq_bf16_u32(a.high), pair, 0)};
+}
 
 // The codes rounded to bfloat16, byte by byte.
 struct PairLut {
