@@ -37,7 +37,7 @@ Parallel pool() { return {run, static_cast<int>(torch::stable::get_num_threads()
 bool int8(const Weight4* w) {
   if (!w || !lk_int8_active()) return false;
   STD_TORCH_CHECK(lk_int8_kernels(),
-                  "int8_activations: expected a CPU with AVX512-VNNI or AVX-VNNI, "
+                  "int8_activations: expected a CPU with AVX512-VNNI, AVX-VNNI or dot products of NEON, "
                   "got none beside the instruction set in use, ",
                   lk_isa_active());
   STD_TORCH_CHECK(blocks_fit_rows(*w),
