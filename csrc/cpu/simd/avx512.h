@@ -161,11 +161,17 @@ inline void transpose(vf* r) {
 
 #define LK_INT8
 constexpr const char* kInt8 = "avx512_vnni";
+constexpr int kByteZero = 128;  // the byte that stands for zero in the operand u of dot4
 
 // Lane j of sum + Σ u[4j + b] s[4j + b] over its four bytes b, u unsigned, s signed. Written out:
 // around the intrinsic g++ copies sums between registers and memory.
 inline vi dot4(vi sum, vi u, vi s) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+  return sum;
+}
+// The same with one quad s for all lanes.
+inline vi dot4(vi sum, vi u, const uint32_t& s) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(s));
   return sum;
 }
 inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
