@@ -34,13 +34,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // Linux lets a process use AMX's registers after it has asked for them.
 bool has_amx() {
-#if defined(__linux__)
+#if defined(LOWRANK_EMULATED_AMX)  // the registers are memory, see amx/emulated_tiles.h
+  return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi");
+#elif defined(__linux__)
   unsigned a, b, c, d;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid(7, 0).edx
   constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM
-  static const bool granted = has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
+  static const bool granted = has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi") &&
                               __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) &&
                               (d & kAmxTile) &&
                               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -55,7 +59,7 @@ bool has_amx() {
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {&kAmxTable, has_amx},
-    {&kAvx512Bf16Table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&kAvx512Bf16Table, has_avx512_bf16},
     {&kAvx512Table, has_avx512},
     {&kAvx2Table,
      [] {

@@ -288,7 +288,7 @@ void check_int8(const Case& c) {
   a.x = {x.data(), c.x, M, K, K};
   a.base.quantized = &p.w;
   a.y = {y.data(), c.x, M, N, N};
-  a.int8 = true;
+  a.arithmetic = Arithmetic::int8;
   lk_kernels()->linear(a, kPool);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) {

@@ -14,6 +14,9 @@
 
 namespace lk {
 namespace {
+#ifdef LOWRANK_EMULATED_AMX
+#include "cpu/amx/emulated_tiles.h"
+#endif
 #include "cpu/simd/amx.h"
 
 #include "cpu/kernels/all.inl"
