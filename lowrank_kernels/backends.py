@@ -283,24 +283,23 @@ _isa = _Setting(lambda name: host_module().isa_set(name), isa)
 _OLD_KERNELS = {"few": "gemv", "small": "skinny", "panels": "gemm", "tiles": "amx"}
 
 
-def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
+def kernels(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, tuple[int, int | None]]]:
     """For how many rows each CPU kernel is the fastest one, as measured: {"forward": ..., "dx": ...}.
 
-    Each is {kernel: (first, last)} in rows of x or dy, for the instruction set in use; last is None where
-    there is none. They are::
+    Each is {kernel: (first, last)} in rows of x or dy of this dtype, for the instruction set in use; last is None where
+    there is none. (Not measured but counted: from how many bfloat16 rows on ``amx`` is.) They are::
 
         gemv    rows of the weight decoded in registers, for a dot or an outer product
         skinny  16 rows of the weight decoded in registers, for all rows of x
         gemm    decoded into packed panels of float32
-        amx     tile registers of bfloat16 (AMX), float32 numbers as sums of three
+        amx     tile registers of bfloat16 (AMX), float32 numbers as sums of three, bfloat16 ones as they are
 
     A weight whose blocks do not fit its rows, and a dense one, have no ``gemv`` and ``skinny``: ``gemm`` serves
     them.
     """
     ranges = {}
-    for name, (gemv, skinny, amx) in zip(
-        ("forward", "dx"), host_module().crossovers(), strict=True
-    ):
+    crossovers = host_module().crossovers(products(dtype) == torch.bfloat16)
+    for name, (gemv, skinny, amx) in zip(("forward", "dx"), crossovers, strict=True):
         of = {"gemv": (1, gemv)}
         if skinny > gemv:
             of["skinny"] = (gemv + 1, min(skinny, amx - 1))

@@ -84,11 +84,12 @@ struct Case {
   float dropout;
 };
 
-// |actual - expected| <= 16 * 2^-24 * magnitude + unit roundoff * |expected|
+// |actual - expected| <= (16 * 2^-24 + rounding) * magnitude + unit roundoff * |expected|
 void expect(const std::string& what, const Values& actual, int64_t i, double expected,
-            double magnitude) {
+            double magnitude, double rounding = 0) {
   ++checks;
-  const double bound = 16 * 0x1p-24 * magnitude + actual.unit() * std::fabs(expected) + 6e-8;
+  const double bound =
+      (16 * 0x1p-24 + rounding) * magnitude + actual.unit() * std::fabs(expected) + 6e-8;
   if (std::fabs(actual.get(i) - expected) <= bound) return;
   if (++failures <= 20)
     std::printf("FAIL %s [%lld]: expected %.9g, got %.9g, bound %.3g\n", what.c_str(),
@@ -176,8 +177,9 @@ std::string name_of(const Case& c, const char* output) {
   return text;
 }
 
-void check_linear(const Case& c, bool dense_base) {
+void check_linear(const Case& c, bool dense_base, Arithmetic arithmetic = Arithmetic::exact) {
   Problem p(c);
+  const double rounding = arithmetic == Arithmetic::bf16 ? 2 * 0x1p-8 : 0;  // of both operands
   const int64_t M = c.M, N = c.N, K = c.K, R = c.R;
   Values x = p.normal(c.x, M * K), dy = p.normal(c.x, M * N), A = p.normal(c.adapter, R * K),
          B = p.normal(c.adapter, N * R), bias = p.normal(DType::f32, N), y(c.x, M * N),
@@ -196,8 +198,10 @@ void check_linear(const Case& c, bool dense_base) {
   forward.bias = {bias.data(), DType::f32};
   forward.y = {y.data(), c.x, M, N, N};
   forward.s = s.f32.data();
+  forward.arithmetic = arithmetic;
   lk_kernels()->linear(forward, kPool);
   BackwardArgs backward;
+  backward.arithmetic = arithmetic;
   backward.dy = {dy.data(), c.x, M, N, N};
   backward.x = forward.x;
   backward.base = base;
@@ -224,7 +228,7 @@ void check_linear(const Case& c, bool dense_base) {
         sum += 0.5 * s.get(m * R + r) * B.get(n * R + r);
         magnitude += std::fabs(s.get(m * R + r) * B.get(n * R + r));
       }
-      expect(name_of(c, "y"), y, m * N + n, sum, magnitude);
+      expect(name_of(c, "y"), y, m * N + n, sum, magnitude, rounding);
     }
   if (c.dropout == 0)
     for (int64_t m = 0; m < M; ++m)
@@ -248,7 +252,7 @@ void check_linear(const Case& c, bool dense_base) {
           sum += ds.get(m * R + r) * A.get(r * K + k);
           magnitude += std::fabs(ds.get(m * R + r) * A.get(r * K + k));
         }
-        expect(name_of(c, "dx"), dx, m * K + k, sum, magnitude);
+        expect(name_of(c, "dx"), dx, m * K + k, sum, magnitude, rounding);
       }
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t r = 0; r < R; ++r) {
@@ -346,6 +350,7 @@ int run() {
     for (const Case& c : cases) {
       check_linear(c, false);
       check_linear(c, true);
+      if (lk_pairs() && c.x != f16) check_linear(c, false, Arithmetic::bf16);
       check_int8(c);
     }
     std::printf("%s: %lld checks, %d failures\n", lk_isa_name(isa), checks, failures);

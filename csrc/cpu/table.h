@@ -13,9 +13,9 @@ constexpr const char* kKernelNames[] = {"", "gemv", "skinny", "gemm", "amx", "in
 constexpr int kFirstKernel = static_cast<int>(Kernel::gemv);
 constexpr int kLastKernel = static_cast<int>(Kernel::amx);
 
-// The numbers of rows for which each kernel is the fastest one, as measured: gemv up to .gemv,
-// skinny up to .skinny, amx from .amx on, and gemm between. A kernel that does not exist has 0, 0
-// or INT64_MAX.
+// The numbers of rows for which each kernel is the fastest one, as measured (amx_pairs.inl: as
+// counted): gemv up to .gemv, skinny up to .skinny, amx from .amx on, and gemm between. A kernel
+// that does not exist has 0, 0 or INT64_MAX.
 struct Crossovers {
   int64_t gemv, skinny, amx;
 };
@@ -24,7 +24,7 @@ struct KernelTable {
   const char* isa;
   const char* int8;  // what Arithmetic::int8 runs on, a CPU feature beyond `isa`; null: nothing
   bool pairs;        // whether there are kernels for Arithmetic::bf16; without them it is exact
-  Crossovers forward, dx;
+  Crossovers forward, dx, forward_pairs, dx_pairs;  // the latter two of Arithmetic::bf16
   void (*quantize)(const QuantizeArgs&, const Parallel&);
   void (*double_quantize)(const DoubleQuantizeArgs&, const Parallel&);
   void (*dequantize)(const DequantizeArgs&, const Parallel&);

@@ -19,9 +19,13 @@ struct Constant {
 #else
 constexpr bool kHasAmx = false;
 constexpr int64_t kAmxForward = INT64_MAX, kAmxDx = INT64_MAX;
+constexpr int64_t kAmxForwardPairs = INT64_MAX, kAmxDxPairs = INT64_MAX;
 template <bool TransposedSource, class Source>
 void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int64_t, int64_t,
                     int64_t, float*) {}
+template <class Source>
+void accumulate_pairs_amx(const Matrix&, const Source&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                          float*) {}
 #endif
 #include "cpu/kernels/sgmv.inl"
 #include "cpu/kernels/epilogue.inl"
@@ -30,6 +34,9 @@ void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int6
 #include "cpu/kernels/gemv_pairs.inl"
 #include "cpu/kernels/gemm_pairs.inl"
 #include "cpu/kernels/skinny_pairs.inl"
+#ifdef LK_AMX
+#include "cpu/amx/amx_pairs.inl"
+#endif
 #endif
 #include "cpu/kernels/quantize.inl"
 #ifdef LK_INT8
@@ -48,6 +55,8 @@ void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int6
       kHasPairs,                                                                              \
       kForward,                                                                               \
       kDx,                                                                                    \
+      kForwardPairs,                                                                          \
+      kDxPairs,                                                                               \
       quantize,                                                                               \
       double_quantize,                                                                        \
       dequantize,                                                                             \
