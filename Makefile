@@ -25,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-pytest bench-peers gpu asan cuda emulator emulator-asan emulated-amx wheel wheels wheel-check planted-faults clean
+.PHONY: help demo test lint format docs bench bench-pytest bench-peers gpu asan qemu cuda emulator emulator-asan emulated-amx wheel wheels wheel-check planted-faults clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -87,6 +87,14 @@ asan: ## run the C++ self-tests under AddressSanitizer and UBSan (needs no Pytho
 	@$(MAKE) --no-print-directory -j$(JOBS) $(ASAN_TESTS)
 	@echo '[asan] run'
 	@for test in $(ASAN_TESTS); do UBSAN_OPTIONS=print_stacktrace=1 $$test || exit 1; done
+
+qemu: ## run the C++ self-tests for aarch64 under qemu-user (needs g++-aarch64-linux-gnu and qemu-user, no Python)
+	@for program in $(QEMU_CXX) $(QEMU); do command -v $$program >/dev/null || { \
+		echo "make: there is no $$program; install it (apt install g++-aarch64-linux-gnu qemu-user)"; exit 1; }; done
+	@$(MAKE) --no-print-directory -j$(JOBS) $(QEMU_TESTS)
+	@echo '[qemu] run'
+	@$(MAKE) --no-print-directory -j$(JOBS) $(QEMU_CPUS:%=qemu-%)
+	@$(QEMU) build/qemu/selftest_host
 
 cuda: $(VENV)/.requirements ## compile the CUDA library for all architectures; none may spill
 	@echo '[cuda] compile'
@@ -232,6 +240,36 @@ $(ASAN_TESTS):
 	@echo '[asan] link'
 	@$(CXX) $(ASAN_FLAGS) $^ -o $@
 
+# ---- The same for aarch64, on each kind of CPU that has kernels of its own: without products of
+# bytes and bfloat16, with the first, with both. Each names what must run there, the best first. ----
+
+QEMU_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+QEMU_CPUS := cortex-a53 neoverse-n1 max
+qemu-cortex-a53: ISAS := neon+
+qemu-neoverse-n1: ISAS := neon+neon_dotprod
+qemu-max: ISAS := neon_bf16+neon_dotprod scalar
+QEMU_FLAGS := -O3 $(COMMON_FLAGS) -pthread
+QEMU_TESTS := build/qemu/selftest build/qemu/selftest_host
+QEMU_OBJECTS := $(patsubst %.cpp,build/qemu/%.o,$(wildcard csrc/cpu/*.cpp csrc/cpu/isa/*.cpp))
+QEMU_HOST_OBJECTS := $(ASAN_HOST_OBJECTS:build/asan/%=build/qemu/%)
+
+build/qemu/%.o: %.cpp Makefile csrc/flags
+	@echo '[qemu] compile $<'
+	@mkdir -p $(@D)
+	@$(QEMU_CXX) $(QEMU_FLAGS) -MMD -MP -c $< -o $@
+
+build/qemu/selftest: $(QEMU_OBJECTS)
+build/qemu/selftest_host: $(QEMU_HOST_OBJECTS)
+$(QEMU_TESTS):
+	@echo '[qemu] link'
+	@$(QEMU_CXX) $(QEMU_FLAGS) -static $^ -o $@
+
+.PHONY: $(QEMU_CPUS:%=qemu-%)
+$(QEMU_CPUS:%=qemu-%): qemu-%: build/qemu/selftest
+	@$(QEMU) -cpu $* $< $(ISAS) >build/qemu/$*.log 2>&1 || { sed 's/^/$*: /' build/qemu/$*.log; exit 1; }
+	@sed 's/^/$*: /' build/qemu/$*.log
+
 # ---- The emulator: the CUDA sources compiled by the C++ compiler, twice ----
 
 EMULATOR := build/emulator/liblowrank_cuda_emulated.so
@@ -286,4 +324,4 @@ $(EMULATED_AMX): $(EMULATED_AMX_OBJECTS)
 	@echo '[emulated-amx] link'
 	@$(CXX) -shared $(EMULATED_AMX_FLAGS) -Wl,-soname,liblowrank_cpu.so $^ -o $@
 
--include $(EMULATED_AMX_OBJECTS:.o=.d) $(ASAN_OBJECTS:.o=.d) $(ASAN_HOST_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)
+-include $(EMULATED_AMX_OBJECTS:.o=.d) $(ASAN_OBJECTS:.o=.d) $(ASAN_HOST_OBJECTS:.o=.d) $(QEMU_OBJECTS:.o=.d) $(QEMU_HOST_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)

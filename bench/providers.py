@@ -17,7 +17,9 @@ from lowrank_kernels.benchmark.providers import SCALING, Calls, dense_weights, w
 
 def linear_int8(case: Case) -> Calls:
     if not lk.backends.report()["int8"]:
-        raise shared.Unavailable("this CPU has neither AVX512-VNNI nor AVX-VNNI")
+        raise shared.Unavailable(
+            "this CPU has neither AVX512-VNNI nor AVX-VNNI nor dot products of NEON"
+        )
     return shared.linear_lowrank(case)
 
 

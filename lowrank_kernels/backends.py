@@ -352,9 +352,9 @@ def exact() -> Iterator[None]:
     """Within the block the CPU multiplies every activation by 4-bit weights exactly: in float32, none rounded.
 
     Elsewhere that holds for float32 and float16 activations; the operands of bfloat16 ones are rounded once to
-    bfloat16 where the instruction set has products of bfloat16 numbers ("avx512_bf16", "amx"), as on GPUs: in forward
-    the codes of the weight, whose sums are scaled in float32, in backward the decoded weight, or codes and scaled
-    gradients. That takes half of the time or less, and::
+    bfloat16 where the instruction set has products of bfloat16 numbers ("avx512_bf16", "amx", "neon_bf16"), as on GPUs:
+    in forward the codes of the weight, whose sums are scaled in float32, in backward the decoded weight, or codes and
+    scaled gradients. That takes half of the time or less, and::
 
         |y - exact| <= 2^-8 Σ_k |x_k W_nk|,   beside the rounding of y itself
 
@@ -448,8 +448,8 @@ def report() -> dict[str, object]:
     """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds.
 
     "kernels": which CPU kernel serves which numbers of rows, see :func:`kernels`; "kernel": the one that was
-    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni" or
-    None.
+    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni",
+    "neon_dotprod" or None.
     """
     native = _host is not None
     return {

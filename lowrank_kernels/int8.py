@@ -41,8 +41,8 @@ def int8_activations() -> Iterator[None]:
     Raises RuntimeError where a block ends in another thread than the one that entered it. Raises where a layer runs
     within the block:
         RuntimeError: something requires a gradient and gradients are enabled; a tensor that is not on the CPU, or
-            another backend than "cpu"; no AVX512-VNNI or AVX-VNNI beside the instruction set in use
-            (``backends.report()["int8"]``).
+            another backend than "cpu"; no AVX512-VNNI, AVX-VNNI or dot products of NEON beside the instruction set
+            in use (``backends.report()["int8"]``).
         ValueError: a weight whose in_features are no multiple of its blocksize.
 
     Source: groups and bytes as in llama.cpp's IQ4_NL products with Q8_0, an unsigned table as in ik_llama.cpp.
@@ -73,7 +73,7 @@ def int8_activations() -> Iterator[None]:
 
 
 def check(x: torch.Tensor, w: Weight4bit, needs_grad: bool) -> None:
-    """Raises if int8 activations cannot be had here, where they were asked for. (The kernels ask for VNNI.)"""
+    """Raises if int8 activations cannot be had here, where they were asked for. (The kernels ask for the CPU.)"""
     if x.is_meta:
         return
     if needs_grad:

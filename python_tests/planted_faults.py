@@ -44,7 +44,8 @@ EMULATOR = "build/emulator/liblowrank_cuda_emulated.so"
 EMULATED_AMX = "build/emulated-amx/liblowrank_cpu.so"
 TIMEOUT = 600  # seconds, for a build, or the tests without a fault
 ENDLESS = 200  # seconds after which the tests of a fault are taken to hang; they take some
-VECTOR = ("avx512", "avx2")  # what a fault of all CPU kernels is compiled for: the first, or each
+# What a fault of all CPU kernels is compiled for: the first that this CPU has, or each.
+VECTOR = ("avx512", "avx2", "neon")
 CAUGHT, SURVIVED = "caught", "SURVIVED"
 
 

@@ -297,7 +297,7 @@ def python(environment, program=SHOW, root=PACKAGE.parent):
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "neon"])
 def test_isa_from_the_environment(isa):
     if isa not in lk.backends.isas():
         pytest.skip(f"this CPU has no kernels for {isa}, only {lk.backends.isas()}")
@@ -321,7 +321,7 @@ def test_empty_environment_is_no_choice():
         ({"LOWRANK_BACKEND": "gpu"}, ("ValueError: backend: expected one of", "'cuda'", "'gpu'")),
         ({"LOWRANK_BACKEND": "cuda"}, ("RuntimeError: backend 'cuda' is not available", "build:")),
         pytest.param(
-            {"LOWRANK_ISA": "sse9"}, ("ValueError", "'avx2'", "'sse9'"), marks=needs_native
+            {"LOWRANK_ISA": "sse9"}, ("ValueError", "'scalar'", "'sse9'"), marks=needs_native
         ),
     ],
 )

@@ -6,7 +6,9 @@ import conftest
 import edges
 import lowrank_kernels as lk
 
-isas = pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
+isas = pytest.mark.parametrize(
+    "isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
+)
 
 
 @pytest.mark.parametrize("isa", conftest.ISAS)

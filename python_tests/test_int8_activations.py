@@ -24,6 +24,8 @@ KERNELS = {
     "avx512_bf16": "avx512_vnni",
     "avx512": "avx512_vnni",
     "avx2": "avx_vnni",
+    "neon_bf16": "neon_dotprod",
+    "neon": "neon_dotprod",
 }
 Case, F32, BF16, F16 = cases.Case, cases.F32, cases.BF16, cases.F16
 

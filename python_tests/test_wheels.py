@@ -356,8 +356,11 @@ def test_the_workflow_calls_targets_that_exist():
     for step in steps:
         assert re.search(r"@v\d+$", step.get("uses", "@v1")), "an action without a version"
     needs = {name: job.get("needs") for name, job in jobs.items()}
-    assert needs == {"build": None, "verify": "build", "release": "verify"}
-    assert set(jobs["verify"]["strategy"]["matrix"]["python"]) == supported_pythons()
+    assert needs == {"build": None, "verify": "build", "arm": None, "release": ["verify", "arm"]}
+    matrix = jobs["verify"]["strategy"]["matrix"]
+    assert set(matrix["python"]) == supported_pythons()
+    built = {each["machine"] for each in jobs["build"]["strategy"]["matrix"]["include"]}
+    assert set(matrix["machine"]) == built == {"x86_64", "aarch64"}
 
 
 def supported_pythons() -> set[str]:

@@ -3,6 +3,8 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 #include <atomic>
@@ -19,6 +21,8 @@ namespace lk {
 extern const KernelTable kScalarTable;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Table, kAvx512Table, kAvx512Bf16Table, kAmxTable;
+#elif defined(__aarch64__)
+extern const KernelTable kNeonTable, kNeonBf16Table;
 #endif
 
 namespace {
@@ -53,6 +57,10 @@ bool has_amx() {
   return false;
 #endif
 }
+#elif defined(__aarch64__)
+// Bits of Linux's words on the CPU; older C libraries lack their names.
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
 #endif
 
 // The list of the instruction sets, best first: whoever wants to know them asks this library.
@@ -66,6 +74,9 @@ const Isa kIsas[] = {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      }},
+#elif defined(__aarch64__)
+    {&kNeonBf16Table, has_bf16},
+    {&kNeonTable, [] { return true; }},
 #endif
     {&kScalarTable, [] { return true; }},
 };
@@ -87,6 +98,8 @@ bool has_feature(const char* name) {
 #if defined(__x86_64__)
   if (std::strcmp(name, "avx512_vnni") == 0) return __builtin_cpu_supports("avx512vnni");
   if (std::strcmp(name, "avx_vnni") == 0) return __builtin_cpu_supports("avxvnni");
+#elif defined(__aarch64__)
+  if (std::strcmp(name, "neon_dotprod") == 0) return has_dotprod();
 #endif
   return false;
 }

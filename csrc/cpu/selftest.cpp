@@ -1,185 +1,39 @@
-// Torch-free self-test of the CPU kernels: every instruction set this CPU supports, against plain
-// loops in double. Buffers have exactly the size the kernels may touch, so that AddressSanitizer
-// sees a read or write beyond them.
+// Torch-free self-test of the CPU kernels, against plain loops in double.
+//
+//   selftest                   every instruction set that this CPU supports
+//   selftest ISA ISA+FEATURE   these; it fails if one is missing, if the first is not the best that
+//                              this CPU supports, or if products of int8 run on another FEATURE
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "common/half.h"
 #include "cpu/api.h"
+#include "cpu/selftest_problem.h"
 #include "cpu/table.h"
 
 namespace lk {
 namespace {
 
-constexpr float kNf4[16] = {-1.0f,
-                            -0.6961928009986877f,
-                            -0.5250730514526367f,
-                            -0.39491748809814453f,
-                            -0.28444138169288635f,
-                            -0.18477343022823334f,
-                            -0.09105003625154495f,
-                            0.0f,
-                            0.07958029955625534f,
-                            0.16093020141124725f,
-                            0.24611230194568634f,
-                            0.33791524171829224f,
-                            0.44070982933044434f,
-                            0.5626170039176941f,
-                            0.7229568362236023f,
-                            1.0f};
-
-void run_on_threads(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-  if (tasks == 0) return;
-  const int64_t half = tasks / 2;
-  std::thread other([=] { body(context, half, tasks); });
-  if (half) body(context, 0, half);
-  other.join();
-}
-constexpr Parallel kPool{run_on_threads, 2};
-
-int failures = 0;
-long long checks = 0;
-
-// A float32 buffer or one of 16-bit values, of exactly n elements.
-struct Values {
-  DType dtype;
-  std::vector<float> f32;
-  std::vector<uint16_t> half;
-
-  Values(DType t, int64_t n) : dtype(t) {
-    if (t == DType::f32)
-      f32.resize(static_cast<size_t>(n));
-    else
-      half.resize(static_cast<size_t>(n));
-  }
-  void* data() { return dtype == DType::f32 ? static_cast<void*>(f32.data()) : half.data(); }
-  double get(int64_t i) const {
-    const size_t j = static_cast<size_t>(i);
-    if (dtype == DType::f32) return f32[j];
-    return dtype == DType::bf16 ? float_from_bf16(half[j]) : float_from_f16(half[j]);
-  }
-  void set(int64_t i, float v) {
-    const size_t j = static_cast<size_t>(i);
-    if (dtype == DType::f32)
-      f32[j] = v;
-    else
-      half[j] = dtype == DType::bf16 ? bf16_from_float(v) : f16_from_float(v);
-  }
-  double unit() const {
-    return dtype == DType::f32 ? 0x1p-24 : dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
-  }
-};
-
-struct Case {
-  int64_t M, N, K, R;
-  int shift;
-  bool double_quant;
-  DType x, adapter;
-  float dropout;
-};
-
-// |actual - expected| <= (16 * 2^-24 + rounding) * magnitude + unit roundoff * |expected|
-void expect(const std::string& what, const Values& actual, int64_t i, double expected,
-            double magnitude, double rounding = 0) {
-  ++checks;
-  const double bound =
-      (16 * 0x1p-24 + rounding) * magnitude + actual.unit() * std::fabs(expected) + 6e-8;
-  if (std::fabs(actual.get(i) - expected) <= bound) return;
-  if (++failures <= 20)
-    std::printf("FAIL %s [%lld]: expected %.9g, got %.9g, bound %.3g\n", what.c_str(),
-                static_cast<long long>(i), expected, actual.get(i), bound);
-}
-
-struct Problem {
-  Case c;
-  std::mt19937 random{7};
-  std::vector<uint8_t> packed, absmax_u8;
-  std::vector<float> absmax, nested_absmax, nested_code, code, dense;
-  float offset = 0.0f;
-  Weight4 w;
-
-  explicit Problem(const Case& values) : c(values), code(kNf4, kNf4 + 16) { make_weight(); }
-
-  Values normal(DType t, int64_t n) {
-    std::normal_distribution<float> distribution;
-    Values v(t, n);
-    for (int64_t i = 0; i < n; ++i) v.set(i, distribution(random));
-    return v;
-  }
-
-  void make_weight() {
-    const int64_t numel = c.N * c.K, blocks = ceil_div(numel, int64_t{1} << c.shift);
-    Values weight = normal(DType::f32, numel);
-    packed.resize(static_cast<size_t>(ceil_div(numel, 2)));
-    absmax.resize(static_cast<size_t>(blocks));
-    lk_kernels()->quantize({weight.data(), DType::f32, numel, int64_t{1} << c.shift, code.data(),
-                            packed.data(), absmax.data()},
-                           kPool);
-    w.packed = packed.data();
-    w.code = code.data();
-    w.N = c.N;
-    w.K = c.K;
-    w.block_shift = c.shift;
-    w.absmax = absmax.data();
-    if (c.double_quant) {
-      absmax_u8.resize(absmax.size());
-      nested_absmax.resize(static_cast<size_t>(ceil_div(blocks, 256)));
-      for (int i = 0; i < 256; ++i) nested_code.push_back(static_cast<float>(i - 128) / 127.5f);
-      lk_kernels()->double_quantize({absmax.data(), blocks, nested_code.data(), absmax_u8.data(),
-                                     nested_absmax.data(), &offset},
-                                    kPool);
-      w.absmax = nullptr;
-      w.absmax_u8 = absmax_u8.data();
-      w.nested_absmax = nested_absmax.data();
-      w.nested_code = nested_code.data();
-      w.nested_offset = &offset;
-    }
-    dense.resize(static_cast<size_t>(numel));
-    lk_kernels()->dequantize({w, DType::f32, dense.data()}, kPool);
-    check_dequantized(weight);
-  }
-
-  void check_dequantized(const Values& weight) {
-    for (int64_t i = 0; i < c.N * c.K; ++i) {
-      const size_t block = static_cast<size_t>(i >> c.shift);
-      float scale = absmax[block];
-      if (c.double_quant) {
-        const float product = nested_code[absmax_u8[block]] * nested_absmax[block >> 8];
-        scale = product + offset;
-      }
-      const int nibble = packed[static_cast<size_t>(i / 2)] >> (i % 2 ? 0 : 4) & 15;
-      ++checks;
-      if (dense[static_cast<size_t>(i)] != kNf4[nibble] * scale && ++failures <= 20)
-        std::printf("FAIL dequantize [%lld]\n", static_cast<long long>(i));
-      // No other code is nearer.
-      const double v = weight.get(i) / absmax[block];
-      for (int n = 0; n < 16; ++n)
-        if (std::fabs(v - kNf4[n]) < std::fabs(v - kNf4[nibble]) - 1e-6 && ++failures <= 20)
-          std::printf("FAIL quantize [%lld]\n", static_cast<long long>(i));
-    }
-  }
-};
-
 const uint64_t kSeed = uint64_t{2} << 32 | 1;
 
-std::string name_of(const Case& c, const char* output) {
-  char text[160];
-  std::snprintf(text, sizeof text, "%s %s M=%lld N=%lld K=%lld R=%lld blocksize=%d dq=%d x=%d p=%g",
-                lk_isa_active(), output, static_cast<long long>(c.M), static_cast<long long>(c.N),
-                static_cast<long long>(c.K), static_cast<long long>(c.R), 1 << c.shift,
-                c.double_quant, static_cast<int>(c.x), static_cast<double>(c.dropout));
-  return text;
+// expected(sum, i, j) puts together what element [i, j] of the output should be.
+template <class Expected>
+void expect_all(const Case& c, const char* output, const Values& actual, int64_t rows,
+                int64_t columns, const Expected& expected) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      Sum sum;
+      expected(sum, i, j);
+      expect(c, output, actual, i * columns + j, sum);
+    }
 }
 
-void check_linear(const Case& c, bool dense_base, Arithmetic arithmetic = Arithmetic::exact) {
+void check_linear(const Case& c, bool dense_base) {
   Problem p(c);
-  const double rounding = arithmetic == Arithmetic::bf16 ? 2 * 0x1p-8 : 0;  // of both operands
+  p.check_weight();
   const int64_t M = c.M, N = c.N, K = c.K, R = c.R;
   Values x = p.normal(c.x, M * K), dy = p.normal(c.x, M * N), A = p.normal(c.adapter, R * K),
          B = p.normal(c.adapter, N * R), bias = p.normal(DType::f32, N), y(c.x, M * N),
@@ -198,10 +52,9 @@ void check_linear(const Case& c, bool dense_base, Arithmetic arithmetic = Arithm
   forward.bias = {bias.data(), DType::f32};
   forward.y = {y.data(), c.x, M, N, N};
   forward.s = s.f32.data();
-  forward.arithmetic = arithmetic;
+  forward.arithmetic = c.arithmetic;
   lk_kernels()->linear(forward, kPool);
   BackwardArgs backward;
-  backward.arithmetic = arithmetic;
   backward.dy = {dy.data(), c.x, M, N, N};
   backward.x = forward.x;
   backward.base = base;
@@ -212,80 +65,165 @@ void check_linear(const Case& c, bool dense_base, Arithmetic arithmetic = Arithm
   backward.dA = {dA.data(), c.adapter, R, K, K};
   backward.dB = {dB.data(), c.adapter, N, R, R};
   backward.dbias = {dbias.data(), DType::f32, 1, N, N};
+  backward.arithmetic = c.arithmetic;
   lk_kernels()->linear_backward(backward, kPool);
 
-  const auto W = [&](int64_t n, int64_t k) {
-    return static_cast<double>(p.dense[static_cast<size_t>(n * K + k)]);
-  };
-  for (int64_t m = 0; m < M; ++m)
-    for (int64_t n = 0; n < N; ++n) {
-      double sum = bias.get(n), magnitude = std::fabs(sum);
-      for (int64_t k = 0; k < K; ++k) {
-        sum += x.get(m * K + k) * W(n, k);
-        magnitude += std::fabs(x.get(m * K + k) * W(n, k));
+  expect_all(c, "y", y, M, N, [&](Sum& sum, int64_t m, int64_t n) {
+    sum.add(bias.get(n));
+    for (int64_t k = 0; k < K; ++k) sum.add_base(x.get(m * K + k) * p.weight(n, k));
+    // S itself is checked through dropout-free cases.
+    for (int64_t r = 0; r < R; ++r) sum.add(0.5 * s.get(m * R + r) * B.get(n * R + r));
+  });
+  expect_all(c, "dB", dB, N, R, [&](Sum& sum, int64_t n, int64_t r) {
+    for (int64_t m = 0; m < M; ++m) sum.add(0.5 * dy.get(m * N + n) * s.get(m * R + r));
+  });
+  expect_all(c, "dbias", dbias, 1, N, [&](Sum& sum, int64_t, int64_t n) {
+    for (int64_t m = 0; m < M; ++m) sum.add(dy.get(m * N + n));
+  });
+  if (c.dropout > 0) return;
+  expect_all(c, "s", s, M, R, [&](Sum& sum, int64_t m, int64_t r) {
+    for (int64_t k = 0; k < K; ++k) sum.add(x.get(m * K + k) * A.get(r * K + k));
+  });
+  expect_all(c, "dx", dx, M, K, [&](Sum& sum, int64_t m, int64_t k) {
+    for (int64_t n = 0; n < N; ++n) sum.add_base(dy.get(m * N + n) * p.weight(n, k));
+    for (int64_t r = 0; r < R; ++r) sum.add(ds.get(m * R + r) * A.get(r * K + k));
+  });
+  expect_all(c, "dA", dA, R, K, [&](Sum& sum, int64_t r, int64_t k) {
+    for (int64_t m = 0; m < M; ++m) sum.add(ds.get(m * R + r) * x.get(m * K + k));
+  });
+}
+
+// A batch whose rows have the first, the second or no adapter; the first lies in the last pages.
+struct Batch {
+  int32_t ranks[2], pages[2];
+  float scalings[2] = {0.5f, -2.0f};
+  std::vector<int32_t> slot_of, rows, tile_of_row, page_ids, grad_rows;
+  std::vector<Tile> tiles;
+  BatchPlan plan;
+
+  Batch(int64_t M, int32_t first, int32_t second, std::mt19937& random) : ranks{first, second} {
+    for (int u = 0; u < 2; ++u) pages[u] = (ranks[u] + 7) / 8;
+    for (int32_t i = pages[0] + pages[1]; i-- > 0;) page_ids.push_back(i);
+    grad_rows = {0, ranks[0]};
+    for (int64_t m = 0; m < M; ++m) slot_of.push_back(static_cast<int32_t>(random() % 3) - 1);
+    tile_of_row.assign(slot_of.size(), -1);
+    for (int32_t u = 0; u < 2; ++u)
+      for (size_t m = 0; m < slot_of.size(); ++m) {
+        if (slot_of[m] != u) continue;
+        if (tiles.empty() || tiles.back().slot != u || tiles.back().rows == plan.tile_rows)
+          tiles.push_back({u, static_cast<int32_t>(rows.size()), 0, u * pages[0]});
+        ++tiles.back().rows;
+        tile_of_row[m] = static_cast<int32_t>(tiles.size()) - 1;
+        rows.push_back(static_cast<int32_t>(m));
       }
-      for (int64_t r = 0; r < R; ++r) {  // S itself is checked through dropout-free cases
-        sum += 0.5 * s.get(m * R + r) * B.get(n * R + r);
-        magnitude += std::fabs(s.get(m * R + r) * B.get(n * R + r));
-      }
-      expect(name_of(c, "y"), y, m * N + n, sum, magnitude, rounding);
-    }
-  if (c.dropout == 0)
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t r = 0; r < R; ++r) {
-        double sum = 0, magnitude = 0;
-        for (int64_t k = 0; k < K; ++k) {
-          sum += x.get(m * K + k) * A.get(r * K + k);
-          magnitude += std::fabs(x.get(m * K + k) * A.get(r * K + k));
-        }
-        expect(name_of(c, "s"), s, m * R + r, sum, magnitude);
-      }
-  if (c.dropout == 0)
-    for (int64_t m = 0; m < M; ++m)
-      for (int64_t k = 0; k < K; ++k) {
-        double sum = 0, magnitude = 0;
-        for (int64_t n = 0; n < N; ++n) {
-          sum += dy.get(m * N + n) * W(n, k);
-          magnitude += std::fabs(dy.get(m * N + n) * W(n, k));
-        }
-        for (int64_t r = 0; r < R; ++r) {
-          sum += ds.get(m * R + r) * A.get(r * K + k);
-          magnitude += std::fabs(ds.get(m * R + r) * A.get(r * K + k));
-        }
-        expect(name_of(c, "dx"), dx, m * K + k, sum, magnitude, rounding);
-      }
-  for (int64_t n = 0; n < N; ++n) {
-    for (int64_t r = 0; r < R; ++r) {
-      double sum = 0, magnitude = 0;
-      for (int64_t m = 0; m < M; ++m) {
-        sum += 0.5 * dy.get(m * N + n) * s.get(m * R + r);
-        magnitude += std::fabs(dy.get(m * N + n) * s.get(m * R + r));
-      }
-      expect(name_of(c, "dB"), dB, n * R + r, sum, magnitude);
-    }
-    double sum = 0, magnitude = 0;
-    for (int64_t m = 0; m < M; ++m) {
-      sum += dy.get(m * N + n);
-      magnitude += std::fabs(dy.get(m * N + n));
-    }
-    expect(name_of(c, "dbias"), dbias, n, sum, magnitude);
+    plan.rows = rows.data();
+    plan.tiles = tiles.data();
+    plan.tile_of_row = tile_of_row.data();
+    plan.page_ids = page_ids.data();
+    plan.row_count = static_cast<int64_t>(rows.size());
+    plan.tile_count = static_cast<int64_t>(tiles.size());
+    plan.page_count = static_cast<int64_t>(page_ids.size());
+    plan.max_rank = std::max(first, second);
   }
-  if (c.dropout == 0)
-    for (int64_t r = 0; r < R; ++r)
-      for (int64_t k = 0; k < K; ++k) {
-        double sum = 0, magnitude = 0;
-        for (int64_t m = 0; m < M; ++m) {
-          sum += ds.get(m * R + r) * x.get(m * K + k);
-          magnitude += std::fabs(ds.get(m * R + r) * x.get(m * K + k));
-        }
-        expect(name_of(c, "dA"), dA, r * K + k, sum, magnitude);
-      }
+  int64_t width() const { return ceil_div(plan.max_rank, 8) * 8; }
+  int32_t rank_of(int64_t m) const {
+    const int32_t u = slot_of[static_cast<size_t>(m)];
+    return u < 0 ? 0 : ranks[u];
+  }
+  double scaling_of(int64_t m) const {
+    return static_cast<double>(scalings[slot_of[static_cast<size_t>(m)]]);
+  }
+  // The row of the pages that holds rank r of the adapter of a slot, or of row m.
+  int64_t page_row(int32_t u, int64_t r) const {
+    return page_ids[static_cast<size_t>(u * pages[0] + r / 8)] * int64_t{8} + r % 8;
+  }
+  int64_t row_of(int64_t m, int64_t r) const {
+    return page_row(slot_of[static_cast<size_t>(m)], r);
+  }
+};
+
+void check_multi(const Case& c) {
+  Problem p(c);
+  const int64_t M = c.M, N = c.N, K = c.K;
+  Batch b(M, static_cast<int32_t>(c.R), static_cast<int32_t>(c.R % 7 + 5), p.random);
+  const int64_t P = 8 * b.plan.page_count, R = b.width(), G = b.ranks[0] + b.ranks[1];
+  Values x = p.normal(c.x, M * K), dy = p.normal(c.x, M * N), A = p.normal(c.adapter, P * K),
+         B = p.normal(c.adapter, P * N), bias = p.normal(DType::f32, N), y(c.x, M * N),
+         s(DType::f32, M * R), ds(DType::f32, M * R), dx(c.x, M * K), dA(DType::f32, G * K),
+         dB(DType::f32, G * N);
+  Pages pages;
+  pages.A = {A.data(), c.adapter, P, K, K};
+  pages.B = {B.data(), c.adapter, P, N, N};
+  pages.slots = 2;
+  pages.ranks = b.ranks;
+  pages.scalings = b.scalings;
+  MultiArgs forward;
+  forward.x = {x.data(), c.x, M, K, K};
+  forward.base = &p.w;
+  forward.plan = b.plan;
+  forward.pages = pages;
+  forward.bias = {bias.data(), DType::f32};
+  forward.y = {y.data(), c.x, M, N, N};
+  forward.s = s.f32.data();
+  forward.s_stride = R;
+  forward.arithmetic = c.arithmetic;
+  lk_kernels()->multi(forward, kPool);
+  MultiBackwardArgs backward;
+  backward.dy = {dy.data(), c.x, M, N, N};
+  backward.x = forward.x;
+  backward.base = &p.w;
+  backward.plan = b.plan;
+  backward.pages = pages;
+  backward.s = s.f32.data();
+  backward.ds = ds.f32.data();
+  backward.s_stride = R;
+  backward.dx = {dx.data(), c.x, M, K, K};
+  backward.arithmetic = c.arithmetic;
+  backward.grad_rows = b.grad_rows.data();
+  backward.grad_rank = G;
+  backward.dA = dA.f32.data();
+  backward.dB = dB.f32.data();
+  lk_kernels()->multi_backward(backward, kPool);
+
+  expect_all(c, "multi s", s, M, R, [&](Sum& sum, int64_t m, int64_t r) {
+    for (int64_t k = 0; r < b.rank_of(m) && k < K; ++k)
+      sum.add(x.get(m * K + k) * A.get(b.row_of(m, r) * K + k));
+  });
+  expect_all(c, "multi y", y, M, N, [&](Sum& sum, int64_t m, int64_t n) {
+    sum.add(bias.get(n));
+    for (int64_t k = 0; k < K; ++k) sum.add_base(x.get(m * K + k) * p.weight(n, k));
+    for (int64_t r = 0; r < b.rank_of(m); ++r)
+      sum.add(b.scaling_of(m) * s.get(m * R + r) * B.get(b.row_of(m, r) * N + n));
+  });
+  expect_all(c, "multi ds", ds, M, R, [&](Sum& sum, int64_t m, int64_t r) {
+    for (int64_t n = 0; r < b.rank_of(m) && n < N; ++n)
+      sum.add(b.scaling_of(m) * dy.get(m * N + n) * B.get(b.row_of(m, r) * N + n));
+  });
+  expect_all(c, "multi dx", dx, M, K, [&](Sum& sum, int64_t m, int64_t k) {
+    for (int64_t n = 0; n < N; ++n) sum.add_base(dy.get(m * N + n) * p.weight(n, k));
+    for (int64_t r = 0; r < b.rank_of(m); ++r)
+      sum.add(ds.get(m * R + r) * A.get(b.row_of(m, r) * K + k));
+  });
+  const auto slot_of_gradient = [&](int64_t g) { return g < b.ranks[0] ? 0 : 1; };
+  expect_all(c, "multi dA", dA, G, K, [&](Sum& sum, int64_t g, int64_t k) {
+    const int32_t u = slot_of_gradient(g);
+    for (int64_t m = 0; m < M; ++m)
+      if (b.slot_of[static_cast<size_t>(m)] == u)
+        sum.add(ds.get(m * R + g - b.grad_rows[static_cast<size_t>(u)]) * x.get(m * K + k));
+  });
+  expect_all(c, "multi dB", dB, G, N, [&](Sum& sum, int64_t g, int64_t n) {
+    const int32_t u = slot_of_gradient(g);
+    for (int64_t m = 0; m < M; ++m)
+      if (b.slot_of[static_cast<size_t>(m)] == u)
+        sum.add(b.scaling_of(m) * s.get(m * R + g - b.grad_rows[static_cast<size_t>(u)]) *
+                dy.get(m * N + n));
+  });
 }
 
 // The product on bytes, within half a step of every activation and code; exactly: the Python tests.
 void check_int8(const Case& c) {
-  if (!lk_int8_kernels() || !blocks_fit_rows(Problem(c).w)) return;
   Problem p(c);
+  if (!lk_int8_kernels() || !blocks_fit_rows(p.w)) return;
   const int64_t M = c.M, N = c.N, K = c.K, size = c.shift < 6 ? 32 : 64;
   Values x = p.normal(c.x, M * K), y(c.x, M * N);
   LinearArgs a;
@@ -327,7 +265,33 @@ void check_half() {
   }
 }
 
-int run() {
+// Ragged problems, by each kernel in turn; the same in every run.
+std::vector<Case> random_cases() {
+  std::mt19937 random(1);
+  const auto up_to = [&](int64_t most) {
+    return int64_t{1} + static_cast<int64_t>(random() % most);
+  };
+  constexpr DType kTypes[] = {DType::bf16, DType::f32, DType::f16};
+  constexpr const char* kKernel[] = {"", "gemv", "", "skinny", "", "gemm", "", "invariant"};
+  std::vector<Case> found;
+  for (int i = 0; i < 48; ++i) {
+    Case c{};
+    c.shift = 5 + static_cast<int>(random() % 4);
+    c.K = i % 4 == 3 ? up_to(600) : up_to(3 + (512 >> c.shift)) << c.shift;
+    c.N = up_to(i % 8 == 1 ? 280 : 60);
+    c.M = up_to(i % 3 == 0 ? 4 : i % 3 == 1 ? 20 : 40);
+    c.R = up_to(40);
+    c.double_quant = random() % 2;
+    c.x = kTypes[random() % 3];
+    c.adapter = kTypes[random() % 3];
+    c.arithmetic = c.x != DType::f16 && random() % 4 ? Arithmetic::bf16 : Arithmetic::exact;
+    c.kernel = kKernel[i % 8];
+    found.push_back(c);
+  }
+  return found;
+}
+
+void check_all() {
   const DType f32 = DType::f32, bf16 = DType::bf16, f16 = DType::f16;
   const Case cases[] = {
       // M, N, K, R, log2 blocksize, double quant, x, A and B, dropout
@@ -339,21 +303,55 @@ int run() {
       {7, 300, 33, 12, 12, false, f32, f32, 0}, {30, 40, 257, 9, 6, true, f32, f32, 0.5f},
       {0, 16, 64, 4, 6, true, f32, f32, 0},     {600, 9, 64, 40, 6, true, f32, f32, 0},
   };
+  for (const Case& c : cases) {
+    check_linear(c, false);
+    check_linear(c, true);
+    check_int8(c);
+  }
+  int i = 0;
+  for (const Case& c : random_cases()) {
+    if (lk_kernel_set(c.kernel) != 0) ++failures;
+    check_linear(c, ++i % 8 == 0);
+    if (i % 2) check_multi(c);
+    if (i % 3 == 0) check_int8(c);
+  }
+  lk_kernel_set(nullptr);
+}
+
+// name: an instruction set, with the feature that its products of int8 need or without.
+void check_isa(const std::string& name) {
+  const size_t plus = name.find('+');
+  const std::string isa = name.substr(0, plus);
+  const int result = lk_isa_set(isa.c_str());
+  if (result != 0 || lk_isa_active() != isa) {
+    std::printf("FAIL %s: %s\n", isa.c_str(),
+                result == 2 ? "this CPU does not support it" : "unknown");
+    ++failures;
+    return;
+  }
+  const char* int8 = lk_int8_kernels() ? lk_int8_kernels() : "";
+  if (plus != std::string::npos && name.substr(plus + 1) != int8) {
+    std::printf("FAIL %s: products of int8 run on \"%s\"\n", name.c_str(), int8);
+    ++failures;
+  }
+  check_all();
+  std::printf("%s%s%s%s: %lld checks, %d failures\n", isa.c_str(), lk_pairs() ? ", pairs" : "",
+              *int8 ? ", " : "", int8, checks, failures);
+}
+
+int run(int count, char** names) {
   check_half();
-  for (int isa = 0; isa < lk_isa_count(); ++isa) {
-    if (!lk_isa_supported(isa)) {
+  const std::string best = lk_isa_active(), first = count ? names[0] : best;
+  if (first.substr(0, first.find('+')) != best) {
+    std::printf("FAIL: the best instruction set is %s\n", best.c_str());
+    ++failures;
+  }
+  for (int i = 0; i < count; ++i) check_isa(names[i]);
+  for (int isa = 0; isa < lk_isa_count() && count == 0; ++isa) {
+    if (lk_isa_supported(isa))
+      check_isa(lk_isa_name(isa));
+    else
       std::printf("skipped %s: this CPU does not support it\n", lk_isa_name(isa));
-      continue;
-    }
-    if (lk_isa_set(lk_isa_name(isa)) != 0 || std::string(lk_isa_active()) != lk_isa_name(isa))
-      return 1;
-    for (const Case& c : cases) {
-      check_linear(c, false);
-      check_linear(c, true);
-      if (lk_pairs() && c.x != f16) check_linear(c, false, Arithmetic::bf16);
-      check_int8(c);
-    }
-    std::printf("%s: %lld checks, %d failures\n", lk_isa_name(isa), checks, failures);
   }
   if (lk_isa_set("no such instruction set") != 1) ++failures;
   std::printf("%lld passed, %d failed\n", checks - failures, failures);
@@ -363,4 +361,4 @@ int run() {
 }  // namespace
 }  // namespace lk
 
-int main() { return lk::run(); }
+int main(int argc, char** argv) { return lk::run(argc - 1, argv + 1); }

@@ -3,8 +3,10 @@
 //
 //   group    64 consecutive k, or a block of 32
 //   x[m, k]  = scale(m, group) q[m, k], rounded: scale = largest |x| of the group / 127
-//   code[i]  = step (table[i] - 128), rounded
-//   y[m, n]  = Σ_group scale(m, group) step w_scale(n, group) (Σ_k table[nibble] q - 128 Σ_k q)
+//   code[i]  = step (table[i] - zero), rounded
+//   y[m, n]  = Σ_group scale(m, group) step w_scale(n, group) (Σ_k table[nibble] q - zero Σ_k q)
+//
+// where zero is kByteZero: 128 if the instruction takes the bytes of the table unsigned, else 0.
 //
 // The sum over a group is exact in int32; groups are added in float32, in their order. So a row's
 // bits depend on nothing but itself and the weight.
@@ -16,7 +18,7 @@
 //
 //   micro tile   | quad 0: a dword for each row | quad 1: ... |
 //
-// Scales and -128 Σ q lie likewise, by group.
+// Scales and -zero Σ q lie likewise, by group.
 
 constexpr int64_t kInt8Depth =
     512;  // k per panel: one of kMicroColumns rows fits the first-level cache
@@ -47,7 +49,7 @@ struct ByteTable {
     for (int i = 0; i < 16; i += kLanes) {
       uint32_t lane[kLanes];
       storei(lane, to_int(mul(load(code + i), set1(best))));
-      for (int j = 0; j < kLanes; ++j) entry[i + j] = static_cast<uint8_t>(lane[j] + 128);
+      for (int j = 0; j < kLanes; ++j) entry[i + j] = static_cast<uint8_t>(lane[j] + kByteZero);
     }
   }
 };
@@ -97,7 +99,7 @@ struct Int8Rows {
       for (int j = 0; j < kLanes / 4; ++j) quads[(i / 4 + j) * stride] = quad[j];
     }
     const bool finite = bits_of(absmax) < 0x7f800000u;
-    bias = finite ? -128 * static_cast<int32_t>(hsum(to_float(sum))) : 0;
+    bias = finite ? -kByteZero * static_cast<int32_t>(hsum(to_float(sum))) : 0;
     scale = finite ? largest * (1.0f / 127.0f) * step : float_of(0x7fc00000u);
   }
 };

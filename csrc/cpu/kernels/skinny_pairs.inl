@@ -5,10 +5,6 @@
 //
 // The sums of a block run over its pairs in the order of gemm_pairs.inl: the bits are the same.
 
-constexpr int kPairWide = 12;        // up to so many rows, a register tile is two vectors wide
-constexpr int kMaxPairs = 16;        // rows of a register tile
-constexpr int kMaxSkinnyPairs = 32;  // rows of x up to which this beats a packed panel
-
 static_assert(kMaxSkinnyPairs <= kWhole, "pieces of the output must not cut the rows");
 
 inline int64_t pair_height(int64_t M) { return ceil_div(M, ceil_div(M, kMaxPairs)); }

@@ -223,6 +223,7 @@ inline void transpose(vf* r) {
 
 #define LK_INT8
 constexpr const char* kInt8 = "avx_vnni";
+constexpr int kByteZero = 128;
 
 inline vi dot4(vi sum, vi u, vi s) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s));

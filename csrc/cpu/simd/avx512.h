@@ -161,6 +161,7 @@ inline void transpose(vf* r) {
 
 #define LK_INT8
 constexpr const char* kInt8 = "avx512_vnni";
+constexpr int kByteZero = 128;  // the byte that stands for zero in the operand u of dot4
 
 // Lane j of sum + Σ u[4j + b] s[4j + b] over its four bytes b, u unsigned, s signed. Written out:
 // around the intrinsic g++ copies sums between registers and memory.

@@ -6,6 +6,11 @@
 
 #define LK_DOT2
 
+constexpr int kPairWide = 12;        // up to so many rows, a register tile of skinny_pairs.inl is
+                                     // two vectors wide
+constexpr int kMaxPairs = 16;        // its rows
+constexpr int kMaxSkinnyPairs = 32;  // rows of x up to which it beats a packed panel
+
 // Lane j of sum + a[2j] b[2j] + a[2j + 1] b[2j + 1], 2W bfloat16 numbers each. Subnormal numbers
 // count as zero. Written out, as dot4 is.
 inline vf dot2(vf sum, vi a, vi b) {
