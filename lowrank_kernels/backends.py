@@ -448,8 +448,8 @@ def report() -> dict[str, object]:
     """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds.
 
     "kernels": which CPU kernel serves which numbers of rows, see :func:`kernels`; "kernel": the one that was
-    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni",
-    "neon_dotprod" or None.
+    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "amx_int8" (few rows on
+    "avx512_vnni"), "avx512_vnni", "avx_vnni", "neon_dotprod" or None.
     """
     native = _host is not None
     return {

@@ -5,19 +5,19 @@
 // that do not say what they read.
 inline void in_memory(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// The tile registers of this thread, all those of rows of one shape; they are given back at the
-// end.
+// The tile registers of this thread, until the end: of sums (0-3), of `rows` rows of operands of
+// `bytes` bytes each (4-5), and of panels (6-7).
 class AmxRegisters {
  public:
-  explicit AmxRegisters(int rows) {
+  explicit AmxRegisters(int rows, int bytes = 64) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
     for (int t = 0; t < 8; ++t) {
-      shape.row_bytes[t] = 64;
-      shape.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kAmxRows);
+      shape.row_bytes[t] = static_cast<uint16_t>(t / 2 == 2 ? bytes : 64);
+      shape.rows[t] = static_cast<uint8_t>(t < 6 ? rows : bytes / 4);
     }
     in_memory(&shape);
     _tile_loadconfig(&shape);

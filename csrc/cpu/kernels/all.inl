@@ -42,6 +42,13 @@ void accumulate_pairs_amx(const Matrix&, const Source&, int64_t, int64_t, int64_
 #ifdef LK_INT8
 #include "cpu/kernels/int8.inl"
 #endif
+#ifdef LK_AMX
+#include "cpu/amx/amx_int8.inl"
+#else
+constexpr const char* kInt8Tiles = nullptr;
+inline bool amx_int8_takes(int64_t) { return false; }
+inline void linear_int8_amx(const LinearArgs&, const Expansion*, const Parallel&) {}
+#endif
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/multi.inl"
 
@@ -51,7 +58,7 @@ void accumulate_pairs_amx(const Matrix&, const Source&, int64_t, int64_t, int64_
   extern const KernelTable table;                                                             \
   const KernelTable table = {                                                                 \
       name,                                                                                   \
-      kInt8,                                                                                  \
+      {kInt8Tiles, kInt8},                                                                    \
       kHasPairs,                                                                              \
       kForward,                                                                               \
       kDx,                                                                                    \

@@ -147,7 +147,8 @@ inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& p
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
 #ifdef LK_INT8
-  if (a.arithmetic == Arithmetic::int8) return linear_int8(a, many, pool);
+  if (a.arithmetic == Arithmetic::int8)
+    return amx_int8_takes(a.x.rows) ? linear_int8_amx(a, many, pool) : linear_int8(a, many, pool);
 #endif
 #ifdef LK_DOT2
   if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base))
