@@ -47,7 +47,8 @@ struct Chunks {
   void prefetch(int64_t n, int64_t k) const { __builtin_prefetch(w.packed + ((n * w.K + k) >> 1)); }
   // Asks for the bytes of rows n .. n + kLanes.
   void prefetch_rows(int64_t n, int64_t k) const {
-    for (int64_t l = 0; l < kLanes; ++l) prefetch(n + l, k);
+    const uint8_t* p = w.packed + ((n * w.K + k) >> 1);
+    for (int64_t l = 0; l < kLanes; ++l, p += w.K >> 1) __builtin_prefetch(p);
   }
   void prefetch_scales(int64_t n, int64_t first, int64_t count) const {
     const int64_t block = n * blocks_per_row + first, size = w.absmax ? 4 : 1;
@@ -67,8 +68,14 @@ struct Chunks {
 // n + l. A missing row repeats the last one.
 inline void load_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k,
                        vf (&dwords)[kLanes]) {
-  for (int64_t l = 0; l < kLanes; ++l)
-    dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
+  const int64_t row_bytes = chunks.w.K >> 1;
+  if (count >= kLanes && chunks.w.K - k >= kChunk) {
+    const uint8_t* p = chunks.w.packed + n * row_bytes + (k >> 1);
+    for (int64_t l = 0; l < kLanes; ++l, p += row_bytes) dwords[l] = as_float(loadi(p));
+  } else {
+    for (int64_t l = 0; l < kLanes; ++l)
+      dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
+  }
   transpose(dwords);
 }
 

@@ -318,16 +318,12 @@ inline void add_adapters_to_row(const Expansion& many, int64_t m, int64_t k_begi
   }
 }
 
-// Rows of the weight at a time.
-template <class Table>
-constexpr int kOuterRows = 4;
-
 // Computes columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N];
 // a.ds holds dS already.
-template <int M, class Table>
-void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& table, const float* dy,
+template <int M>
+void gemv_columns(const BackwardArgs& a, const Expansion* many, const Lut& lut, const float* dy,
                   int64_t k_begin, int64_t k_end) {
-  constexpr int kRowsAtOnce = kOuterRows<Table>;
+  constexpr int kRowsAtOnce = 4;
   const Weight4& w = *a.base.quantized;
   const Chunks chunks(w);
   const int64_t width = ceil_div(k_end - k_begin, kChunk) * kChunk;
@@ -346,12 +342,12 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& tab
       chunks.prefetch_scales(n + r + kScalesAhead, first, blocks);
       chunks.load_row_scales(scales + r * scales_size, n + r, first, blocks);
     }
-    outer_rows<kRowsAtOnce, M>(chunks, table, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
+    outer_rows<kRowsAtOnce, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
                                width);
   }
   for (; n < w.N; ++n) {
     chunks.load_row_scales(scales, n, first, blocks);
-    outer_rows<1, M>(chunks, table, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
+    outer_rows<1, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
   }
   float* base = memory + kRowsAtOnce * scales_size;
   float* adapter = base + width;
@@ -366,9 +362,8 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& tab
   }
 }
 
-template <class Table>
-void dx_gemv(const BackwardArgs& a, const Expansion* many, const Table& table,
-             const Parallel& pool) {
+inline void dx_gemv(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+  const Lut lut = make_lut(a.base.quantized->code);
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
   float* dy = static_cast<float*>(scratch(Buffer::shared, M * N * sizeof(float)));
   for (int64_t m = 0; m < M; ++m) load_row(dy + m * N, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
@@ -379,7 +374,7 @@ void dx_gemv(const BackwardArgs& a, const Expansion* many, const Table& table,
       const int64_t k_begin = chunks * t / strips * kChunk,
                     k_end = min64(K, chunks * (t + 1) / strips * kChunk);
       for_gemv_rows(M, [&](auto rows) {
-        gemv_columns<decltype(rows)::value>(a, many, table, dy, k_begin, k_end);
+        gemv_columns<decltype(rows)::value>(a, many, lut, dy, k_begin, k_end);
       });
     }
   });

@@ -5,9 +5,6 @@
 // pairs that a lookup in a chunk of packed bytes makes, dwords of two numbers:
 //
 //   pairs[chunk][S][m][j] = (x[m][chunk*8W + 8j + S], x[m][chunk*8W + 8j + 4 + S])       S = 0..3
-//
-// dX: two rows of the weight are a pair, and so are their coefficients, gradient times scale, each
-// rounded once.
 
 constexpr int64_t kChunkPairs = kChunk / 2;
 
@@ -64,73 +61,6 @@ inline void for_pairs(const F& f) {
   f(Constant<1>{});
   f(Constant<2>{});
   f(Constant<3>{});
-}
-
-template <>
-constexpr int kOuterRows<PairLut> = 8;
-
-// to[p][m][block] = gradient times scale of rows 2p and 2p + 1 as a pair, for all blocks of the
-// strip; a second row that is missing counts as zero.
-template <int Rows, int M>
-inline void load_coefficients(const float* scales, int64_t scales_stride, const float* dy,
-                              int64_t dy_stride, int64_t blocks, uint32_t* to, int64_t stride) {
-  for (int r = 0; r < Rows; r += 2) {
-    const float *even = scales + r * scales_stride, *odd = even + scales_stride;
-    for (int m = 0; m < M; ++m, to += stride) {
-      const vf first = set1(dy[m * dy_stride + r]);
-      const vf second = set1(r + 1 < Rows ? dy[m * dy_stride + r + 1] : 0.0f);
-      for (int64_t b = 0; b < blocks; b += kLanes)
-        storei(to + b, round_pairs(mul(load(even + b), first),
-                                   r + 1 < Rows ? mul(load(odd + b), second) : zero()));
-    }
-  }
-}
-
-// Overload of gemv.inl's.
-template <int Rows, int M>
-inline void outer_rows(const Chunks& chunks, const PairLut& table, const float* scales,
-                       int64_t scales_stride, int64_t n, const float* dy, int64_t dy_stride,
-                       int64_t k_begin, int64_t k_end, float* acc, int64_t acc_stride) {
-  constexpr int Pairs = (Rows + 1) / 2;
-  const int64_t row_bytes = chunks.w.K >> 1;
-  const uint8_t* row = chunks.w.packed + n * row_bytes + (k_begin >> 1);
-  const int block_shift = chunks.w.block_shift;
-  const int64_t first = k_begin >> block_shift;
-  const int64_t blocks = ((k_end - 1) >> block_shift) + 1 - first;
-  const int64_t stride = ceil_div(blocks, kLanes) * kLanes + kLanes;
-  const vi scale_lane = chunks.scale_lane;
-  uint32_t* coefficients = static_cast<uint32_t*>(
-      scratch(Buffer::scales, static_cast<size_t>(Pairs * M * stride) * sizeof(uint32_t)));
-  load_coefficients<Rows, M>(scales, scales_stride, dy + n, dy_stride, blocks, coefficients,
-                             stride);
-  for (int64_t k = k_begin; k < k_end; k += kChunk, row += kChunk / 2, acc += kChunk) {
-    TwoRows weights[Pairs];
-    vi coefficient[Pairs][M];
-    const int64_t left = k_end - k;
-    const uint32_t* of_block = coefficients + ((k >> block_shift) - first);
-    const auto packed = [&](int r) {
-      const uint8_t* p = row + r * row_bytes;
-      __builtin_prefetch(p + kRowsNear * row_bytes);
-      __builtin_prefetch(p + kRowsFar * row_bytes, 0, 2);
-      return left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3));
-    };
-    for (int p = 0; p < Pairs; ++p) {
-      const vi even = packed(2 * p);
-      weights[p] = two_rows(even, Rows == 1 ? even : packed(2 * p + (Rows > 1)));
-      for (int m = 0; m < M; ++m)
-        coefficient[p][m] = permute(loadi(of_block + (p * M + m) * stride), scale_lane);
-    }
-    for_nibbles([&](auto s) {
-      constexpr int S = decltype(s)::value;
-      vf sum[M];
-      for (int m = 0; m < M; ++m) sum[m] = load(acc + m * acc_stride + S * kLanes);
-      for (int p = 0; p < Pairs; ++p) {
-        const vi weight = pair_of<S>(table, weights[p]);
-        for (int m = 0; m < M; ++m) sum[m] = dot2(sum[m], weight, coefficient[p][m]);
-      }
-      for (int m = 0; m < M; ++m) store(acc + m * acc_stride + S * kLanes, sum[m]);
-    });
-  }
 }
 
 // Overload for 16-bit activations: linear_gemv on pairs.

@@ -205,11 +205,12 @@ void dx_gemm(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
 }
 
 #ifdef LK_DOT2
-// dx of a weight whose blocks fit its rows, on pairs of bfloat16 numbers.
+// dx of a weight whose blocks fit its rows, on pairs of bfloat16 numbers. Few rows are multiplied
+// exactly: there the products take less time than the weight.
 inline void dx_pairs(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const Weight4& w = *a.base.quantized;
   const Kernel kernel = kernel_for(kDxPairs, a.base, a.dy.rows);
-  if (kernel == Kernel::gemv) return dx_gemv(a, many, make_pair_lut(w.code), pool);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
   const Lut lut = make_lut(w.code);
   dx_pieces(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     const ColumnStrip strip(w, lut, j0, columns);
@@ -228,7 +229,7 @@ inline void dx(const BackwardArgs& a, const Expansion* many, const Parallel& poo
   if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base)) return dx_pairs(a, many, pool);
 #endif
   const Kernel kernel = kernel_for(kDx, a.base, a.dy.rows);
-  if (kernel == Kernel::gemv) return dx_gemv(a, many, make_lut(a.base.quantized->code), pool);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
   if (a.base.dense)
     return dx_gemm(a, many, pool, kernel, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
   const Quantized weight(*a.base.quantized);

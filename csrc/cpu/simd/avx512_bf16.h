@@ -41,21 +41,6 @@ inline vi pair_of(const PairLut& table, vi dwords) {
   return _mm512_permutexvar_epi16(kShift ? _mm512_srli_epi16(dwords, kShift) : dwords,
                                   table.entries);
 }
-// The same of two rows of packed dwords: weight S of each, as a pair, S = 0..7.
-struct TwoRows {
-  vi low, high;  // weights 0..3 and 4..7 of both rows, in the halves of each dword
-};
-inline TwoRows two_rows(vi first, vi second) {
-  constexpr __mmask32 kOdd = 0xaaaaaaaau;
-  return {_mm512_mask_mov_epi16(first, kOdd, shl<16>(second)),
-          _mm512_mask_mov_epi16(shr<16>(first), kOdd, second)};
-}
-template <int S>
-inline vi pair_of(const PairLut& table, const TwoRows& rows) {
-  return pair_of<S & 3>(table, S < 4 ? rows.low : rows.high);
-}
-
-inline vi permute(vi v, vi index) { return _mm512_permutexvar_epi32(index, v); }
 
 // Lane j: a[j] in its lower half and b[j] in its upper half, each rounded to nearest even.
 inline vi round_pairs(vf a, vf b) {
