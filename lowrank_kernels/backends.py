@@ -318,8 +318,9 @@ def use_kernel(name: str) -> Iterator[None]:
 
     It holds for the whole process, and blocks may overlap, as those of :func:`use`. ``name`` is one of
     :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``gemv`` takes 4 rows, ``skinny`` as many as shown
-    there) runs on ``gemm``. Raises ValueError if ``name`` is unknown, or the instruction set in use has no such
-    kernel. The names "few", "small", "panels" and "tiles" of earlier versions are accepted with a
+    there) runs on ``gemm``. Under :func:`int8_activations` it says whether tile registers multiply, where there are any
+    for bytes; the bits are the same. Raises ValueError if ``name`` is unknown, or the instruction set in use has no
+    such kernel. The names "few", "small", "panels" and "tiles" of earlier versions are accepted with a
     DeprecationWarning.
     """
     if name in _OLD_KERNELS:
