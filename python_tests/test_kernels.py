@@ -169,13 +169,14 @@ def test_batch_invariance_is_of_the_cpu():
     lk.linear_4bit(torch.randn(2, 64), w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx", "lora_linear"])
 @pytest.mark.parametrize("kernel", backends.KERNELS)
-def test_extreme_numbers_concern_their_row_alone(op, kernel, isa, subtests):
+def test_extreme_numbers_concern_their_row_alone(op, kernel, dtype, isa, subtests):
     """Tile registers know neither infinities of ours, nor subnormal numbers, nor the largest ones."""
     if kernel == "amx" and isa != "amx":
         return
-    case = cases.Case(40, 33, 320, "nf4", 64, bias=None, R=4)
+    case = cases.Case(40, 33, 320, "nf4", 64, dtype=dtype, bias=None, R=4)
     x, *rest = cases.make(op, case)
     for number in (torch.inf, -torch.inf, torch.nan, 1e20, 1e38, 1e-41):
         with subtests.test(number=number), backends.use_kernel(kernel):
