@@ -79,6 +79,30 @@ def test_a_forced_kernel_is_other_code(isa):
             assert not torch.equal(run("linear_4bit", args)[0], gemm)
 
 
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx"])
+def test_tile_registers_multiply_bfloat16_once(op, isa):
+    """Operands rounded once on every kernel: other bits than exact ones, and than those of other sums."""
+    if isa != "amx":
+        return
+    args = cases.make(op, cases.Case(20, 96, 320))
+    before = torch.get_float32_matmul_precision()
+    results = {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            for kernel in ("gemm", "amx"):
+                with backends.use_kernel(kernel):
+                    results[precision, kernel] = run(op, args)[0].double()
+        finally:
+            torch.set_float32_matmul_precision(before)
+    exact = results["highest", "gemm"]
+    errors = {key: ((y - exact).norm() / exact.norm()).item() for key, y in results.items()}
+    assert 0 < errors["highest", "amx"] < 1e-6
+    assert 1e-3 < errors["medium", "amx"] < 4e-3 and 1e-3 < errors["medium", "gemm"] < 4e-3
+    difference = (results["medium", "amx"] - results["medium", "gemm"]).norm() / exact.norm()
+    assert 0 < difference < 1e-6, "the same numbers are multiplied"
+
+
 def test_unknown_and_missing_kernels_are_refused():
     with pytest.raises(ValueError, match=r"name: expected one of .*got 'fast'"):
         with backends.use_kernel("fast"):

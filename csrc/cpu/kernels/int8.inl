@@ -80,7 +80,6 @@ struct Int8Rows {
     }
   }
 
- private:
   // A NaN or infinity in the group shows in its scale.
   static void round_group(const float* values, int64_t size, float step, uint32_t* quads,
                           int64_t stride, float& scale, int32_t& bias) {

@@ -4,10 +4,11 @@
 
 #ifdef LK_DOT2
 constexpr bool kHasPairs = true;
-constexpr Crossovers kForwardPairs{kMaxGemv, kMaxSkinnyPairs, INT64_MAX},
-    kDxPairs{kMaxGemv, 0, INT64_MAX};
+constexpr Crossovers kForwardPairs{kMaxGemv, kMaxSkinnyPairs, kAmxForwardPairs},
+    kDxPairs{kMaxGemv, 0, kAmxDxPairs};
 #else
 constexpr bool kHasPairs = false;
+constexpr Crossovers kForwardPairs{0, 0, INT64_MAX}, kDxPairs = kForwardPairs;
 #endif
 constexpr Crossovers kForward{kMaxGemv, kMaxSkinny, kAmxForward}, kDx{kMaxGemv, 0, kAmxDx};
 
@@ -118,11 +119,15 @@ inline void linear_pairs(const LinearArgs& a, const Expansion* many, const Paral
   const Lut lut = make_lut(a.base.quantized->code);
   const PairLut table = make_pair_lut(a.base.quantized->code);
   if (kernel != Kernel::skinny)
-    return linear_pieces(
-        a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-          const LaneRows weight(chunks, lut, j0, columns);
-          accumulate_pairs(a.x, LanePairs{weight, table}, i0, rows, j0, columns, K, c);
-        });
+    return linear_pieces(a, many, pool,
+                         [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+                           const LaneRows weight(chunks, lut, j0, columns);
+                           const LanePairs pairs{weight, table};
+                           if (kernel == Kernel::amx)
+                             accumulate_pairs_amx(a.x, pairs, i0, rows, j0, columns, K, c);
+                           else
+                             accumulate_pairs(a.x, pairs, i0, rows, j0, columns, K, c);
+                         });
   uint32_t* x = static_cast<uint32_t*>(
       scratch(Buffer::shared, static_cast<size_t>(M * K / 2) * sizeof(uint32_t)));
   parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
@@ -142,7 +147,8 @@ inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& p
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
 #ifdef LK_INT8
-  if (a.arithmetic == Arithmetic::int8) return linear_int8(a, many, pool);
+  if (a.arithmetic == Arithmetic::int8)
+    return amx_int8_takes(a.x.rows) ? linear_int8_amx(a, many, pool) : linear_int8(a, many, pool);
 #endif
 #ifdef LK_DOT2
   if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base))
@@ -203,11 +209,16 @@ void dx_gemm(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
 // exactly: there the products take less time than the weight.
 inline void dx_pairs(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const Weight4& w = *a.base.quantized;
-  if (kernel_for(kDxPairs, a.base, a.dy.rows) == Kernel::gemv) return dx_gemv(a, many, pool);
+  const Kernel kernel = kernel_for(kDxPairs, a.base, a.dy.rows);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
   const Lut lut = make_lut(w.code);
   dx_pieces(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     const ColumnStrip strip(w, lut, j0, columns);
-    accumulate_pairs(a.dy, StripPairs{strip}, i0, rows, j0, columns, a.dy.cols, c);
+    const StripPairs pairs{strip};
+    if (kernel == Kernel::amx)
+      accumulate_pairs_amx(a.dy, pairs, i0, rows, j0, columns, a.dy.cols, c);
+    else
+      accumulate_pairs(a.dy, pairs, i0, rows, j0, columns, a.dy.cols, c);
   });
 }
 #endif
