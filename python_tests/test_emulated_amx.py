@@ -25,7 +25,7 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent
 # `make test` names it, and builds it.
 LIBRARY = os.environ.get("LOWRANK_EMULATED_AMX", emulated_amx.LIBRARY)
-TOPICS = (*OPS, "multi_lora", "kernels", "int8_activations", "dispatch", "edges")
+TOPICS = (*OPS, "multi_lora", "kernels", "products", "int8_activations", "dispatch", "edges")
 FILES = sorted({HERE / f"test_{topic}.py" for topic in TOPICS})
 
 pytestmark = pytest.mark.skipif(
