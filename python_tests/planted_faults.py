@@ -46,6 +46,7 @@ TIMEOUT = 600  # seconds, for a build, or the tests without a fault
 ENDLESS = 200  # seconds after which the tests of a fault are taken to hang; they take some
 # What a fault of all CPU kernels is compiled for: the first that this CPU has, or each.
 VECTOR = ("avx512", "avx2", "neon")
+PAIRS = ("avx512_bf16", "neon_bf16")  # those that have the kernels of files *_pairs.inl
 CAUGHT, SURVIVED = "caught", "SURVIVED"
 
 
@@ -63,7 +64,8 @@ def isas(fault: Fault) -> list[str]:
     elif parts[2] == "amx":
         wanted = ["amx"]
     else:
-        wanted = [isa for isa in VECTOR if isa in lk.backends.isas()]
+        among = PAIRS if parts[-1].endswith("_pairs.inl") else VECTOR
+        wanted = [isa for isa in among if isa in lk.backends.isas()]
         wanted = wanted if fault.each_isa else wanted[:1]
     return [isa for isa in wanted if isa in lk.backends.isas() or emulated(isa)]
 
