@@ -207,9 +207,9 @@ CPU = [
     ),
     Fault(
         f"{KERNELS}gemm_pairs.inl",
-        "const bool both = p + 1 < depth;",
-        "const bool both = true;",
-        "bfloat16: the last of an odd number of rows is paired with what follows the weight",
+        "odd = set1(both ? scales[strip.stride] : 0.0f);",
+        "odd = set1(both ? scales[0] : 0.0f);",
+        "bfloat16: the second row of a pair has the scales of the first",
         DX,
     ),
     Fault(
