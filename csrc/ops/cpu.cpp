@@ -19,10 +19,11 @@ Parallel pool() {
 // Whether x Wᵀ is computed on bytes: asked for on this thread, and possible.
 bool int8(const Weight4* w) {
   if (!w || !lk_int8_active()) return false;
-  STD_TORCH_CHECK(lk_int8_kernels(),
-                  "int8_activations: expected a CPU with AVX512-VNNI, AVX-VNNI or dot products of NEON, "
-                  "got none beside the instruction set in use, ",
-                  lk_isa_active());
+  STD_TORCH_CHECK(
+      lk_int8_kernels(),
+      "int8_activations: expected a CPU with AVX512-VNNI, AVX-VNNI or dot products of NEON, "
+      "got none beside the instruction set in use, ",
+      lk_isa_active());
   STD_TORCH_CHECK(blocks_fit_rows(*w),
                   "w: expected in_features that are a multiple of the blocksize ",
                   1 << w->block_shift, " under int8_activations, got ", w->K);
