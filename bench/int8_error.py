@@ -1,4 +1,5 @@
 """What int8 activations cost in accuracy, on a real model: the error of each of its layers, and its perplexity.
+And what products in bfloat16 cost, of a bfloat16 model.
 
 ``python -m bench.int8_error``. SmolLM2-135M (the demo's model) is quantized to NF4 with double quantization and reads
 the demo's corpus. Every layer's output is compared with the product in float64 of the same inputs and the same 4-bit
@@ -7,6 +8,7 @@ weight; the errors are relative, ||y - exact|| / ||exact||.
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -51,6 +53,10 @@ def main() -> None:
     exact, likeliest = read(model, ids)
     with lk.int8_activations():
         rounded, int8_likeliest = read(model, ids)
+    half = copy.deepcopy(model).bfloat16()
+    half_rounded, _ = read(half, ids)
+    with lk.backends.exact():
+        half_exact, _ = read(half, ids)
     errors: Errors = {}
     for path, layer in model.named_modules():
         if isinstance(layer, lk.Linear4bit):
@@ -67,6 +73,8 @@ def main() -> None:
         f"\nperplexity: dense {dense:.3f}, 4 bits {exact:.3f} ({exact / dense - 1:+.2%}), ", end=""
     )
     print(f"4 bits and int8 {rounded:.3f} ({rounded / exact - 1:+.2%} on 4 bits)")
+    change = f"{half_rounded:.3f} ({half_rounded / half_exact - 1:+.2%})"
+    print(f"in bfloat16: exact products {half_exact:.3f}, products of bfloat16 numbers {change}")
     same = (likeliest == int8_likeliest).double().mean().item()
     print(f"the likeliest next token is the same for {same:.1%} of the tokens")
 

@@ -11,7 +11,7 @@ READ_BYTES = 1 << 30
 SGEMM_SIZE = 2048
 COPY_BYTES = 2 << 30  # on a GPU
 MATMUL_SIZE = 8192
-ROUNDS = 8
+ROUNDS, SECONDS = 8, 2.0
 TURNS = 4  # moments of a run at which limits are measured
 
 
@@ -38,6 +38,10 @@ LIMITS = {
     "cpu": {
         "read_gbs": (READ_BYTES / 1e9, _read),
         "sgemm_gflops": (2 * SGEMM_SIZE**3 / 1e9, lambda: _product(SGEMM_SIZE)),
+        "bf16_gflops": (
+            2 * SGEMM_SIZE**3 / 1e9,
+            lambda: _product(SGEMM_SIZE, dtype=torch.bfloat16),
+        ),
     },
     "cuda": {
         "copy_gbs": (2 * COPY_BYTES / 1e9, _copy),
@@ -50,13 +54,13 @@ LIMITS = {
 
 
 def best_seconds(call: Callable, device: str = "cpu") -> float:
-    """Of ROUNDS rounds after two untimed ones."""
+    """Of ROUNDS rounds after two untimed ones; of fewer where they take more than SECONDS."""
     if device == "cuda":
         from lowrank_kernels.benchmark.timing import Device
 
         return min(Device().times(call, 2 + ROUNDS)[2:])
     seconds = []
-    for _ in range(2 + ROUNDS):
+    while len(seconds) < 2 + ROUNDS and (len(seconds) < 3 or sum(seconds) < SECONDS):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
@@ -69,8 +73,11 @@ def measure(device: str, limits: dict[str, float]) -> None:
         limits[name] = max(work / best_seconds(make(), device), limits.get(name, 0.0))
 
 
-def rates(limits: dict[str, float]) -> tuple[float, float]:
-    """(GB/s, GFLOP/s) that a case is held against."""
+def rates(limits: dict[str, float], dtype: str = "float32") -> tuple[float, float]:
+    """(GB/s, GFLOP/s) that a case with activations of ``dtype`` is held against."""
     if "copy_gbs" in limits:
         return limits["copy_gbs"], limits["matmul_tflops"] * 1e3
-    return limits["read_gbs"], limits["sgemm_gflops"]
+    gflops = limits["sgemm_gflops"]
+    if dtype == "bfloat16":  # a CPU without units for it is slower there
+        gflops = max(gflops, limits["bf16_gflops"])
+    return limits["read_gbs"], gflops

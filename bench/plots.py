@@ -8,13 +8,13 @@ from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import groups, machine_of, median
 from lowrank_kernels.cli import pictures as p
 
-from . import peer_ggml, peer_openvino, report, suite
+from . import peer_ggml, peer_int4, peer_openvino, report, suite
 
 # (label, slow, fast, color): what is how many times faster than what
 SPEEDUPS = (
     ("F.linear", "torch", OURS, p.BLUE),
     ("bitsandbytes", "bitsandbytes", OURS, p.AMBER),
-    ("bitsandbytes, training", "bitsandbytes, training", OURS, p.GREY),
+    (peer_int4.ORT, peer_int4.ORT, OURS, p.GREY),
     (peer_openvino.NAME, peer_openvino.NAME, OURS, p.GREEN),
     (peer_ggml.NAME, peer_ggml.NAME, OURS, p.VIOLET),
     ("int8 activations against ggml's", peer_ggml.NAME, suite.INT8, p.VIOLET),
@@ -23,7 +23,7 @@ SPEEDUPS = (
 
 def speedup(document: dict, path: pathlib.Path) -> bool:
     """Draws linear_4bit of the first dtype with cold caches, a panel per shape; False where there are no such cases."""
-    dtype, panels = document["cases"][0]["dtype"], []
+    dtype, panels = next((c["dtype"] for c in document["cases"] if c["op"] != "model"), ""), []
     for (_, N, K, *rest), group in groups(document, ["linear_4bit"]).items():
         if rest == [dtype, "cold"]:
             axes = (f"W {N} x {K}", "tokens M", "times faster than")

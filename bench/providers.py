@@ -23,12 +23,6 @@ def linear_int8(case: Case) -> Calls:
     return shared.linear_lowrank(case)
 
 
-# bitsandbytes' module while training: it dequantizes and multiplies in the dtype of x, everywhere.
-linear_bitsandbytes_training = shared.provider(
-    lambda x, module: module(x), shared.x_of, shared.bnb_modules
-)
-
-
 # -- quantize_4bit, dequantize_4bit ----------------------------------------------------------------
 
 

@@ -5,26 +5,31 @@ A new operator is a function in OPS that gives, of the sizes, pairs of a case an
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
 
-import lowrank_kernels as lk
-from lowrank_kernels.benchmark import multi_providers as many
-from lowrank_kernels.benchmark import ops, providers
-from lowrank_kernels.benchmark.case import MIX, Case
-from lowrank_kernels.benchmark.harness import Provider
-from lowrank_kernels.benchmark.ops import OURS
-from lowrank_kernels.benchmark.providers import Calls
+import torch
 
-from . import peer_ggml, peer_openvino
+import lowrank_kernels as lk
+from lowrank_kernels.benchmark import models, ops, providers
+from lowrank_kernels.benchmark import multi_providers as many
+from lowrank_kernels.benchmark.case import MIX, Case, ModelCase
+from lowrank_kernels.benchmark.harness import Provider, with_medium
+from lowrank_kernels.benchmark.ops import OURS
+from lowrank_kernels.benchmark.providers import Calls, Unavailable
+from lowrank_kernels.cli import UserError
+from lowrank_kernels.cli.models import loader
+
+from . import peer_ggml, peer_int4, peer_openvino
 from . import providers as others
 
 Shapes = tuple[tuple[int, int], ...]
-Entries = Iterator[tuple[Case, dict[str, Callable | Provider]]]
+Entries = Iterator[tuple[Case | ModelCase, dict[str, Callable | Provider]]]
 
-INT8 = f"{OURS}, int8 activations"
+INT8, MEDIUM = f"{OURS}, int8 activations", f"{OURS}, medium"
 POPULARITIES = ("identical", "uniform", "zipf", "distinct")  # Punica's
 RANK = 16
 
@@ -41,10 +46,18 @@ class Sizes:
     # Punica's shape (4096 -> 11008) and numbers of rows.
     many_shape: tuple[int, int] = (11008, 4096)
     many_tokens: tuple[int, ...] = (1, 4, 16, 64)
+    models: tuple[str, ...] = ()
 
-    def chosen(self, shapes: list[tuple[int, int]] | None, tokens: list[int] | None) -> Sizes:
-        """The same with other shapes and rows, where they are given."""
+    def chosen(
+        self,
+        shapes: list[tuple[int, int]] | None,
+        tokens: list[int] | None = None,
+        models: list[str] | None = None,
+    ) -> Sizes:
+        """The same with other shapes, rows and models, where they are given; models that are not have neither."""
         changes = {}
+        if models or shapes or tokens:
+            changes["models"] = tuple(models or ())
         if shapes:
             changes |= {"shapes": tuple(shapes), "many_shape": shapes[-1]}
         if tokens:
@@ -52,29 +65,23 @@ class Sizes:
             changes |= dict.fromkeys(names, tuple(tokens))
         return dataclasses.replace(self, **changes)
 
-    def cases(
-        self, op: str, tokens: tuple[int, ...] | None = None, hot: bool = False, R: int = 0
-    ) -> list[Case]:
-        """``op`` at shapes x dtypes x tokens, cold, and on a CPU at the first shape in float32, ``hot``.
-
-        Every dtype but the first has the first shape only. Shapes vary slowest: the weights of one are held at a time.
-        """
+    def cases(self, op: str, tokens: tuple[int, ...] | None = None, R: int = 0) -> list[Case]:
+        """``op`` at shapes x dtypes x tokens, cold. But for linear_4bit, every dtype but the first has the first shape
+        only. Shapes vary slowest: the weights of one are held at a time."""
         tokens = self.tokens if tokens is None else tokens
-        cold = [
+        return [
             Case(op, *shape, M, dtype, "cold", R, self.device)
             for shape, dtype, M in itertools.product(self.shapes, self.dtypes, tokens)
-            if dtype == self.dtypes[0] or shape == self.shapes[0]
+            if op == "linear_4bit" or dtype == self.dtypes[0] or shape == self.shapes[0]
         ]
-        hot = hot and self.device == "cpu"
-        warm = [Case(op, *self.shapes[0], M, "float32", "hot", R) for M in tokens if hot]
-        return sorted(cold + warm, key=lambda case: self.shapes.index((case.N, case.K)))
 
 
+MODELS = ("tinyllama-4", "smollm2")
 # Attention and MLP of a 7B model; on a GPU MLPs of an 8B and of a 70B model.
 CPU_SHAPES, CPU_TOKENS = ((4096, 4096), (11008, 4096)), (1, 4, 16, 64, 512)
 CUDA_SHAPES, CUDA_TOKENS = ((4096, 4096), (14336, 4096), (28672, 8192)), (1, 4, 16, 64, 256, 4096)
 SIZES = {
-    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16")),
+    "cpu": Sizes("cpu", CPU_SHAPES, CPU_TOKENS, CPU_TOKENS, ("float32", "bfloat16"), models=MODELS),
     "cuda": Sizes("cuda", CUDA_SHAPES, CUDA_TOKENS, (512, 4096), ("bfloat16",)),
 }
 
@@ -87,21 +94,25 @@ def _base(name: str) -> dict[str, Callable | Provider]:
     return {OURS: ops.OPS[name].ours} | ops.OPS[name].peers
 
 
-FLOAT32_PEERS = {
-    peer_openvino.NAME: peer_openvino.PROVIDER,
-    "bitsandbytes, training": others.linear_bitsandbytes_training,
-    peer_ggml.NAME: peer_ggml.PROVIDER,
-    INT8: Provider(others.linear_int8, lk.int8_activations),
+# Of float32 activations and of bfloat16 ones, what no other operator has.
+LINEAR_PEERS = {
+    "float32": {
+        INT8: Provider(others.linear_int8, lk.int8_activations),
+        **peer_openvino.PROVIDERS,
+        **peer_int4.FLOAT32,
+        peer_ggml.NAME: peer_ggml.PROVIDER,
+    },
+    "bfloat16": peer_int4.BFLOAT16,
 }
 
 
 def in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Provider]:
-    """``calls`` on a GPU by the Triton kernels; on a CPU, cold and in float32, by other instruction sets, and with
-    equal bits in every batch. They take turns with the default, so that a few percent can be told from noise."""
+    """``calls`` on a GPU by the Triton kernels; on a CPU in float32 by other instruction sets, and with equal bits in
+    every batch. They take turns with the default, so that a few percent can be told from noise."""
     if case.device == "cuda":
         return {"triton": Provider(calls, functools.partial(lk.backends.use, "triton"))}
-    if (case.dtype, case.cache) != ("float32", "cold"):
-        return {}
+    if case.dtype != "float32":
+        return {f"{OURS}, exact": Provider(calls, lk.backends.exact)}
     found = {f"{OURS}, batch-invariant": Provider(calls, lk.batch_invariant)}
     for isa in lk.backends.isas():
         if isa not in ("scalar", lk.backends.isa()):  # a call of the scalar kernels takes seconds
@@ -110,13 +121,22 @@ def in_other_ways(case: Case, calls: Callable[[Case], Calls]) -> dict[str, Provi
 
 
 def linear(sizes: Sizes) -> Entries:
-    for case in sizes.cases("linear_4bit", hot=True):
-        peers = FLOAT32_PEERS if case.dtype == "float32" else {}
-        yield case, _base("linear") | peers | in_other_ways(case, providers.linear_lowrank)
+    """Those that multiply in float32 are held to its rounding. bitsandbytes' kernel rounds to bfloat16 in any case."""
+    for case in sizes.cases("linear_4bit"):
+        found = _base("linear") | in_other_ways(case, providers.linear_lowrank)
+        if sizes.device == "cpu":
+            bound = peer_int4.EXACT if case.dtype == "float32" else peer_int4.ROUNDED
+            rounded = Provider(providers.linear_bitsandbytes, tolerance=5e-3)
+            found = {n: dataclasses.replace(p, tolerance=bound) for n, p in provided(found).items()}
+            if case.dtype == "float32":
+                ours_and_torch = {name: found[name] for name in (OURS, "torch")}
+                found |= with_medium(ours_and_torch)
+            found |= LINEAR_PEERS[case.dtype] | {"bitsandbytes": rounded}
+        yield case, found
 
 
 def dx(sizes: Sizes) -> Entries:
-    for case in sizes.cases("linear_4bit_dx", hot=True):
+    for case in sizes.cases("linear_4bit_dx"):
         yield case, _base("dx") | in_other_ways(case, providers.dx_lowrank)
 
 
@@ -169,7 +189,32 @@ def multi_lora(sizes: Sizes) -> Entries:
         yield case("multi_lora_", 64, "distinct", dtype, mixed), ADDED | IN_PLACE
 
 
+# -- whole models ----------------------------------------------------------------------------------
+
+
+def _load(name: str) -> torch.nn.Module:
+    try:
+        return loader(name)[0]()
+    except UserError as reason:
+        raise Unavailable(str(reason)) from None
+
+
+def model(sizes: Sizes) -> Entries:
+    """In both dtypes; a shape with random weights in float32 also under "medium"."""
+    names = (OURS, models.PEFT, models.FUSED, models.BITSANDBYTES, models.DENSE)
+    columns = {name: (name, contextlib.nullcontext) for name in names}
+    for name, dtype in itertools.product(sizes.models, ("float32", "bfloat16")):
+        medium = models.random_shape(name) is not None
+        load = functools.partial(_load, name)
+        yield from models.entries(name, load, columns, dtype, RANK, sizes.device, medium)
+
+
+def provided(found: dict[str, Callable | Provider]) -> dict[str, Provider]:
+    return {name: p if isinstance(p, Provider) else Provider(p) for name, p in found.items()}
+
+
 OPS = {
+    "model": model,
     "linear_4bit": linear,
     "linear_4bit_dx": dx,
     "lora_linear_4bit": lora,
@@ -180,14 +225,20 @@ OPS = {
 
 def entries(
     sizes: Sizes, names: list[str] | None = None, only: str = "", quick: bool = False
-) -> list[tuple[Case, dict[str, Provider]]]:
-    """Cases of the operators ``names`` whose id has ``only`` in it, a shape's together; quick: of the first shape."""
-    found: dict[Case, dict[str, Provider]] = {}
-    for name in names or OPS:
+) -> list[tuple[Case | ModelCase, dict[str, Provider]]]:
+    """Cases of the operators ``names`` whose id has ``only`` in it: the models, then a shape's together.
+
+    ``quick``: of the first model and the first shape.
+    """
+    found: dict[Case | ModelCase, dict[str, Provider]] = {}
+    places = [*sizes.models, *sizes.shapes, sizes.many_shape]
+
+    def place(case: Case | ModelCase) -> int:
+        return places.index(case.model if case.op == "model" else (case.N, case.K))
+
+    first = (0, len(sizes.models))
+    for name in names or [op for op in OPS if not (quick and op == "model")]:
         for case, of_case in OPS[name](sizes):
-            if only in case.id and (not quick or sizes.shapes[0] == (case.N, case.K)):
-                found.setdefault(case, of_case)
-    for case, of_case in found.items():
-        found[case] = {n: p if isinstance(p, Provider) else Provider(p) for n, p in of_case.items()}
-    shapes = [*sizes.shapes, sizes.many_shape]
-    return sorted(found.items(), key=lambda entry: shapes.index((entry[0].N, entry[0].K)))
+            if only in case.id and (not quick or place(case) in first):
+                found.setdefault(case, provided(of_case))
+    return sorted(found.items(), key=lambda entry: place(entry[0]))

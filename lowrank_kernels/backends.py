@@ -283,24 +283,23 @@ _isa = _Setting(lambda name: host_module().isa_set(name), isa)
 _OLD_KERNELS = {"few": "gemv", "small": "skinny", "panels": "gemm", "tiles": "amx"}
 
 
-def kernels() -> dict[str, dict[str, tuple[int, int | None]]]:
+def kernels(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, tuple[int, int | None]]]:
     """For how many rows each CPU kernel is the fastest one, as measured: {"forward": ..., "dx": ...}.
 
-    Each is {kernel: (first, last)} in rows of x or dy, for the instruction set in use; last is None where
-    there is none. They are::
+    Each is {kernel: (first, last)} in rows of x or dy of this dtype, for the instruction set in use; last is None where
+    there is none. (Not measured but counted: from how many bfloat16 rows on ``amx`` is.) They are::
 
         gemv    rows of the weight decoded in registers, for a dot or an outer product
         skinny  16 rows of the weight decoded in registers, for all rows of x
         gemm    decoded into packed panels of float32
-        amx     tile registers of bfloat16 (AMX), float32 numbers as sums of three
+        amx     tile registers of bfloat16 (AMX), float32 numbers as sums of three, bfloat16 ones as they are
 
     A weight whose blocks do not fit its rows, and a dense one, have no ``gemv`` and ``skinny``: ``gemm`` serves
     them.
     """
     ranges = {}
-    for name, (gemv, skinny, amx) in zip(
-        ("forward", "dx"), host_module().crossovers(), strict=True
-    ):
+    crossovers = host_module().crossovers(products(dtype) == torch.bfloat16)
+    for name, (gemv, skinny, amx) in zip(("forward", "dx"), crossovers, strict=True):
         of = {"gemv": (1, gemv)}
         if skinny > gemv:
             of["skinny"] = (gemv + 1, min(skinny, amx - 1))
@@ -319,8 +318,9 @@ def use_kernel(name: str) -> Iterator[None]:
 
     It holds for the whole process, and blocks may overlap, as those of :func:`use`. ``name`` is one of
     :data:`KERNELS`; what it cannot compute (see :func:`kernels`; ``gemv`` takes 4 rows, ``skinny`` as many as shown
-    there) runs on ``gemm``. Raises ValueError if ``name`` is unknown, or the instruction set in use has no such
-    kernel. The names "few", "small", "panels" and "tiles" of earlier versions are accepted with a
+    there) runs on ``gemm``. Under :func:`int8_activations` it says whether tile registers multiply, where there are any
+    for bytes; the bits are the same. Raises ValueError if ``name`` is unknown, or the instruction set in use has no
+    such kernel. The names "few", "small", "panels" and "tiles" of earlier versions are accepted with a
     DeprecationWarning.
     """
     if name in _OLD_KERNELS:
@@ -360,7 +360,8 @@ def exact() -> Iterator[None]:
         |y - exact| <= 2^-8 Σ_k |x_k W_nk|,   beside the rounding of y itself
 
     ``torch.set_float32_matmul_precision("medium")``, torch's own switch, permits the same for float32 activations.
-    See :func:`products` for what is in force. Adapters and their gradients are exact with or without it.
+    See :func:`products` for what is in force. Adapters and their gradients, and dx of up to four rows, are exact with
+    or without it. Subnormal numbers count as zero where operands are rounded.
 
     It holds for the whole process, and blocks may overlap, as those of :func:`use`.
 
@@ -449,8 +450,8 @@ def report() -> dict[str, object]:
     """What would run here: active backend, backends found, ISA in use, ISAs supported, threads, builds.
 
     "kernels": which CPU kernel serves which numbers of rows, see :func:`kernels`; "kernel": the one that was
-    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "avx512_vnni", "avx_vnni",
-    "neon_dotprod" or None.
+    asked for instead, or None. "int8": what :func:`int8_activations` would run on, "amx_int8" (few rows on
+    "avx512_vnni"), "avx512_vnni", "avx_vnni", "neon_dotprod" or None.
     """
     native = _host is not None
     return {

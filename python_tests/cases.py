@@ -178,7 +178,8 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
         return "gemv"
     if backend == "cpu-amx":
         product = "dx" if "dx" in op or "backward" in op else "forward"
-        if backends.kernels()[product]["amx"][0] <= case.M:
+        dtype = case.dtype if fits else F32  # other weights are multiplied exactly
+        if backends.kernels(dtype)[product]["amx"][0] <= case.M:
             return "amx"
     return "gemm"
 

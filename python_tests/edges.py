@@ -96,6 +96,7 @@ def _sizes(isa: str) -> tuple[list[int], list[int], list[int]]:
         rows += around(c["kPairWide"], c["kMaxPairs"], c["kMaxSkinnyPairs"])
     if isa == "amx":
         rows += around(c["kAmxForward"], c["kAmxDx"], 2 * c["kAmxRows"])
+        rows += around(c["kAmxForwardPairs"], c["kAmxDxPairs"])
     strip = c["kStripsAtOnce"] * c["kStripWidth"]
     outputs = around(c["kLanes"], c["kMicroColumns"], c["kStripWidth"], c["kDepth"], strip)
     depths = around(c["kChunk"], c["kDepth"], c["kStage"], c["kStripWidth"], strip, step=32)
@@ -164,6 +165,15 @@ def regions(isa: str) -> dict[str, dict[str, int | bool]]:
             "amx: a second panel of both": dict(M=rows, N=depth + 9, K=depth + 32),
             "amx: a second piece of dx": dict(M=rows, N=33, K=piece + 64),
             "amx: a second piece of y": dict(M=c["kAmxForward"], N=piece + 33, K=96),
+            "amx: pairs, a second panel of both": dict(
+                M=2 * c["kAmxRows"] + 3, N=depth + 9, K=depth + 32, dtype=BF16
+            ),
+            "amx: pairs, a second piece of dx": dict(
+                M=c["kAmxDxPairs"], N=35, K=piece + 64, dtype=BF16
+            ),
+            "amx: pairs, a second piece of y": dict(
+                M=c["kAmxForwardPairs"], N=piece + 33, K=96, blocksize=32, dtype=BF16
+            ),
         }
     return found
 

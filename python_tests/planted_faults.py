@@ -4,8 +4,9 @@
 
 Each fault of planted_faults_table.py is a text that stands exactly once in a file, and what takes its place. For each
 one the tree is copied to a temporary folder, the fault is put in, what it concerns is compiled (of the CPU kernels the
-unit of one instruction set, or of every vector one where the table says so), and the tests that the table names must
-fail there. Before that the same tests must pass on a copy without a fault, compiled in the same way.
+unit of one instruction set, or of every vector one where the table says so; those for AMX with its registers in
+software, where this CPU has none), and the tests that the table names must fail there. Before that the same tests must
+pass on a copy without a fault, compiled in the same way.
 
 Needs a tree that is built: what has not changed is not compiled again. Exit status 1 if a fault survives, if its text
 is not there exactly once, or if the tests fail without a fault.
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import time
 
+import emulated_amx
 import lowrank_kernels as lk
 from planted_faults_table import FAULTS, Fault
 
@@ -39,6 +41,7 @@ COPIED = (
     "docs",
 )
 EMULATOR = "build/emulator/liblowrank_cuda_emulated.so"
+EMULATED_AMX = "build/emulated-amx/liblowrank_cpu.so"
 TIMEOUT = 600  # seconds, for a build, or the tests without a fault
 ENDLESS = 200  # seconds after which the tests of a fault are taken to hang; they take some
 # What a fault of all CPU kernels is compiled for: the first that this CPU has, or each.
@@ -62,7 +65,13 @@ def isas(fault: Fault) -> list[str]:
     else:
         wanted = [isa for isa in VECTOR if isa in lk.backends.isas()]
         wanted = wanted if fault.each_isa else wanted[:1]
-    return [isa for isa in wanted if isa in lk.backends.isas()]
+    return [isa for isa in wanted if isa in lk.backends.isas() or emulated(isa)]
+
+
+def emulated(isa: str) -> bool:
+    """Whether the kernels of this instruction set run on its emulation."""
+    missing = isa == "amx" and isa not in lk.backends.isas()
+    return missing and emulated_amx.why_not(ROOT / EMULATED_AMX) is None
 
 
 def copy_tree(folder: pathlib.Path) -> pathlib.Path:
@@ -73,7 +82,8 @@ def copy_tree(folder: pathlib.Path) -> pathlib.Path:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, folder / name)
-    for built in (*ROOT.glob("build/temp.*"), ROOT / "build/emulator"):
+    built_before = ("build/temp.*", "build/emulator", "build/emulated-amx")
+    for built in (path for pattern in built_before for path in ROOT.glob(pattern)):
         shutil.copytree(built, folder / "build" / built.name)
     return folder
 
@@ -112,7 +122,9 @@ def build_cpu(tree: pathlib.Path, isa: str) -> None:
 
 
 def build(tree: pathlib.Path, file: str, isa: str) -> None:
-    if isa:
+    if emulated(isa):
+        must(["make", "--no-print-directory", "emulated-amx", "JOBS=1"], tree)
+    elif isa:
         build_cpu(tree, isa)
     elif file.startswith("csrc/cuda/"):
         flags = "EMULATOR_FLAGS=-O1 $(EMULATOR_COMMON)"
@@ -128,6 +140,8 @@ def run_tests(
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += [f"python_tests/{test}" for test in tests] + (["-k", word] if word else [])
     variables = {"PYTHONPATH": str(tree), "LOWRANK_EMULATOR": str(tree / EMULATOR)}
+    if emulated(word):
+        variables |= emulated_amx.environment(tree / EMULATED_AMX)
     try:
         done = run(command, tree, limit, LOWRANK_BACKEND="", LOWRANK_ISA="", **variables)
     except subprocess.TimeoutExpired:  # a fault may make a loop endless, which nobody overlooks
@@ -164,7 +178,7 @@ def without_a_fault(work: list[tuple[Fault, str]]) -> tuple[str, str]:
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         tree = copy_tree(pathlib.Path(folder))
         for isa in sorted({isa for _, isa in work if isa}):
-            build_cpu(tree, isa)
+            build(tree, "", isa)
         for word in sorted({word_of(*each) for each in work}):
             tests = {
                 test: None for each in work if word_of(*each) == word for test in each[0].tests

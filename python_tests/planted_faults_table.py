@@ -193,10 +193,24 @@ CPU = [
     ),
     Fault(
         "csrc/cpu/amx/amx_gemm.inl",
-        "high = load(panel.scales[1] + group * kLanes);",
-        "high = load(panel.scales[0] + group * kLanes);",
+        "high = load(scales[1] + group * kLanes);",
+        "high = load(scales[0] + group * kLanes);",
         "AMX: the second tile of columns takes the scales of the first",
         FORWARD,
+    ),
+    Fault(
+        "csrc/cpu/amx/amx_pairs.inl",
+        "storei(panel + q, set1i(0));",
+        "storei(panel + q, set1i(0x7fc0));",
+        "AMX: dX of bfloat16 gradients meets what was left in a panel's last step",
+        DX,
+    ),
+    Fault(
+        "csrc/cpu/amx/amx_int8.inl",
+        "(v * kLanes < panel.count ? v : 0) * panel.scale_stride",
+        "0 * panel.scale_stride",
+        "AMX: bytes of the second tile of columns take the scales of the first",
+        ("test_int8_activations.py",),
     ),
 ]  # fmt: skip
 

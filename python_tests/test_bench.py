@@ -16,9 +16,9 @@ import lowrank_kernels as lk
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # `bench` is no part of the installed package
 
-from bench import limits, report, suite, test_ops  # noqa: E402
-from bench.__main__ import parse  # noqa: E402
-from lowrank_kernels.benchmark import check, harness, machine, providers  # noqa: E402
+from bench import limits, report, suite, targets, test_ops  # noqa: E402
+from bench.__main__ import main, parse  # noqa: E402
+from lowrank_kernels.benchmark import check, harness, machine, models, providers, timing  # noqa: E402
 from lowrank_kernels.benchmark import multi_providers as many  # noqa: E402
 from lowrank_kernels.benchmark.case import Case, rows_per_adapter  # noqa: E402
 from lowrank_kernels.benchmark.ops import OURS  # noqa: E402
@@ -53,7 +53,7 @@ def test_results(run):
     measured = {Case(**{f: case[f] for f in fields}): case for case in document["cases"]}
     assert measured.keys() == expected.keys()
     for case, result in measured.items():
-        limit = case.limit_seconds(*limits.rates(document["limits"]))
+        limit = case.limit_seconds(*limits.rates(document["limits"], case.dtype))
         assert result["limit_ms"] == pytest.approx(1e3 * limit)
         assert "median_ms" in result["providers"][OURS], case
         for provider in result["providers"].values():
@@ -61,11 +61,33 @@ def test_results(run):
                 continue
             assert 0 < provider["q1_ms"] <= provider["median_ms"] <= provider["q3_ms"]
             assert provider["rounds"] >= 3 and provider["copies"] >= 1
+            assert 0 <= provider["relative_error"] < check.TOLERANCE
     titles = [title.splitlines()[0] for title in report.sections(document)]
-    assert len(titles) == 7 and all(title in printed for title in titles)
+    assert len(titles) == 8 and all(title in printed for title in titles)
 
 
-def test_documents(run, tmp_path):
+def test_results_are_added_to(run, tmp_path, monkeypatch, set_threads):
+    """Of one machine: what is measured anew takes the place of what was, the rest stays; so does the best limit."""
+    document = json.loads(json.dumps(run[0]))
+    document["limits"]["read_gbs"] = 1e6
+    for case in document["cases"]:
+        case["providers"] = {"before": dict.fromkeys(("median_ms", "q1_ms", "q3_ms"), 1.0)}
+    (into := tmp_path / "x.json").write_text(json.dumps(document))
+    sizes = ["--op", "linear_4bit_dx", "--shape", "96x128", "--tokens", "17", "--threads", "1"]
+    words = [*sizes, "--seconds", "1e-3", "--quick", "--into"]
+    monkeypatch.setattr(limits, "measure", lambda device, found: None)
+    monkeypatch.setattr(timing, "keep_freed_memory", lambda: True)
+    main([*words, str(into)])
+    added = harness.read(into)
+    assert len(added["cases"]) == len(document["cases"]) and added["limits"]["read_gbs"] == 1e6
+    anew = [(c["op"], c["M"]) for c in added["cases"] if "before" not in c["providers"]]
+    assert anew and set(anew) == {("linear_4bit_dx", 17)}
+    into.write_text(json.dumps(document | {"versions": {"torch": "1.0"}}))
+    with pytest.raises(SystemExit, match=r"versions: \{'torch': '1.0'\} there"):
+        main([*words, str(into)])
+
+
+def test_documents(run, tmp_path, monkeypatch):
     """What is generated replaces what stood between the markers; a second run changes nothing."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     results, docs = tmp_path / "results", tmp_path / "docs"
@@ -73,28 +95,50 @@ def test_documents(run, tmp_path):
     docs.mkdir()
     with pytest.raises(FileNotFoundError, match="python -m bench"):
         report.write_documents(results, tmp_path)
-    (results / "tiny.json").write_text(json.dumps(run[0]))
+    names = (OURS, models.BITSANDBYTES, models.DENSE, f"{OURS}, medium")
+    ms = dict.fromkeys(("median_ms", "q1_ms", "q3_ms"), 4.0)
+    of_model = [
+        case.document() | {"providers": {n: ms | case.rate(ms) for n in names}}
+        for dtype in ("float32", "bfloat16")
+        for case in models.cases("tinyllama-4", dtype, 16, "cpu")
+    ]
+    document = run[0] | {"cases": run[0]["cases"] + of_model}
+    (results / "tiny.json").write_text(json.dumps(document))
     page, readme = docs / "performance.md", tmp_path / "README.md"
     page.write_text(f"by hand\n{report.BEGIN}\nstale numbers\n{report.END}\nalso by hand\n")
     done = report.write_documents(results, tmp_path)
     assert any("skipped" in line and "README.md" in line for line in done)
-    text = page.read_text()
+    text, machine = page.read_text(), (docs / "performance/tiny.md").read_text()
     assert text.startswith("by hand\n") and text.endswith("\nalso by hand\n")
     assert "stale numbers" not in text and text.count("(benchmarks/tiny-") == 1
+    assert "(performance/tiny.md)" in text and "(../benchmarks/tiny-speedup.png)" in machine
+    parts = (
+        'tinyllama-4, float32, r = 16, "medium":',
+        "## Against the goals",
+        "`linear_4bit`: y = x",
+    )
+    assert [machine.index(part) for part in parts] == sorted(map(machine.index, parts))
     assert (docs / "benchmarks/tiny-speedup.png").read_bytes().startswith(b"\x89PNG")
     readme.write_text(f"# x\n{report.BEGIN}\n{report.END}\n")
+    monkeypatch.setattr(report, "SHORT", (96, 128))
     report.write_documents(results, tmp_path)
-    assert "LoRA training" in readme.read_text() and page.read_text() == text
-    assert sorted(path.name for path in docs.iterdir()) == ["benchmarks", "performance.md"]
+    short = readme.read_text()
+    assert 0 < short.index("tinyllama-4, bfloat16") < short.index("LoRA training")
+    assert "64000 ±0% |" in short, "tokens per second of prefill"
+    assert (docs / "performance/tiny.md").read_text() == machine
+    assert {path.name for path in docs.iterdir()} == {"benchmarks", "performance", "performance.md"}
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_documents_are_those_of_the_committed_results(path):
     document = harness.read(path)
-    picture = f"benchmarks/{path.stem}-speedup.png"
+    name, picture = path.stem, f"benchmarks/{path.stem}-speedup.png"
     assert (ROOT / "docs" / picture).exists()
-    assert report.machine_section(document, picture) in (ROOT / "docs/performance.md").read_text()
-    newest = max(map(harness.read, RESULTS), key=lambda document: document["date"])
+    page = (ROOT / "docs/performance" / f"{name}.md").read_text()
+    assert page == report.machine_page(document, f"../{picture}")
+    summary = report.summary(document, f"performance/{name}.md", picture)
+    assert summary in (ROOT / "docs/performance.md").read_text()
+    newest = max(map(harness.read, RESULTS), key=report.newest)
     assert report.readme_section(newest) in (ROOT / "README.md").read_text()
 
 
@@ -109,6 +153,41 @@ def test_what_is_missing_is_named():
     assert "torch failed, linear_4bit 4096x4096 M=1: wrong result" in lines
     row = next(iter(report.sections(document).values()))[0][1][1]
     assert "failed" in row and "-" in row
+
+
+def test_the_goals():
+    """What is measured stands beside what it should be; of several peers the fastest counts."""
+
+    def case(M: int, dtype: str, limit: float = 1.5, **ms: float) -> dict:
+        known = {"bnb": "bitsandbytes", "ours": OURS, "ort": targets.peer_int4.ORT}
+        found = {
+            known.get(n, n): {"median_ms": value, "relative_error": 3e-3} for n, value in ms.items()
+        }
+        fields = {
+            "op": "linear_4bit",
+            "N": 4096,
+            "K": 4096,
+            "M": M,
+            "dtype": dtype,
+            "cache": "cold",
+        }
+        return fields | {"limit_ms": limit, "providers": found}
+
+    of_model = {"op": "model", "model": "tinyllama-4", "phase": "train", "dtype": "bfloat16"}
+    of_model["providers"] = {OURS: {"median_ms": 2.0}, models.BITSANDBYTES: {"median_ms": 2.5}}
+    exact = case(16, "float32", ours=2.0, ort=3.0, torch=2.5)
+    wide = case(4, "bfloat16", ours=2.0, bnb=2.2) | {"N": 11008}
+    cases = [case(4, "bfloat16", ours=2.0, bnb=2.5, torch=4.0), exact, wide, of_model]
+    rows = {tuple(row[:2]): row[2:] for row in targets.of_operators({"cases": cases})}
+    assert rows["bfloat16, against bitsandbytes", "4096 x 4096"][1] == "1.25 ≥ 1.20"
+    assert rows["bfloat16, against bitsandbytes", "11008 x 4096"][1] == "1.10 ≥ 1.08"
+    assert rows["bfloat16, against dense", "4096 x 4096"][1] == "2.00 < 2.50"
+    assert rows["float32, best exact peer", "4096 x 4096"] == ["-", "-", "1.25 < 1.30", "-", "-"]
+    assert rows["bfloat16, share of the limit", "4096 x 4096"][1] == "0.75 ≥ 0.75"
+    assert ("int8, best int8 peer", "4096 x 4096") not in rows
+    measured = [row[-1] for row in targets.of_models({"cases": cases})]
+    assert "1.25 < 1.30" in measured and "-" in measured
+    assert [OURS, "bfloat16", "3.0e-03 > 2.2e-03"] in targets.errors({"cases": cases[:1]})
 
 
 @pytest.mark.parametrize("content", ['{"schema": 99, "cases": []}', "[]", '{"cases": []}'])
@@ -141,12 +220,15 @@ def test_limits():
     both = Case("lora_linear_4bit_fwd_bwd", 64, 128, 8, R=16)
     base, adapter = 2 * 8 * 64 * 128, 2 * 8 * 16 * (64 + 128)
     assert forward.flops == base + adapter and both.flops == 2 * base + 3 * adapter
-    assert limits.rates({"read_gbs": 22.0, "sgemm_gflops": 256.0}) == (22.0, 256.0)
+    of_cpu = {"read_gbs": 22.0, "sgemm_gflops": 256.0, "bf16_gflops": 500.0}
+    assert limits.rates(of_cpu) == (22.0, 256.0)
+    assert limits.rates(of_cpu, "bfloat16") == (22.0, 500.0)
+    assert limits.rates(of_cpu | {"bf16_gflops": 30.0}, "bfloat16") == (22.0, 256.0)
     assert limits.rates({"copy_gbs": 4000.0, "matmul_tflops": 700.0}) == (4000.0, 700e3)
 
 
 def test_the_best_turn_is_the_limit(monkeypatch):
-    monkeypatch.setattr(limits, "_product", lambda size: None)
+    monkeypatch.setattr(limits, "_product", lambda size, dtype=None: None)
     work, _ = limits.LIMITS["cpu"]["read_gbs"]
     monkeypatch.setitem(limits.LIMITS["cpu"], "read_gbs", (work, lambda: None))
     found = {}
@@ -215,13 +297,21 @@ def test_batches_of_few_adapters_are_cold_too(monkeypatch):
 
 
 def test_cases():
-    """A shape's cases come together; 16-bit activations and hot caches have the first shape alone."""
-    entries = suite.entries(suite.SIZES["cpu"])
+    """Models come first, a shape's cases together; 16-bit activations have the first shape alone but in linear_4bit."""
+    everything = suite.entries(suite.SIZES["cpu"])
+    entries = [entry for entry in everything if entry[0].op != "model"]
+    of_models = [(case.model, case.dtype, case.phase) for case, _ in everything[:12]]
+    phases = ("train", "prefill", "decode")
+    assert of_models == list(itertools.product(suite.MODELS, ("float32", "bfloat16"), phases))
+    assert not any(case.op == "model" for case, _ in everything[12:])
+    assert f"{models.FUSED}, medium" in everything[0][1]
+    assert all(", medium" not in name for name in everything[3][1]), "of bfloat16"
     shapes = [shape for shape, _ in itertools.groupby((case.N, case.K) for case, _ in entries)]
     assert len(shapes) == len(set(shapes))
     linear = [case for case, _ in entries if case.op == "linear_4bit"]
-    special = [case for case in linear if (case.dtype, case.cache) != ("float32", "cold")]
-    assert len(linear) == 20 and {(case.N, case.K) for case in special} == {(4096, 4096)}
+    assert len(linear) == 20 and all(case.cache == "cold" for case in linear)
+    others = [case for case, _ in entries if case.op != "linear_4bit" and case.dtype == "bfloat16"]
+    assert {(case.N, case.K) for case in others} == {(4096, 4096)}
     assert len([case for case, _ in entries if case.op.startswith("multi_lora")]) == 21
     few = suite.entries(suite.SIZES["cpu"], ["linear_4bit"], only="M16-", quick=True)
     assert {(case.N, case.M) for case, _ in few} == {(4096, 16)}
@@ -298,13 +388,16 @@ def test_in_other_ways():
         name = f"{OURS}, {isa}"
         assert "median_ms" in harness.measure(case, {name: found[name]}, 1e-6)[name]
         assert seen[-1] == isa and lk.backends.isa() == before
-    assert not suite.in_other_ways(dataclasses.replace(case, cache="hot"), calls)
+    exactly = suite.in_other_ways(dataclasses.replace(case, dtype="bfloat16"), calls)
+    assert exactly.keys() == {f"{OURS}, exact"}
 
 
 def test_int8_where_there_is_none(monkeypatch):
     monkeypatch.setattr(lk.backends, "report", lambda: {"int8": None})
     case = Case("linear_4bit", 96, 128, 5, cache="hot")
-    result = harness.measure(case, {"int8": suite.FLOAT32_PEERS[suite.INT8]}, 1e-6)["int8"]
+    result = harness.measure(case, {"int8": suite.LINEAR_PEERS["float32"][suite.INT8]}, 1e-6)[
+        "int8"
+    ]
     assert "VNNI" in result["unavailable"]
 
 

@@ -384,7 +384,11 @@ def test_demo(tiny_model, tmp_path):
     assert (
         numbers["bytes"]["linear_after"] < numbers["bytes"]["linear_before"] / 5
     )  # small layers: the tables weigh
-    assert min(numbers["tokens_per_second"]["lowrank_kernels"].values()) > 0
+    rates = numbers["tokens_per_second"]
+    assert set(rates) == {"lowrank_kernels", "torch + PEFT", "bitsandbytes + PEFT"}
+    for rate in rates.values():
+        assert "wrong" not in rate and (isinstance(rate, str) or min(rate.values()) > 0)
+    assert next(iter(rates["lowrank_kernels"])) == "train", "before anything ran in evaluation mode"
 
 
 # -- many adapters in one batch ----------------------------------------------------------------------

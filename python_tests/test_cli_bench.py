@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -59,40 +60,109 @@ def test_table_json_and_picture(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.png"]
 
 
-def test_a_whole_model(tmp_path, capsys):
-    """Tokens per second in each phase and dtype; what computes other logits is not timed."""
-    transformers = pytest.importorskip("transformers", reason="--model needs transformers")
-    pytest.importorskip("peft", reason="a column of the table")
-    pytest.importorskip("bitsandbytes", reason="a column of the table")
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.LlamaConfig(**sizes, **heads)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+@pytest.fixture
+def tiny(monkeypatch) -> str:
+    """The name of a model with random weights that is trained in milliseconds."""
+    for package in ("transformers", "peft", "bitsandbytes"):
+        pytest.importorskip(package, reason="a contender of --model")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "heads": 4, "kv_heads": 2}
+    monkeypatch.setitem(models.SHAPES, "tiny", sizes)
+    monkeypatch.setattr(models, "VOCABULARY", 96)
+    return "tiny-2"
+
+
+CONTENDERS = {OURS, models.PEFT, models.FUSED, models.DENSE, models.BITSANDBYTES}
+
+
+def test_a_whole_model(tiny, tmp_path, capsys):
+    """Tokens per second in each phase and dtype."""
     target, picture = tmp_path / "x.json", tmp_path / "x.png"
-    choice = ("--dtype", "bfloat16,float32", "--rank", "4", "--seconds", "0.001")
-    assert run("--model", tmp_path / "tiny", *choice, "--json", target, "--plot", picture) == 0
-    document = harness.read(target)
+    choice = ("--dtype", "bfloat16,float32", "--rank", "4", "--seconds", "0.001", "--medium")
+    assert run("--model", tiny, *choice, "--json", target, "--plot", picture) == 0
+    document, out = harness.read(target), capsys.readouterr().out
     assert [(c["phase"], c["dtype"], c["R"]) for c in document["cases"]] == [
-        (phase, dtype, 4) for dtype in ("bfloat16", "float32") for phase in models.PHASES
+        (phase, dtype, 4) for dtype in ("bfloat16", "float32") for phase in models.TOKENS
     ]
     for case in document["cases"]:
-        assert set(case["providers"]) == {OURS, models.DENSE, models.BITSANDBYTES}
-        for result in case["providers"].values():
+        medium = {f"{n}, medium" for n in CONTENDERS} if case["dtype"] == "float32" else set()
+        assert set(case["providers"]) == CONTENDERS | medium
+        for name, result in case["providers"].items():
+            if why := result.get("unavailable"):  # named, not silently absent
+                assert f"{name} did not run: {why}" in out
+                continue
             rate = case["tokens"] / result["median_ms"] * 1e3
             assert result["tokens_per_second"] == pytest.approx(rate)
             assert 0 < result["q1_ms"] <= result["median_ms"] <= result["q3_ms"]
-    out = capsys.readouterr().out
-    assert "tokens per second; tiny, float32, r = 4" in out and picture.stat().st_size > 5_000
+            assert result["relative_error"] < models.ROUNDED
+    assert "tokens per second; tiny-2, float32, r = 4" in out and picture.stat().st_size > 5_000
 
-    dense = transformers.LlamaForCausalLM(config)
-    batch = models.random_batch(96, "cpu", 2, 16)
-    present = models.contenders(dense, 4, ("torch", "bitsandbytes"))
-    present[models.BITSANDBYTES].get_base_model().lm_head.weight.data.mul_(1.5)
-    calls = {n: harness.Provider(c) for n, c in models.model_providers(present, batch).items()}
-    for case in models.cases("tiny", batch, "float32", 4, "cpu"):
-        results = harness.measure(case, calls, 1e-3)
-        assert "wrong logits" in results[models.BITSANDBYTES]["error"]
-        assert results[OURS]["tokens_per_second"] > 0
+
+def test_a_model_from_a_folder(tiny, tmp_path, capsys):
+    models.random_model(tiny).save_pretrained(tmp_path / "saved")
+    choice = ("--rank", "4", "--seconds", "0.001", "--peers", "none", "--threads", "1")
+    assert run("--model", tmp_path / "saved", *choice) == 0
+    out = capsys.readouterr().out
+    assert "tokens per second; saved, float32, r = 4" in out and "bitsandbytes" not in out
+
+
+def contest(
+    tiny: str, *names: str, dtype: str = "float32"
+) -> tuple[models.Contest, dict[str, harness.Provider]]:
+    present = models.contenders(models.random_model(tiny).to(getattr(torch, dtype)), 4, names)
+    made = models.Contest(present, models.random_batch(96, "cpu", 2, 16))
+    return made, {name: made.provider(name) for name in present}
+
+
+def results(tiny: str, providers: dict, phase: str, dtype: str = "float32") -> dict[str, dict]:
+    [case] = [c for c in models.cases(tiny, dtype, 4, "cpu", 32) if c.phase == phase]
+    return harness.measure(case, providers, 1e-3)
+
+
+@pytest.mark.parametrize("layer", ["layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"])
+@pytest.mark.parametrize("dtype, wrong", [
+    ("float32", lambda g: 1.01 * g),
+    ("float32", torch.zeros_like),
+    ("bfloat16", lambda g: 1.5 * g),
+    ("bfloat16", lambda g: g.flip(0)),
+])  # fmt: skip
+def test_training_with_a_wrong_gradient_is_not_timed(tiny, layer, dtype, wrong):
+    """In one of the adapters of one contender; the others are timed."""
+    made, of_case = contest(tiny, models.PEFT, models.DENSE, dtype=dtype)
+    names = models.adapters(made.models[models.PEFT])
+    names[f"model.{layer}.lora_A.default.weight"].register_hook(wrong)
+    found = results(tiny, of_case, "train", dtype)
+    assert f"wrong model.{layer}.lora_A.default.weight" in found[models.PEFT]["error"]
+    assert found[OURS]["tokens_per_second"] > 0 and found[models.DENSE]["tokens_per_second"] > 0
+    assert "error" not in results(tiny, of_case, "prefill", dtype)[models.PEFT]
+
+
+def test_training_without_a_gradient_is_not_timed(tiny):
+    made, of_case = contest(tiny, models.DENSE)
+    parameter = next(iter(models.adapters(made.models[models.DENSE]).values()))
+    parameter.requires_grad_(False)
+    assert "1 gradients are missing" in results(tiny, of_case, "train")[models.DENSE]["error"]
+
+
+def test_wrong_logits_are_not_timed(tiny):
+    made, of_case = contest(tiny, models.BITSANDBYTES)
+    made.models[models.BITSANDBYTES].get_base_model().lm_head.weight.data.mul_(1.5)
+    for phase in models.TOKENS:
+        found = results(tiny, of_case, phase)
+        assert re.match("wrong (loss|logits)", found[models.BITSANDBYTES]["error"])
+        assert found[OURS]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitsandbytes_is_not_timed_in_training_after_inference(tiny, dtype):
+    """It repacks its weights in inference, and no gradient passes them from then on."""
+    bnb = pytest.importorskip("bitsandbytes", reason="what is tested")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512_BF16 alone")
+    name = models.BITSANDBYTES
+    _, of_case = contest(tiny, name, dtype=dtype)
+    found = [results(tiny, of_case, phase, dtype)[name] for phase in models.TOKENS]
+    assert all("error" not in result for result in found), "training was first"
+    assert "lora_A.default.weight" in results(tiny, of_case, "train", dtype)[name]["error"]
 
 
 def test_columns_for_instruction_sets_and_backends(tmp_path, capsys, monkeypatch):
@@ -114,6 +184,24 @@ def test_columns_for_instruction_sets_and_backends(tmp_path, capsys, monkeypatch
     assert all(result["median_ms"] > 0 for result in case["providers"].values())
     assert lk.backends.isa() == isas[0] and lk.backends.active() == active, "as it was"
     assert all(name in capsys.readouterr().out for name in names[:1])
+
+
+def test_medium(tmp_path, capsys):
+    """A column more for each; an instruction set without bfloat16 products has none, and that is said."""
+    choice = ("--medium", "--isa", f"{lk.backends.isa()},scalar", "--op", "linear", "--m", "5")
+    assert run(*SMALL, *choice, "--json", tmp_path / "x.json") == 0
+    [case] = harness.read(tmp_path / "x.json")["cases"]
+    assert {name for name in case["providers"] if name.endswith(", medium")} == {
+        f"{name}, medium" for name in case["providers"] if not name.endswith(", medium")
+    }
+    why = case["providers"][f"{OURS}, scalar, medium"]["unavailable"]
+    assert why in capsys.readouterr().out and "no products of bfloat16" in why
+    rounds = lk.backends.products(torch.bfloat16) == torch.bfloat16
+    exact, rounded = (
+        case["providers"][f"{OURS}, {lk.backends.isa()}{m}"] for m in ("", ", medium")
+    )
+    assert exact["relative_error"] < 1e-5
+    assert rounded["relative_error"] > 1e-4 if rounds else "unavailable" in rounded
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):

@@ -68,15 +68,15 @@ def test_use_isa_forces_and_restores():
 def test_another_instruction_set_is_other_code():
     """Another order of the sums shows in the last bits of some of 1000 of them.
 
-    Of one row lanes of 1, 8 and 16 differ, of many rows tile registers from all others; an instruction set that only
-    adds products of bfloat16 differs where activations are bfloat16.
+    Of one row lanes of 1, 8 and 16 differ, of many rows tile registers from all others, and of bfloat16 numbers
+    products of pairs from those of single ones.
     """
     x, *rest = cases.make("linear_4bit", cases.Case(64, 1000, 1024))
     results = {}
     for isa in lk.backends.isas():
         with lk.backends.use_isa(isa):
-            found = [ops.linear_4bit(rows, *rest) for rows in (x[:1], x, x.bfloat16())]
-            results[isa] = torch.cat([y.float() for y in found])
+            some = (x[:1], x, x.bfloat16())
+            results[isa] = torch.cat([ops.linear_4bit(rows, *rest).float() for rows in some])
     if len(results) == 1:
         pytest.skip(f"this CPU has kernels for {list(results)} alone: nothing to tell apart")
     for a in results:
@@ -106,6 +106,7 @@ def test_instruction_set_that_this_cpu_lacks():
 
 @needs_native
 def test_every_instruction_set_is_tested_here():
+    """AMX where it is missing: test_emulated_amx.py."""
     missing = [isa for isa in lk.backends.isas(compiled=True) if isa not in lk.backends.isas()]
     if missing:
         pytest.skip(f"this CPU has no {' and no '.join(missing)}: no test ran those kernels")

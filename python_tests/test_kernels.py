@@ -79,6 +79,30 @@ def test_a_forced_kernel_is_other_code(isa):
             assert not torch.equal(run("linear_4bit", args)[0], gemm)
 
 
+@pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx"])
+def test_tile_registers_multiply_bfloat16_once(op, isa):
+    """Operands rounded once on every kernel: other bits than exact ones, and than those of other sums."""
+    if isa != "amx":
+        return
+    args = cases.make(op, cases.Case(20, 96, 320))
+    before = torch.get_float32_matmul_precision()
+    results = {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            for kernel in ("gemm", "amx"):
+                with backends.use_kernel(kernel):
+                    results[precision, kernel] = run(op, args)[0].double()
+        finally:
+            torch.set_float32_matmul_precision(before)
+    exact = results["highest", "gemm"]
+    errors = {key: ((y - exact).norm() / exact.norm()).item() for key, y in results.items()}
+    assert 0 < errors["highest", "amx"] < 1e-6
+    assert 1e-3 < errors["medium", "amx"] < 4e-3 and 1e-3 < errors["medium", "gemm"] < 4e-3
+    difference = (results["medium", "amx"] - results["medium", "gemm"]).norm() / exact.norm()
+    assert 0 < difference < 1e-6, "the same numbers are multiplied"
+
+
 def test_unknown_and_missing_kernels_are_refused():
     with pytest.raises(ValueError, match=r"name: expected one of .*got 'fast'"):
         with backends.use_kernel("fast"):
@@ -145,13 +169,14 @@ def test_batch_invariance_is_of_the_cpu():
     lk.linear_4bit(torch.randn(2, 64), w)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", ["linear_4bit", "linear_4bit_dx", "lora_linear"])
 @pytest.mark.parametrize("kernel", backends.KERNELS)
-def test_extreme_numbers_concern_their_row_alone(op, kernel, isa, subtests):
+def test_extreme_numbers_concern_their_row_alone(op, kernel, dtype, isa, subtests):
     """Tile registers know neither infinities of ours, nor subnormal numbers, nor the largest ones."""
     if kernel == "amx" and isa != "amx":
         return
-    case = cases.Case(40, 33, 320, "nf4", 64, bias=None, R=4)
+    case = cases.Case(40, 33, 320, "nf4", 64, dtype=dtype, bias=None, R=4)
     x, *rest = cases.make(op, case)
     for number in (torch.inf, -torch.inf, torch.nan, 1e20, 1e38, 1e-41):
         with subtests.test(number=number), backends.use_kernel(kernel):

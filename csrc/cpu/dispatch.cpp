@@ -38,21 +38,38 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+#if defined(LOWRANK_EMULATED_AMX)  // its registers are memory, see amx/emulated_tiles.h
+bool has_amx() { return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi"); }
+bool has_amx_int8() { return has_amx() && __builtin_cpu_supports("avx512vnni"); }
+#elif defined(__linux__)
+// Of cpuid(7, 0).edx.
+bool has_all(unsigned bits) {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bits) == bits;
+}
+
 // Linux lets a process use AMX's registers after it has asked for them.
 bool has_amx() {
-#if defined(__linux__)
-  unsigned a, b, c, d;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // of cpuid(7, 0).edx
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;    // ARCH_REQ_XCOMP_PERM
-  static const bool granted = has_avx512() && __builtin_cpu_supports("avx512vbmi") &&
-                              __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) &&
-                              (d & kAmxTile) &&
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi") &&
+                              has_all(kAmxBf16 | kAmxTile) &&
                               syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
-#else
-  return false;
-#endif
 }
+
+// Few rows run on AVX512-VNNI.
+bool has_amx_int8() {
+  constexpr unsigned kAmxInt8 = 1u << 25;
+  static const bool has = has_amx() && __builtin_cpu_supports("avx512vnni") && has_all(kAmxInt8);
+  return has;
+}
+#else
+bool has_amx() { return false; }
+bool has_amx_int8() { return false; }
+#endif
 #elif defined(__aarch64__)
 // Bits of Linux's words on the CPU; older C libraries lack their names.
 bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
@@ -63,7 +80,7 @@ bool has_bf16() { return getauxval(AT_HWCAP2) >> 14 & 1; }
 const Isa kIsas[] = {
 #if defined(__x86_64__)
     {&kAmxTable, has_amx},
-    {&kAvx512Bf16Table, [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {&kAvx512Bf16Table, has_avx512_bf16},
     {&kAvx512Table, has_avx512},
     {&kAvx2Table,
      [] {
@@ -89,17 +106,6 @@ std::atomic<const KernelTable*>& active() {
   return table;
 }
 
-// Whether this CPU has a feature that a table names.
-bool has_feature(const char* name) {
-#if defined(__x86_64__)
-  if (std::strcmp(name, "avx512_vnni") == 0) return __builtin_cpu_supports("avx512vnni");
-  if (std::strcmp(name, "avx_vnni") == 0) return __builtin_cpu_supports("avxvnni");
-#elif defined(__aarch64__)
-  if (std::strcmp(name, "neon_dotprod") == 0) return has_dotprod();
-#endif
-  return false;
-}
-
 thread_local bool int8_active = false;
 std::atomic<bool> exact_active{false};
 
@@ -112,6 +118,17 @@ struct Allocation {
 };
 
 }  // namespace
+
+bool has_feature(const char* name) {
+#if defined(__x86_64__)
+  if (std::strcmp(name, "amx_int8") == 0) return has_amx_int8();
+  if (std::strcmp(name, "avx512_vnni") == 0) return __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(name, "avx_vnni") == 0) return __builtin_cpu_supports("avxvnni");
+#elif defined(__aarch64__)
+  if (std::strcmp(name, "neon_dotprod") == 0) return has_dotprod();
+#endif
+  return false;
+}
 
 Kernel asked_kernel() { return asked.load(std::memory_order_relaxed); }
 
@@ -170,8 +187,9 @@ int lk_exact_active(void) { return lk::exact_active; }
 int lk_pairs(void) { return lk_kernels()->pairs; }
 
 const char* lk_int8_kernels(void) {
-  const char* name = lk_kernels()->int8;
-  return name && lk::has_feature(name) ? name : nullptr;
+  for (const char* name : lk_kernels()->int8)
+    if (name && lk::has_feature(name)) return name;
+  return nullptr;
 }
 
 int lk_kernel_count(void) { return lk::kLastKernel - lk::kFirstKernel + 1; }

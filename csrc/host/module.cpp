@@ -82,14 +82,18 @@ PYBIND11_MODULE(_host, m) {
       "Names of the kernels that multiply by the frozen base, those for few rows first.");
   m.def(
       "crossovers",
-      [] {
+      [](bool pairs) {
         const auto of = [](const lk::Crossovers& at) {
           return std::make_tuple(at.gemv, at.skinny, at.amx);
         };
-        return std::make_pair(of(lk_kernels()->forward), of(lk_kernels()->dx));
+        const lk::KernelTable& table = *lk_kernels();
+        return pairs ? std::make_pair(of(table.forward_pairs), of(table.dx_pairs))
+                     : std::make_pair(of(table.forward), of(table.dx));
       },
+      py::arg("pairs"),
       "For the ISA in use, of y and of dx: the rows up to which the first and the second of "
-      "kernel_names() are the fastest ones, and from which the last one is.");
+      "kernel_names() are the fastest ones, and from which the last one is; with `pairs` those of "
+      "products of bfloat16 numbers.");
   m.def("build_info", &lk_build_info, "How the library was built: compiler, flags, ISAs.");
   lk::bind_multi_lora(m);
 }

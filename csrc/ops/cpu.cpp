@@ -1,6 +1,8 @@
 // The operators on CPU tensors: the kernels of the best instruction set, on torch's threads.
 #include <dlfcn.h>
 
+#include <atomic>
+
 #include "cpu/api.h"
 #include "cpu/table.h"
 #include "ops/operators.h"
@@ -8,13 +10,28 @@
 namespace lk {
 namespace {
 
-Parallel pool() {
-  return {[](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
-            torch::stable::parallel_for(
-                0, tasks, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-          },
-          static_cast<int>(torch::stable::get_num_threads())};
+// Threads take shares of the tasks in turn: one that has to share its core with another program, or
+// waits for memory, takes fewer. Which thread does a task changes no result.
+constexpr int64_t kShares = 8;  // of each thread, if all are equally fast
+
+void run(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+  const int64_t threads = min64(tasks, static_cast<int64_t>(torch::stable::get_num_threads()));
+  if (threads <= 1) {
+    if (tasks > 0) body(context, 0, tasks);
+    return;
+  }
+  const int64_t share = ceil_div(tasks, threads * kShares);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (;;) {
+      const int64_t begin = next.fetch_add(share, std::memory_order_relaxed);
+      if (begin >= tasks) return;
+      body(context, begin, min64(begin + share, tasks));
+    }
+  });
 }
+
+Parallel pool() { return {run, static_cast<int>(torch::stable::get_num_threads())}; }
 
 // Whether x Wᵀ is computed on bytes: asked for on this thread, and possible.
 bool int8(const Weight4* w) {

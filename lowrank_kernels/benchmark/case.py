@@ -1,4 +1,4 @@
-"""What is timed: one :class:`Case`, and the flops and bytes that its operator cannot do without."""
+"""What is timed: one :class:`Case`, and the flops and bytes that its operator cannot do without; or a whole model."""
 
 from __future__ import annotations
 
@@ -119,3 +119,27 @@ class Case:
     def limit_seconds(self, gbs: float, gflops: float) -> float:
         """The time that memory bandwidth or arithmetic alone would take, whichever is longer."""
         return max(self.bytes / (gbs * 1e9), self.flops / (gflops * 1e9))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """A whole model, see models.py, in one ``phase``; ``tokens``: how many a call handles, which rates are made of."""
+
+    model: str
+    phase: str
+    tokens: int
+    dtype: str = "float32"
+    R: int = 16
+    device: str = "cpu"
+    op: str = "model"
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}-{self.model}-{self.phase}-{self.dtype}"
+
+    def document(self) -> dict:
+        """What a result document says of this case."""
+        return dataclasses.asdict(self)
+
+    def rate(self, result: dict) -> dict[str, float]:
+        return {"tokens_per_second": self.tokens / result["median_ms"] * 1e3}

@@ -1,7 +1,8 @@
 """Measuring cases, and the result document: one JSON format, whoever measures.
 
 A document says where and when (:func:`header`). Each of its ``cases`` has the fields of the case and, by the name of
-each provider, ``median_ms``, ``q1_ms``, ``q3_ms`` and ``rounds``, or ``{"unavailable": why}``, or ``{"error": what}``.
+each provider, ``median_ms``, ``q1_ms``, ``q3_ms``, ``rounds`` and the ``relative_error`` that the check found, or
+``{"unavailable": why}``, or ``{"error": what}``.
 The suite in bench/ adds ``limits``, and to each case ``limit_ms``.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -22,9 +24,8 @@ from tqdm import tqdm
 import lowrank_kernels as lk
 
 from . import check, machine, timing
-from .case import Case
-from .models import ModelCase
-from .providers import Calls, Unavailable
+from .case import Case, ModelCase
+from .providers import Calls, Unavailable, precision
 
 SCHEMA = 1
 PASSES = 3  # how often the providers of a case take turns
@@ -37,25 +38,32 @@ class Provider:
     """Who computes a case.
 
     ``calls`` makes the calls of a case, or raises :class:`Unavailable`. ``context``: they are made and timed within it;
-    a RuntimeError on entering it means that this provider is not available. ``tolerance``: of the check.
+    a RuntimeError on entering it means that this provider is not available. ``tolerance``, ``weight``: of the check,
+    see :func:`check.verify`. ``verify``: takes the place of that check.
     """
 
     calls: Callable[[AnyCase], Calls]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     tolerance: float = check.TOLERANCE
+    weight: Callable[[int, int], torch.Tensor] | None = None
+    verify: Callable[[AnyCase, list], float] | None = None
 
     def timer(self, case: AnyCase) -> timing.OnHost | timing.InGraph:
         """The calls of ``case``, checked and ready to be timed."""
-        calls = self.calls(case)
-        if isinstance(case, ModelCase):
-            return timing.OnHost(calls, case.verify, case.device)
+        calls, errors = self.calls(case), []
 
         def verify(outputs: list) -> None:
-            check.verify(case, outputs, self.tolerance)
+            if self.verify:
+                errors.append(self.verify(case, outputs))
+            else:
+                errors.append(check.verify(case, outputs, self.tolerance, self.weight))
 
-        if case.device == "cuda":
-            return timing.InGraph(calls, verify, adds=case.op == "multi_lora_")
-        return timing.OnHost(calls, verify)
+        if case.op != "model" and case.device == "cuda":
+            timer = timing.InGraph(calls, verify, adds=case.op == "multi_lora_")
+        else:
+            timer = timing.OnHost(calls, verify, case.device)
+        timer.about["relative_error"] = max(errors)
+        return timer
 
     @contextlib.contextmanager
     def entered(self):
@@ -65,6 +73,24 @@ class Provider:
             except RuntimeError as reason:
                 raise Unavailable(first_line(reason)) from None
             yield
+
+
+def with_medium(providers: dict[str, Provider]) -> dict[str, Provider]:
+    """``providers``, and each once more where float32 may be rounded to bfloat16, see :func:`precision`."""
+
+    @contextlib.contextmanager
+    def both(context: Callable):
+        with context(), precision("medium"):
+            yield
+
+    return providers | {
+        f"{name}, medium": dataclasses.replace(
+            p,
+            context=functools.partial(both, p.context),
+            tolerance=max(p.tolerance, check.TOLERANCE),
+        )
+        for name, p in providers.items()
+    }
 
 
 def first_line(error: Exception) -> str:
@@ -165,6 +191,12 @@ def where(case: dict) -> str:
     if case["op"] == "model":
         return f"{case['model']} {case['phase']}"
     return f"{case['op']} {case['N']}x{case['K']}" + (f" M={case['M']}" if case["M"] else "")
+
+
+def key(case: dict) -> tuple:
+    """What tells a case of a document from others."""
+    results = ("providers", "limit_ms", "flops", "bytes")
+    return tuple(sorted((name, value) for name, value in case.items() if name not in results))
 
 
 def read(path: pathlib.Path) -> dict:

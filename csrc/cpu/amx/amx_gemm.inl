@@ -5,19 +5,19 @@
 // that do not say what they read.
 inline void in_memory(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-// The tile registers of this thread, all those of rows of one shape; they are given back at the
-// end.
+// The tile registers of this thread, until the end: of sums (0-3), of `rows` rows of operands of
+// `bytes` bytes each (4-5), and of panels (6-7).
 class AmxRegisters {
  public:
-  explicit AmxRegisters(int rows) {
+  explicit AmxRegisters(int rows, int bytes = 64) {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
     for (int t = 0; t < 8; ++t) {
-      shape.row_bytes[t] = 64;
-      shape.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kAmxRows);
+      shape.row_bytes[t] = static_cast<uint16_t>(t / 2 == 2 ? bytes : 64);
+      shape.rows[t] = static_cast<uint8_t>(t < 6 ? rows : bytes / 4);
     }
     in_memory(&shape);
     _tile_loadconfig(&shape);
@@ -27,11 +27,25 @@ class AmxRegisters {
   AmxRegisters& operator=(const AmxRegisters&) = delete;
 };
 
+// How many rows of a tile register the rows are dealt out to evenly: 17 as 9 + 8, not 16 + 1.
+inline int amx_height(int64_t rows) {
+  return static_cast<int>(ceil_div(rows, ceil_div(rows, kAmxRows)));
+}
+
+// How the two registers of a step lie in a panel: one after the other (amx_split.inl), or row by
+// row side by side (gemm_pairs.inl).
+struct WholeRegisters {
+  static constexpr int64_t kNext = kAmxBytes, kRow = 64;  // bytes to the second one, and to a row
+};
+struct RowsOfPairs {
+  static constexpr int64_t kNext = 64, kRow = kMicroVectors * 64;
+};
+
 // sums[row][column] = the product of `steps` steps, the smallest splits first, for once or twice
 // `height` rows and kMicroColumns columns. RowsSize leads from the first `height` rows of a to the
 // next. Registers 0-3 hold sums, 4-5 a split of a, 6-7 a split of the panel. After each step,
 // between(s) runs beside the products that were begun.
-template <int Rows, int SplitsA, int SplitsW, int64_t RowsSize, class Between>
+template <int Rows, int SplitsA, int SplitsW, int64_t RowsSize, class Layout, class Between>
 inline void amx_multiply(const char* a, const char* w, int64_t steps, int height, float* sums,
                          const Between& between) {
   const auto load_a = [&](int split) {
@@ -39,8 +53,9 @@ inline void amx_multiply(const char* a, const char* w, int64_t steps, int height
     if constexpr (Rows == 2) _tile_loadd(5, a + RowsSize + split * kAmxBytes, 64);
   };
   const auto load_w = [&](int split) {
-    _tile_loadd(6, w + kMicroVectors * split * kAmxBytes, 64);
-    _tile_loadd(7, w + (kMicroVectors * split + 1) * kAmxBytes, 64);
+    const char* first = w + kMicroVectors * split * kAmxBytes;
+    _tile_loadd(6, first, Layout::kRow);
+    _tile_loadd(7, first + Layout::kNext, Layout::kRow);
   };
   const auto multiply = [] {
     _tile_dpbf16ps(0, 4, 6);
@@ -115,10 +130,9 @@ inline bool is_finite(const float* sums, int64_t rows) {
 }
 
 // c[i, j] += sums[i, j] * scales[j] for kMicroColumns columns.
-inline void add_sums(const float* sums, const AmxPanel& panel, int64_t group, int64_t rows,
+inline void add_sums(const float* sums, const float* const* scales, int64_t group, int64_t rows,
                      float* c) {
-  const vf low = load(panel.scales[0] + group * kLanes),
-           high = load(panel.scales[1] + group * kLanes);
+  const vf low = load(scales[0] + group * kLanes), high = load(scales[1] + group * kLanes);
   for (int64_t i = 0; i < rows; ++i, sums += kMicroColumns, c += kStripWidth) {
     store(c, fma(load(sums), low, load(c)));
     store(c + kLanes, fma(load(sums + kLanes), high, load(c + kLanes)));
@@ -140,7 +154,7 @@ class AmxProduct {
         source(weight),
         i0(first),
         rows(count),
-        height(static_cast<int>(ceil_div(count, ceil_div(count, kAmxRows)))),
+        height(amx_height(count)),
         registers(height) {
     panel.floats = static_cast<float*>(scratch(
         Buffer::panel,
@@ -202,11 +216,11 @@ class AmxProduct {
         const char* splits = panel.splits + s * kMicroVectors * SplitsW * kAmxBytes;
         Sums& to = sums[which];
         if (i + height < rows)
-          amx_multiply<2, SplitsA, SplitsW, kRowsSize>(at, splits, count, height, to.values,
-                                                       between);
+          amx_multiply<2, SplitsA, SplitsW, kRowsSize, WholeRegisters>(at, splits, count, height,
+                                                                       to.values, between);
         else
-          amx_multiply<1, SplitsA, SplitsW, kRowsSize>(at, splits, count, height, to.values,
-                                                       between);
+          amx_multiply<1, SplitsA, SplitsW, kRowsSize, WholeRegisters>(at, splits, count, height,
+                                                                       to.values, between);
         to.row = i;
         to.rows = min64(2 * height, rows - i);
         to.group = s / panel.group;
@@ -220,7 +234,7 @@ class AmxProduct {
     if (count <= 0) return;
     const float* values = from.values + begin * kMicroColumns;
     if (panel.tame && is_finite(values, count))
-      add_sums(values, panel, from.group, count, c + row * kStripWidth);
+      add_sums(values, panel.scales, from.group, count, c + row * kStripWidth);
     else
       add_with_care(values, from.group, row, count, c);
   }
@@ -230,7 +244,7 @@ class AmxProduct {
     const int64_t begin = group * panel.group * kStep;
     for (int64_t i = row; i < row + count; ++i, values += kMicroColumns) {
       if (panel.tame && is_finite(values, 1))
-        add_sums(values, panel, group, 1, c + i * kStripWidth);
+        add_sums(values, panel.scales, group, 1, c + i * kStripWidth);
       else
         add_row(a, i0 + i, p0 + begin, min64(panel.group * kStep, n - begin),
                 panel.floats + begin * kMicroColumns, c + i * kStripWidth);

@@ -19,9 +19,13 @@ struct Constant {
 #else
 constexpr bool kHasAmx = false;
 constexpr int64_t kAmxForward = INT64_MAX, kAmxDx = INT64_MAX;
+constexpr int64_t kAmxForwardPairs = INT64_MAX, kAmxDxPairs = INT64_MAX;
 template <bool TransposedSource, class Source>
 void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int64_t, int64_t,
                     int64_t, float*) {}
+template <class Source>
+void accumulate_pairs_amx(const Matrix&, const Source&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                          float*) {}
 #endif
 #include "cpu/kernels/sgmv.inl"
 #include "cpu/kernels/epilogue.inl"
@@ -30,10 +34,20 @@ void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int6
 #include "cpu/kernels/gemv_pairs.inl"
 #include "cpu/kernels/gemm_pairs.inl"
 #include "cpu/kernels/skinny_pairs.inl"
+#ifdef LK_AMX
+#include "cpu/amx/amx_pairs.inl"
+#endif
 #endif
 #include "cpu/kernels/quantize.inl"
 #ifdef LK_INT8
 #include "cpu/kernels/int8.inl"
+#endif
+#ifdef LK_AMX
+#include "cpu/amx/amx_int8.inl"
+#else
+constexpr const char* kInt8Tiles = nullptr;
+inline bool amx_int8_takes(int64_t) { return false; }
+inline void linear_int8_amx(const LinearArgs&, const Expansion*, const Parallel&) {}
 #endif
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/multi.inl"
@@ -44,10 +58,12 @@ void accumulate_amx(const Operand<false>&, const Source&, int64_t, int64_t, int6
   extern const KernelTable table;                                                             \
   const KernelTable table = {                                                                 \
       name,                                                                                   \
-      kInt8,                                                                                  \
+      {kInt8Tiles, kInt8},                                                                    \
       kHasPairs,                                                                              \
       kForward,                                                                               \
       kDx,                                                                                    \
+      kForwardPairs,                                                                          \
+      kDxPairs,                                                                               \
       quantize,                                                                               \
       double_quantize,                                                                        \
       dequantize,                                                                             \

@@ -9,22 +9,51 @@ inline float block_scale(const Weight4& w, int64_t block) {
          *w.nested_offset;
 }
 
-// dst[0, n) = the scales of blocks [first, first + n). Product and sum are rounded separately, as
-// stored ones were.
-inline void load_scales(float* dst, const Weight4& w, int64_t first, int64_t n) {
-  if (w.absmax) return load_row(dst, w.absmax, DType::f32, first, n);
-  int64_t i = 0;
-  while (i < n) {
-    // A run shares one nested absmax.
-    const int64_t run_end = min64(n, ((((first + i) >> kNestedShift) + 1) << kNestedShift) - first);
-    const vf nested = set1(w.nested_absmax[(first + i) >> kNestedShift]),
-             offset = set1(*w.nested_offset);
-    for (; i + kLanes <= run_end; i += kLanes)
-      store(dst + i,
-            add(mul(gather(w.nested_code, load_u8(w.absmax_u8 + first + i)), nested), offset));
-    for (; i < run_end; ++i) dst[i] = block_scale(w, first + i);
+#ifndef LK_NUMBER_TABLE
+// 256 numbers that bytes are looked up in. A vocabulary with something faster than gather has its
+// own.
+struct NumberTable {
+  const float* numbers;
+
+  explicit NumberTable(const float* table) : numbers(table) {}
+  // dst[i] = the number of index[i], 0 <= i < n.
+  void look_up(float* dst, const uint8_t* index, int64_t n) const {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(dst + i, gather(numbers, load_u8(index + i)));
+    for (; i < n; ++i) dst[i] = numbers[index[i]];
   }
-}
+};
+#endif
+
+// The scales of a weight's blocks.
+struct Scales {
+  const Weight4& w;
+  NumberTable nested;
+
+  explicit Scales(const Weight4& weight) : w(weight), nested(weight.nested_code) {}
+  // dst[0, n) = the scales of blocks [first, first + n). Product and sum are rounded separately, as
+  // stored ones were.
+  void read(float* dst, int64_t first, int64_t n) const {
+    if (w.absmax) return load_row(dst, w.absmax, DType::f32, first, n);
+    if (n < kLanes) {
+      for (int64_t i = 0; i < n; ++i) dst[i] = block_scale(w, first + i);
+      return;
+    }
+    for (int64_t i = 0; i < n;) {
+      // A run shares one nested absmax.
+      const int64_t block = first + i;
+      const int64_t run = min64(n - i, (((block >> kNestedShift) + 1) << kNestedShift) - block);
+      float* to = dst + i;
+      nested.look_up(to, w.absmax_u8 + block, run);
+      const float absmax = w.nested_absmax[block >> kNestedShift], offset = *w.nested_offset;
+      int64_t k = 0;
+      for (; k + kLanes <= run; k += kLanes)
+        store(to + k, add(mul(load(to + k), set1(absmax)), set1(offset)));
+      for (; k < run; ++k) to[k] = to[k] * absmax + offset;
+      i += run;
+    }
+  }
+};
 
 // -- row sources ----------------------------------------------------------------------------------
 // row(r, begin, n, dst) writes columns [begin, begin + n) of stored row r as float32.

@@ -25,11 +25,12 @@ inline void for_nibbles(const F& f) {
 // Walks chunks of rows of the weight: scales per lane, packed dwords.
 struct Chunks {
   const Weight4& w;
+  Scales scales;
   int64_t blocks_per_row;
   vi scale_lane;  // lane j of a chunk takes the scale this many blocks after the chunk's first
 
   explicit Chunks(const Weight4& weight)
-      : w(weight), blocks_per_row(weight.K >> weight.block_shift) {
+      : w(weight), scales(weight), blocks_per_row(weight.K >> weight.block_shift) {
     uint32_t lane[kLanes];
     for (int j = 0; j < kLanes; ++j) lane[j] = static_cast<uint32_t>(8 * j) >> w.block_shift;
     scale_lane = loadi(lane);
@@ -39,14 +40,15 @@ struct Chunks {
 
   int64_t first_block(int64_t k) const { return k >> w.block_shift; }
   void load_row_scales(float* dst, int64_t n, int64_t first, int64_t count) const {
-    load_scales(dst, w, n * blocks_per_row + first, count);
+    scales.read(dst, n * blocks_per_row + first, count);
   }
   // A hint only: may name a row beyond the last. Hardware prefetchers stop at pages, which rows of
   // codes soon reach.
   void prefetch(int64_t n, int64_t k) const { __builtin_prefetch(w.packed + ((n * w.K + k) >> 1)); }
   // Asks for the bytes of rows n .. n + kLanes.
   void prefetch_rows(int64_t n, int64_t k) const {
-    for (int64_t l = 0; l < kLanes; ++l) prefetch(n + l, k);
+    const uint8_t* p = w.packed + ((n * w.K + k) >> 1);
+    for (int64_t l = 0; l < kLanes; ++l, p += w.K >> 1) __builtin_prefetch(p);
   }
   void prefetch_scales(int64_t n, int64_t first, int64_t count) const {
     const int64_t block = n * blocks_per_row + first, size = w.absmax ? 4 : 1;
@@ -66,8 +68,14 @@ struct Chunks {
 // n + l. A missing row repeats the last one.
 inline void load_chunk(const Chunks& chunks, int64_t n, int64_t count, int64_t k,
                        vf (&dwords)[kLanes]) {
-  for (int64_t l = 0; l < kLanes; ++l)
-    dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
+  const int64_t row_bytes = chunks.w.K >> 1;
+  if (count >= kLanes && chunks.w.K - k >= kChunk) {
+    const uint8_t* p = chunks.w.packed + n * row_bytes + (k >> 1);
+    for (int64_t l = 0; l < kLanes; ++l, p += row_bytes) dwords[l] = as_float(loadi(p));
+  } else {
+    for (int64_t l = 0; l < kLanes; ++l)
+      dwords[l] = as_float(chunks.packed(n + min64(l, count - 1), k));
+  }
   transpose(dwords);
 }
 
@@ -149,12 +157,18 @@ inline void fill_transposed(const LaneRows& source, int64_t j0, int64_t columns,
 // time.
 struct ColumnStrip {
   const Weight4& w;
+  Scales all_scales;
   const Lut& lut;
   int64_t j0, columns, first_block, blocks, stride;  // blocks of these columns in each row
   float* scales;                                     // [row][stride]
 
   ColumnStrip(const Weight4& weight, const Lut& table, int64_t first, int64_t count)
-      : w(weight), lut(table), j0(first), columns(count), first_block(first >> w.block_shift) {
+      : w(weight),
+        all_scales(weight),
+        lut(table),
+        j0(first),
+        columns(count),
+        first_block(first >> w.block_shift) {
     blocks = ((j0 + columns - 1) >> w.block_shift) + 1 - first_block;
     stride = ceil_div(blocks, kLanes) * kLanes;
     scales = static_cast<float*>(scratch(Buffer::scales, kDepth * stride * sizeof(float)));
@@ -162,7 +176,7 @@ struct ColumnStrip {
   const uint8_t* packed(int64_t row, int64_t j) const { return w.packed + ((row * w.K + j) >> 1); }
   void load_row_scales(int64_t p0, int64_t depth) const {
     for (int64_t p = 0; p < depth; ++p)
-      load_scales(scales + p * stride, w, (p0 + p) * (w.K >> w.block_shift) + first_block, blocks);
+      all_scales.read(scales + p * stride, (p0 + p) * (w.K >> w.block_shift) + first_block, blocks);
   }
 };
 

@@ -3,17 +3,16 @@
 //
 // Activations are laid out to match the chunks of dequant_panels.inl ("shuffled"):
 //
-//   shuffled[chunk][s][j] = x[8 kLanes chunk + 8j + s]         zero beyond K
+//   shuffled[chunk][s][m][j] = x[m][8 kLanes chunk + 8j + s]         zero beyond K
 
 constexpr int kMaxGemv = 4;
 
-inline void shuffle_row(float* dst, const float* x, int64_t K) {
-  for (int64_t chunk = 0; chunk < K; chunk += kChunk)
+// Row m of M; x is padded with zeros up to whole chunks.
+inline void shuffle_row(float* dst, const float* x, int64_t m, int64_t M, int64_t K) {
+  dst += m * kLanes;
+  for (int64_t chunk = 0; chunk < K; chunk += kChunk, dst += M * kChunk)
     for (int s = 0; s < 8; ++s)
-      for (int j = 0; j < kLanes; ++j) {
-        const int64_t k = chunk + 8 * j + s;
-        *dst++ = k < K ? x[k] : 0.0f;
-      }
+      for (int j = 0; j < kLanes; ++j) dst[s * M * kLanes + j] = x[chunk + 8 * j + s];
 }
 
 inline void unshuffle(float* dst, const float* src, int64_t n) {
@@ -29,54 +28,92 @@ inline void unshuffle(float* dst, const float* src, int64_t n) {
 
 constexpr int64_t kDotRowsAhead = 8;  // from a load to its prefetch into the second level
 
-// totals[r][m] += lanes of the dot product of weight row n + r with activation row m. Addresses are
+// How a chunk of the weight meets x, in float32. gemv_pairs.inl has the other way.
+struct FloatProducts {
+  using Number = float;                       // what shuffled x is made of
+  static constexpr int kSteps = 8;            // vectors of x that meet a chunk
+  static constexpr int kGroup = kLookupRows;  // rows of the weight whose lookups are made together
+  // Rows of the weight at a time: with more, the sums of M rows of x would not fit the registers.
+  template <int M>
+  static constexpr int kRows = M < 4 ? 4 : 2;
+  Lut lut;
+
+  explicit FloatProducts(const float* code) : lut(make_lut(code)) {}
+  NibbleWeights decode(vi packed) const { return NibbleWeights(lut, packed); }
+  static vf load_x(const float* x) { return load(x); }
+  template <int S>
+  vf weight(const NibbleWeights& of) const {
+    return of.template weight<S>(lut);
+  }
+  static vf add_product(vf sum, vf weight, vf x) { return fma(weight, x, sum); }
+};
+
+template <int S, int Steps, class F>
+inline void for_steps(const F& f) {
+  if constexpr (S < Steps) {
+    f(Constant<S>{});
+    for_steps<S + 1, Steps>(f);
+  }
+}
+
+// total[r][m] = lanes of the dot product of weight row n + r with activation row m. Addresses are
 // sums of few variables, or they would not fit the integer registers.
-template <int Rows, int M>
-inline void dot_rows(const Chunks& chunks, const Lut& lut, const float* scales,
-                     int64_t scales_stride, int64_t n, const float* x, int64_t x_stride,
+template <int Rows, int M, class Products>
+inline void dot_rows(const Chunks& chunks, const Products& products, const float* scales,
+                     int64_t scales_stride, int64_t n, const typename Products::Number* x,
                      vf (&total)[Rows][M]) {
+  constexpr int Steps = Products::kSteps;
+  constexpr int Group = Rows < Products::kGroup ? Rows : Products::kGroup;
   const int64_t K = chunks.w.K, row_bytes = K >> 1;
   const uint8_t* row = chunks.w.packed + n * row_bytes;
   const int block_shift = chunks.w.block_shift;
   const vi scale_lane = chunks.scale_lane;
-  constexpr int Group = Rows < kLookupRows ? Rows : kLookupRows;
-  for (int64_t k = 0; k < K; k += kChunk, row += kChunk / 2, x += kChunk)
+  vf held[Rows][M];  // the caller's would be written to memory with every chunk
+  for (int r = 0; r < Rows; ++r)
+    for (int m = 0; m < M; ++m) held[r][m] = zero();
+  const auto add_chunk = [&](const float* of_block, const auto& packed) {
     for (int first = 0; first < Rows; first += Group) {
-      NibbleWeights weights[Group];
-      vf products[Group][M];
+      decltype(products.decode(packed(0))) decoded[Group];
+      vf sum[Group][M];
       for (int r = 0; r < Group; ++r) {
-        const uint8_t* p = row + (first + r) * row_bytes;
-        weights[r] = NibbleWeights(
-            lut, K - k >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>((K - k) >> 3)));
-        __builtin_prefetch(p + kDotRowsAhead * row_bytes, 0, 2);
-        for (int m = 0; m < M; ++m) products[r][m] = zero();
+        decoded[r] = products.decode(packed(first + r));
+        for (int m = 0; m < M; ++m) sum[r][m] = zero();
       }
-      for_nibbles([&](auto s) {
+      for_steps<0, Steps>([&](auto s) {
         constexpr int S = decltype(s)::value;
-        vf activation[M];  // loaded once for the group
-        for (int m = 0; m < M; ++m) activation[m] = load(x + m * x_stride + S * kLanes);
+        decltype(Products::load_x(x)) activation[M];  // loaded once for the group
+        for (int m = 0; m < M; ++m) activation[m] = Products::load_x(x + (S * M + m) * kLanes);
         for (int r = 0; r < Group; ++r) {
-          const vf weight = weights[r].template weight<S>(lut);
-          for (int m = 0; m < M; ++m) products[r][m] = fma(weight, activation[m], products[r][m]);
+          const auto weight = products.template weight<S>(decoded[r]);
+          for (int m = 0; m < M; ++m)
+            sum[r][m] = Products::add_product(sum[r][m], weight, activation[m]);
         }
       });
       for (int r = 0; r < Group; ++r) {
-        const float* of_row = scales + (first + r) * scales_stride;
-        const vf scale = permute(load(of_row + (k >> block_shift)), scale_lane);
-        for (int m = 0; m < M; ++m)
-          total[first + r][m] = fma(products[r][m], scale, total[first + r][m]);
+        const vf scale = permute(load(of_block + (first + r) * scales_stride), scale_lane);
+        for (int m = 0; m < M; ++m) held[first + r][m] = fma(sum[r][m], scale, held[first + r][m]);
       }
     }
+  };
+  int64_t k = 0;
+  for (; k + kChunk <= K; k += kChunk, row += kChunk / 2, x += Steps * M * kLanes)
+    add_chunk(scales + (k >> block_shift), [&](int r) {
+      __builtin_prefetch(row + (r + kDotRowsAhead) * row_bytes, 0, 2);
+      return loadi(row + r * row_bytes);
+    });
+  if (k < K)
+    add_chunk(scales + (k >> block_shift), [&](int r) {
+      return loadi_partial(row + r * row_bytes, static_cast<int>((K - k) >> 3));
+    });
+  for (int r = 0; r < Rows; ++r)
+    for (int m = 0; m < M; ++m) total[r][m] = held[r][m];
 }
 
-// Table: what the codes are looked up in. X: what x is shuffled into, floats, or dwords of two
-// bfloat16 numbers where the table gives pairs.
-template <class Table, class X>
+template <class Products>
 struct GemvArgs {
   const LinearArgs& a;
-  const Table& table;
-  const X* x;  // shuffled, M rows of x_stride
-  int64_t x_stride;
+  const Products& products;
+  const typename Products::Number* x;  // shuffled
   const float* s;  // scaling * S, M rows of s_stride, zero beyond R; null: no adapter
   int64_t s_stride;
   const Expansion* many;
@@ -99,16 +136,16 @@ struct Deltas {
 };
 
 // Computes outputs [n0, n0 + Rows) of every activation row.
-template <int Rows, int M, class Args, class Table>
-void gemv_outputs(const Args& f, const Chunks& chunks, const Table& table, float* scales,
-                  float* b_row, const Deltas<M>& deltas, int64_t n0) {
+template <int Rows, int M, class Products>
+void gemv_outputs(const GemvArgs<Products>& f, const Chunks& chunks, const Products& products,
+                  float* scales, float* b_row, const Deltas<M>& deltas, int64_t n0) {
   const int64_t scales_size = Chunks::scales_size(chunks.w);
   vf total[Rows][M];
   for (int r = 0; r < Rows; ++r) {
     for (int m = 0; m < M; ++m) total[r][m] = zero();
     chunks.load_row_scales(scales + r * scales_size, n0 + r, 0, chunks.blocks_per_row);
   }
-  dot_rows<Rows, M>(chunks, table, scales, scales_size, n0, f.x, f.x_stride, total);
+  dot_rows<Rows, M>(chunks, products, scales, scales_size, n0, f.x, total);
   for (int r = 0; r < Rows; ++r) {
     const int64_t n = n0 + r;
     if (f.s) {
@@ -127,17 +164,13 @@ void gemv_outputs(const Args& f, const Chunks& chunks, const Table& table, float
   }
 }
 
-// Rows of the weight at a time, by the table that they are looked up in.
-template <class Table, int M>
-constexpr int kGemvRows = 4;
-
-template <int M, class Table, class X>
-void gemv_forward(const GemvArgs<Table, X>& f, const Parallel& pool) {
-  constexpr int kRowsAtOnce = kGemvRows<Table, M>;
+template <int M, class Products>
+void gemv_forward(const GemvArgs<Products>& f, const Parallel& pool) {
+  constexpr int kRowsAtOnce = Products::template kRows<M>;
   const Weight4& w = *f.a.base.quantized;
   parallel(pool, ceil_div(w.N, kRowsAtOnce), [&](int64_t begin, int64_t end) {
     const Chunks chunks(w);
-    const Table table = f.table;
+    const Products products = f.products;
     const int64_t scales_size = Chunks::scales_size(w);
     const int64_t b_size = f.s ? f.s_stride : 0;
     float* memory = static_cast<float*>(
@@ -152,10 +185,10 @@ void gemv_forward(const GemvArgs<Table, X>& f, const Parallel& pool) {
       if (f.many && (t - begin) % (kStripWidth / kRowsAtOnce) == 0)
         deltas.fill(*f.many, n, min64(kStripWidth, min64(end * kRowsAtOnce, w.N) - n));
       if (n + kRowsAtOnce <= w.N)
-        gemv_outputs<kRowsAtOnce, M>(f, chunks, table, scales, b_row, deltas, n);
+        gemv_outputs<kRowsAtOnce, M>(f, chunks, products, scales, b_row, deltas, n);
       else
         for (int64_t i = n; i < w.N; ++i)
-          gemv_outputs<1, M>(f, chunks, table, scales, b_row, deltas, i);
+          gemv_outputs<1, M>(f, chunks, products, scales, b_row, deltas, i);
     }
   });
 }
@@ -196,17 +229,18 @@ inline void for_gemv_rows(int64_t M, const F& f) {
 // Computes y for 1 <= M <= kMaxGemv; S is in a.s already.
 inline void linear_gemv(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols;
-  const int64_t x_stride = ceil_div(K, kChunk) * kChunk;
-  float* memory = static_cast<float*>(
-      scratch(Buffer::shared, (M * (x_stride + ScaledS::stride_of(a)) + x_stride) * sizeof(float)));
-  float* x = memory + x_stride;
+  const int64_t padded = ceil_div(K, kChunk) * kChunk;
+  float* row = static_cast<float*>(
+      scratch(Buffer::shared, (M * (padded + ScaledS::stride_of(a)) + padded) * sizeof(float)));
+  float* x = row + padded;
+  for (int64_t k = K; k < padded; ++k) row[k] = 0.0f;
   for (int64_t m = 0; m < M; ++m) {
-    load_row(memory, a.x.data, a.x.dtype, m * a.x.stride, K);
-    shuffle_row(x + m * x_stride, memory, K);
+    load_row(row, a.x.data, a.x.dtype, m * a.x.stride, K);
+    shuffle_row(x, row, m, M, K);
   }
-  const ScaledS s(a, x + M * x_stride);
-  const Lut lut = make_lut(a.base.quantized->code);
-  const GemvArgs<Lut, float> f{a, lut, x, x_stride, s.data, s.stride, many};
+  const ScaledS s(a, x + M * padded);
+  const FloatProducts products(a.base.quantized->code);
+  const GemvArgs<FloatProducts> f{a, products, x, s.data, s.stride, many};
   for_gemv_rows(M, [&](auto rows) { gemv_forward<decltype(rows)::value>(f, pool); });
 }
 
@@ -284,16 +318,12 @@ inline void add_adapters_to_row(const Expansion& many, int64_t m, int64_t k_begi
   }
 }
 
-// Rows of the weight at a time, as kGemvRows.
-template <class Table>
-constexpr int kOuterRows = 4;
-
 // Computes columns [k_begin, k_end) of dx; k_begin is a multiple of kChunk. dy is float32 [M, N];
 // a.ds holds dS already.
-template <int M, class Table>
-void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& table, const float* dy,
+template <int M>
+void gemv_columns(const BackwardArgs& a, const Expansion* many, const Lut& lut, const float* dy,
                   int64_t k_begin, int64_t k_end) {
-  constexpr int kRowsAtOnce = kOuterRows<Table>;
+  constexpr int kRowsAtOnce = 4;
   const Weight4& w = *a.base.quantized;
   const Chunks chunks(w);
   const int64_t width = ceil_div(k_end - k_begin, kChunk) * kChunk;
@@ -312,12 +342,12 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& tab
       chunks.prefetch_scales(n + r + kScalesAhead, first, blocks);
       chunks.load_row_scales(scales + r * scales_size, n + r, first, blocks);
     }
-    outer_rows<kRowsAtOnce, M>(chunks, table, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
+    outer_rows<kRowsAtOnce, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc,
                                width);
   }
   for (; n < w.N; ++n) {
     chunks.load_row_scales(scales, n, first, blocks);
-    outer_rows<1, M>(chunks, table, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
+    outer_rows<1, M>(chunks, lut, scales, scales_size, n, dy, w.N, k_begin, k_end, acc, width);
   }
   float* base = memory + kRowsAtOnce * scales_size;
   float* adapter = base + width;
@@ -332,9 +362,8 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const Table& tab
   }
 }
 
-template <class Table>
-void dx_gemv(const BackwardArgs& a, const Expansion* many, const Table& table,
-             const Parallel& pool) {
+inline void dx_gemv(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+  const Lut lut = make_lut(a.base.quantized->code);
   const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;
   float* dy = static_cast<float*>(scratch(Buffer::shared, M * N * sizeof(float)));
   for (int64_t m = 0; m < M; ++m) load_row(dy + m * N, a.dy.data, a.dy.dtype, m * a.dy.stride, N);
@@ -345,7 +374,7 @@ void dx_gemv(const BackwardArgs& a, const Expansion* many, const Table& table,
       const int64_t k_begin = chunks * t / strips * kChunk,
                     k_end = min64(K, chunks * (t + 1) / strips * kChunk);
       for_gemv_rows(M, [&](auto rows) {
-        gemv_columns<decltype(rows)::value>(a, many, table, dy, k_begin, k_end);
+        gemv_columns<decltype(rows)::value>(a, many, lut, dy, k_begin, k_end);
       });
     }
   });

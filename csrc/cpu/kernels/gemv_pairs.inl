@@ -4,10 +4,7 @@
 // Forward: x is rounded to bfloat16 (16-bit activations are that already) and laid out to match the
 // pairs that a lookup in a chunk of packed bytes makes, dwords of two numbers:
 //
-//   pairs[chunk][S][j] = (x[chunk*8W + 8j + S], x[chunk*8W + 8j + 4 + S])       S = 0..3
-//
-// dX: two rows of the weight are a pair, and so are their coefficients, gradient times scale, each
-// rounded once.
+//   pairs[chunk][S][m][j] = (x[m][chunk*8W + 8j + S], x[m][chunk*8W + 8j + 4 + S])       S = 0..3
 
 constexpr int64_t kChunkPairs = kChunk / 2;
 
@@ -24,19 +21,38 @@ inline void load_row16(uint16_t* dst, const void* src, DType t, int64_t offset, 
   for (; i < n; ++i) dst[i] = bf16_from_float(p[i]);
 }
 
-// x[0, K) as pairs, zero beyond K; x is padded with zeros up to whole chunks.
-inline void shuffle_row(uint32_t* dst, const uint16_t* x, int64_t K) {
-  for (int64_t chunk = 0; chunk < K; chunk += kChunk)
+// Row m of M as pairs; x is padded with zeros up to whole chunks.
+inline void shuffle_row(uint32_t* dst, const uint16_t* x, int64_t m, int64_t M, int64_t K) {
+  dst += m * kLanes;
+  for (int64_t chunk = 0; chunk < K; chunk += kChunk, dst += M * kChunkPairs) {
+    alignas(64) uint32_t pairs[kChunkPairs];
+    for (int64_t k = 0; k < kChunk; k += 2 * kLanes)
+      storei(pairs + k / 2, pairs_of_eight(loadi(x + chunk + k)));
     for (int s = 0; s < 4; ++s)
-      for (int j = 0; j < kLanes; ++j) {
-        const uint16_t* at = x + chunk + 8 * j + s;
-        *dst++ = at[0] | uint32_t{at[4]} << 16;
-      }
+      for (int j = 0; j < kLanes; ++j) dst[s * M * kLanes + j] = pairs[4 * j + s];
+  }
 }
 
-// More than two rows of the weight and of x would not fit the registers.
-template <int M>
-constexpr int kGemvRows<PairLut, M> = M == 1 ? 4 : 2;
+// gemv.inl's FloatProducts on pairs.
+struct PairProducts {
+  using Number = uint32_t;
+  static constexpr int kSteps = 4, kGroup = 4;
+  template <int M>
+  static constexpr int kRows = M == 1   ? 8
+                               : M == 2 ? 4
+                               : M == 3 ? 3
+                                        : 2;
+  PairLut table;
+
+  explicit PairProducts(const float* code) : table(make_pair_lut(code)) {}
+  static vi decode(vi packed) { return packed; }
+  static vi load_x(const uint32_t* x) { return loadi(x); }
+  template <int S>
+  vi weight(vi packed) const {
+    return pair_of<S>(table, packed);
+  }
+  static vf add_product(vf sum, vi weight, vi x) { return dot2(sum, weight, x); }
+};
 
 // Calls f(Constant<S>{}) for the pairs S = 0..3 of a dword.
 template <class F>
@@ -47,121 +63,20 @@ inline void for_pairs(const F& f) {
   f(Constant<3>{});
 }
 
-// Overload of gemv.inl's; x_stride counts dwords.
-template <int Rows, int M>
-inline void dot_rows(const Chunks& chunks, const PairLut& table, const float* scales,
-                     int64_t scales_stride, int64_t n, const uint32_t* x, int64_t x_stride,
-                     vf (&total)[Rows][M]) {
-  const int64_t K = chunks.w.K, row_bytes = K >> 1;
-  const uint8_t* row = chunks.w.packed + n * row_bytes;
-  const int block_shift = chunks.w.block_shift;
-  const vi scale_lane = chunks.scale_lane;
-  for (int64_t k = 0; k < K; k += kChunk, row += kChunk / 2, x += kChunkPairs) {
-    vi packed[Rows];
-    vf sum[Rows][M];
-    for (int r = 0; r < Rows; ++r) {
-      const uint8_t* p = row + r * row_bytes;
-      packed[r] = K - k >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>((K - k) >> 3));
-      __builtin_prefetch(p + kDotRowsAhead * row_bytes, 0, 2);
-      for (int m = 0; m < M; ++m) sum[r][m] = zero();
-    }
-    for_pairs([&](auto s) {
-      constexpr int S = decltype(s)::value;
-      vi activation[M];  // loaded once for all rows
-      for (int m = 0; m < M; ++m) activation[m] = loadi(x + m * x_stride + S * kLanes);
-      for (int r = 0; r < Rows; ++r) {
-        const vi weight = pair_of<S>(table, packed[r]);
-        for (int m = 0; m < M; ++m) sum[r][m] = dot2(sum[r][m], weight, activation[m]);
-      }
-    });
-    for (int r = 0; r < Rows; ++r) {
-      const vf scale = permute(load(scales + r * scales_stride + (k >> block_shift)), scale_lane);
-      for (int m = 0; m < M; ++m) total[r][m] = fma(sum[r][m], scale, total[r][m]);
-    }
-  }
-}
-
-template <>
-constexpr int kOuterRows<PairLut> = 8;
-
-// to[p][m][block] = gradient times scale of rows 2p and 2p + 1 as a pair, for all blocks of the
-// strip; a second row that is missing counts as zero.
-template <int Rows, int M>
-inline void load_coefficients(const float* scales, int64_t scales_stride, const float* dy,
-                              int64_t dy_stride, int64_t blocks, uint32_t* to, int64_t stride) {
-  for (int r = 0; r < Rows; r += 2) {
-    const float *even = scales + r * scales_stride, *odd = even + scales_stride;
-    for (int m = 0; m < M; ++m, to += stride) {
-      const vf first = set1(dy[m * dy_stride + r]);
-      const vf second = set1(r + 1 < Rows ? dy[m * dy_stride + r + 1] : 0.0f);
-      for (int64_t b = 0; b < blocks; b += kLanes)
-        storei(to + b, round_pairs(mul(load(even + b), first),
-                                   r + 1 < Rows ? mul(load(odd + b), second) : zero()));
-    }
-  }
-}
-
-// Overload of gemv.inl's.
-template <int Rows, int M>
-inline void outer_rows(const Chunks& chunks, const PairLut& table, const float* scales,
-                       int64_t scales_stride, int64_t n, const float* dy, int64_t dy_stride,
-                       int64_t k_begin, int64_t k_end, float* acc, int64_t acc_stride) {
-  constexpr int Pairs = (Rows + 1) / 2;
-  const int64_t row_bytes = chunks.w.K >> 1;
-  const uint8_t* row = chunks.w.packed + n * row_bytes + (k_begin >> 1);
-  const int block_shift = chunks.w.block_shift;
-  const int64_t first = k_begin >> block_shift;
-  const int64_t blocks = ((k_end - 1) >> block_shift) + 1 - first;
-  const int64_t stride = ceil_div(blocks, kLanes) * kLanes + kLanes;
-  const vi scale_lane = chunks.scale_lane;
-  uint32_t* coefficients = static_cast<uint32_t*>(
-      scratch(Buffer::scales, static_cast<size_t>(Pairs * M * stride) * sizeof(uint32_t)));
-  load_coefficients<Rows, M>(scales, scales_stride, dy + n, dy_stride, blocks, coefficients,
-                             stride);
-  for (int64_t k = k_begin; k < k_end; k += kChunk, row += kChunk / 2, acc += kChunk) {
-    TwoRows weights[Pairs];
-    vi coefficient[Pairs][M];
-    const int64_t left = k_end - k;
-    const uint32_t* of_block = coefficients + ((k >> block_shift) - first);
-    const auto packed = [&](int r) {
-      const uint8_t* p = row + r * row_bytes;
-      __builtin_prefetch(p + kRowsNear * row_bytes);
-      __builtin_prefetch(p + kRowsFar * row_bytes, 0, 2);
-      return left >= kChunk ? loadi(p) : loadi_partial(p, static_cast<int>(left >> 3));
-    };
-    for (int p = 0; p < Pairs; ++p) {
-      const vi even = packed(2 * p);
-      weights[p] = two_rows(even, Rows == 1 ? even : packed(2 * p + (Rows > 1)));
-      for (int m = 0; m < M; ++m)
-        coefficient[p][m] = permute(loadi(of_block + (p * M + m) * stride), scale_lane);
-    }
-    for_nibbles([&](auto s) {
-      constexpr int S = decltype(s)::value;
-      vf sum[M];
-      for (int m = 0; m < M; ++m) sum[m] = load(acc + m * acc_stride + S * kLanes);
-      for (int p = 0; p < Pairs; ++p) {
-        const vi weight = pair_of<S>(table, weights[p]);
-        for (int m = 0; m < M; ++m) sum[m] = dot2(sum[m], weight, coefficient[p][m]);
-      }
-      for (int m = 0; m < M; ++m) store(acc + m * acc_stride + S * kLanes, sum[m]);
-    });
-  }
-}
-
 // Overload for 16-bit activations: linear_gemv on pairs.
 inline void linear_gemv_pairs(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   const int64_t M = a.x.rows, K = a.x.cols;
-  const int64_t padded = ceil_div(K, kChunk) * kChunk, x_stride = padded / 2;
-  uint32_t* x = static_cast<uint32_t*>(scratch(
-      Buffer::shared, (M * (x_stride + ScaledS::stride_of(a)) + x_stride) * sizeof(uint32_t)));
-  uint16_t* row = reinterpret_cast<uint16_t*>(x + M * x_stride);
+  const int64_t padded = ceil_div(K, kChunk) * kChunk, size = padded / 2;
+  uint32_t* x = static_cast<uint32_t*>(
+      scratch(Buffer::shared, (M * (size + ScaledS::stride_of(a)) + size) * sizeof(uint32_t)));
+  uint16_t* row = reinterpret_cast<uint16_t*>(x + M * size);
   for (int64_t k = K; k < padded; ++k) row[k] = 0;
   for (int64_t m = 0; m < M; ++m) {
     load_row16(row, a.x.data, a.x.dtype, m * a.x.stride, K);
-    shuffle_row(x + m * x_stride, row, K);
+    shuffle_row(x, row, m, M, K);
   }
-  const ScaledS s(a, reinterpret_cast<float*>(x + (M + 1) * x_stride));
-  const PairLut table = make_pair_lut(a.base.quantized->code);
-  const GemvArgs<PairLut, uint32_t> f{a, table, x, x_stride, s.data, s.stride, many};
+  const ScaledS s(a, reinterpret_cast<float*>(x + (M + 1) * size));
+  const PairProducts products(a.base.quantized->code);
+  const GemvArgs<PairProducts> f{a, products, x, s.data, s.stride, many};
   for_gemv_rows(M, [&](auto rows) { gemv_forward<decltype(rows)::value>(f, pool); });
 }

@@ -80,7 +80,6 @@ struct Int8Rows {
     }
   }
 
- private:
   // A NaN or infinity in the group shows in its scale.
   static void round_group(const float* values, int64_t size, float step, uint32_t* quads,
                           int64_t stride, float& scale, int32_t& bias) {
@@ -111,44 +110,82 @@ inline vi odd_bytes(vi lut, vi packed) { return lut_bytes(lut, andi(packed, set1
 
 // -- gemv: bytes of the weight stay in registers --------------------------------------------------
 
+// Up to so many rows of x. More sums would not fit the registers.
+constexpr int kMaxInt8Gemv = kLanes > 8 ? 16 : 4;
+constexpr int kInt8Held = 4;  // up to so many rows, their outputs stay in registers as well
+
+// The sums of a group of columns: for few rows two of each, as one alone would wait for itself.
+template <int M>
+struct Int8Sums {
+  static constexpr int kChains = M <= kInt8Held ? 2 : 1;
+  vi sum[kChains][M];
+
+  explicit Int8Sums(const int32_t* bias) {
+    for (int m = 0; m < M; ++m) {
+      sum[0][m] = set1i(static_cast<uint32_t>(bias[m]));
+      if (kChains > 1) sum[kChains - 1][m] = set1i(0);
+    }
+  }
+  // Adds the products of eight weights of each lane.
+  void add(vi lut, vi packed, const uint32_t* quads) {
+    const vi high = even_bytes(lut, packed), low = odd_bytes(lut, packed);
+    for (int m = 0; m < M; ++m) sum[0][m] = dot4(sum[0][m], high, quads[m]);
+    for (int m = 0; m < M; ++m) sum[kChains - 1][m] = dot4(sum[kChains - 1][m], low, quads[M + m]);
+  }
+  vf total(int m) const {
+    return to_float(kChains > 1 ? addi(sum[0][m], sum[kChains - 1][m]) : sum[0][m]);
+  }
+};
+
 // c[m, 0 .. kLanes) += the products of a micro tile of M rows with rows n .. n + count of the
 // weight.
 template <int M>
-void int8_gemv(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n, int64_t count,
-               const float* w_scale, float* c) {
+__attribute__((noinline)) void int8_gemv(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n,
+                                         int64_t count, const float* w_scale, float* c) {
   const int per_group = 1 << (x.group_shift - 3), shift = chunks.w.block_shift;
-  vf total[M];
-  for (int m = 0; m < M; ++m) total[m] = load(c + m * kStripWidth);
+  vf held[M];
+  if (M <= kInt8Held)
+    for (int m = 0; m < M; ++m) held[m] = load(c + m * kStripWidth);
   const uint32_t* quads = x.quads;
   const float* scale = x.scale;
   const int32_t* bias = x.bias;
+  const auto finish = [&](const Int8Sums<M>& sums, int64_t k) {
+    const vf weight = load(w_scale + (k >> shift) * kLanes);
+    for (int m = 0; m < M; ++m) {
+      float* to = c + m * kStripWidth;
+      const vf before = M <= kInt8Held ? held[m] : load(to);
+      const vf after = fma(mul(sums.total(m), set1(scale[m])), weight, before);
+      if (M <= kInt8Held)
+        held[m] = after;
+      else
+        store(to, after);
+    }
+    scale += M;
+    bias += M;
+  };
   for (int64_t k = 0; k < x.K; k += kChunk) {
     vf dwords[kLanes];
     load_chunk(chunks, n, count, k, dwords);
     chunks.prefetch_rows(n + kLanes, k);
     const int present = static_cast<int>(min64(kLanes, (x.K - k) / 8));
     for (int d0 = 0; d0 < present; d0 += per_group) {
-      vi even[M], odd[M];  // two sums: one alone would wait for itself
-      for (int m = 0; m < M; ++m) {
-        even[m] = set1i(static_cast<uint32_t>(bias[m]));
-        odd[m] = set1i(0);
-      }
-      for (int d = d0; d < d0 + per_group; ++d, quads += 2 * M) {
-        const vi packed = as_bits(dwords[d]);
-        const vi high = even_bytes(lut, packed), low = odd_bytes(lut, packed);
-        for (int m = 0; m < M; ++m) {
-          even[m] = dot4(even[m], high, set1i(quads[m]));
-          odd[m] = dot4(odd[m], low, set1i(quads[M + m]));
-        }
-      }
-      const vf weight = load(w_scale + ((k + 8 * d0) >> shift) * kLanes);
-      for (int m = 0; m < M; ++m)
-        total[m] = fma(mul(to_float(addi(even[m], odd[m])), set1(scale[m])), weight, total[m]);
-      scale += M;
-      bias += M;
+      Int8Sums<M> sums(bias);
+      for (int d = d0; d < d0 + per_group; ++d, quads += 2 * M)
+        sums.add(lut, as_bits(dwords[d]), quads);
+      finish(sums, k + 8 * d0);
     }
   }
-  for (int m = 0; m < M; ++m) store(c + m * kStripWidth, total[m]);
+  if (M <= kInt8Held)
+    for (int m = 0; m < M; ++m) store(c + m * kStripWidth, held[m]);
+}
+
+template <int M>
+inline void int8_gemv_rows(const Int8Rows& x, const Chunks& chunks, vi lut, int64_t n,
+                           int64_t count, const float* w_scale, float* c) {
+  if constexpr (M > 0) {
+    if (x.rows != M) return int8_gemv_rows<M - 1>(x, chunks, lut, n, count, w_scale, c);
+    int8_gemv<M>(x, chunks, lut, n, count, w_scale, c);
+  }
 }
 
 // -- gemm: panels of bytes ------------------------------------------------------------------------
@@ -258,15 +295,13 @@ inline void int8_outputs(const LinearArgs& a, const Expansion* many, const Int8R
   for (int64_t k = 0; k < rows * kStripWidth; k += kLanes) store(c + k, zero());
   add_adapters(a, many, x.m0 + i0, rows, j0, columns, c);
   const float* scales = load_lane_scales(chunks, j0, columns);
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const int64_t count = min64(kLanes, columns - j);
-    const float* scale = scales + j * chunks.blocks_per_row;
-    if (x.rows == 1) int8_gemv<1>(x, chunks, lut, j0 + j, count, scale, c + j);
-    if (x.rows == 2) int8_gemv<2>(x, chunks, lut, j0 + j, count, scale, c + j);
-    if (x.rows == 3) int8_gemv<3>(x, chunks, lut, j0 + j, count, scale, c + j);
-    if (x.rows == 4) int8_gemv<4>(x, chunks, lut, j0 + j, count, scale, c + j);
+  if (x.rows <= kMaxInt8Gemv) {
+    for (int64_t j = 0; j < columns; j += kLanes)
+      int8_gemv_rows<kMaxInt8Gemv>(x, chunks, lut, j0 + j, min64(kLanes, columns - j),
+                                   scales + j * chunks.blocks_per_row, c + j);
+  } else {
+    int8_gemm(x, chunks, lut, i0, rows, j0, columns, scales, c);
   }
-  if (x.rows > 4) int8_gemm(x, chunks, lut, i0, rows, j0, columns, scales, c);
   store_outputs(a, x.m0 + i0, rows, j0, columns, c);
 }
 
@@ -309,7 +344,7 @@ inline void linear_int8(const LinearArgs& a, const Expansion* many, const Parall
   for (int64_t m = 0; m < M; m += at_once) {
     const int64_t rows = min64(at_once, M - m);
     const int64_t height =
-        ceil_div(rows, ceil_div(rows, kMicroRows));  // 16 rows as 8 + 8, not 14 + 2
+        rows <= kMaxInt8Gemv ? rows : ceil_div(rows, ceil_div(rows, kMicroRows));  // 18 as 9 + 9
     int8_rows(a, many, table, {a, m, rows, height, K, shift, quads, scale, bias}, pool);
   }
 }

@@ -4,10 +4,11 @@
 
 #ifdef LK_DOT2
 constexpr bool kHasPairs = true;
-constexpr Crossovers kForwardPairs{kMaxGemv, kMaxSkinnyPairs, INT64_MAX},
-    kDxPairs{kMaxGemv, 0, INT64_MAX};
+constexpr Crossovers kForwardPairs{kMaxGemv, kMaxSkinnyPairs, kAmxForwardPairs},
+    kDxPairs{kMaxGemv, 0, kAmxDxPairs};
 #else
 constexpr bool kHasPairs = false;
+constexpr Crossovers kForwardPairs{0, 0, INT64_MAX}, kDxPairs = kForwardPairs;
 #endif
 constexpr Crossovers kForward{kMaxGemv, kMaxSkinny, kAmxForward}, kDx{kMaxGemv, 0, kAmxDx};
 
@@ -118,11 +119,15 @@ inline void linear_pairs(const LinearArgs& a, const Expansion* many, const Paral
   const Lut lut = make_lut(a.base.quantized->code);
   const PairLut table = make_pair_lut(a.base.quantized->code);
   if (kernel != Kernel::skinny)
-    return linear_pieces(
-        a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
-          const LaneRows weight(chunks, lut, j0, columns);
-          accumulate_pairs(a.x, LanePairs{weight, table}, i0, rows, j0, columns, K, c);
-        });
+    return linear_pieces(a, many, pool,
+                         [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
+                           const LaneRows weight(chunks, lut, j0, columns);
+                           const LanePairs pairs{weight, table};
+                           if (kernel == Kernel::amx)
+                             accumulate_pairs_amx(a.x, pairs, i0, rows, j0, columns, K, c);
+                           else
+                             accumulate_pairs(a.x, pairs, i0, rows, j0, columns, K, c);
+                         });
   uint32_t* x = static_cast<uint32_t*>(
       scratch(Buffer::shared, static_cast<size_t>(M * K / 2) * sizeof(uint32_t)));
   parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
@@ -142,7 +147,8 @@ inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& p
   if (a.x.rows == 0) return;
   if (a.lora.A.data) lora_shrink(a, pool);
 #ifdef LK_INT8
-  if (a.arithmetic == Arithmetic::int8) return linear_int8(a, many, pool);
+  if (a.arithmetic == Arithmetic::int8)
+    return amx_int8_takes(a.x.rows) ? linear_int8_amx(a, many, pool) : linear_int8(a, many, pool);
 #endif
 #ifdef LK_DOT2
   if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base))
@@ -199,15 +205,20 @@ void dx_gemm(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
 }
 
 #ifdef LK_DOT2
-// dx of a weight whose blocks fit its rows, on pairs of bfloat16 numbers.
+// dx of a weight whose blocks fit its rows, on pairs of bfloat16 numbers. Few rows are multiplied
+// exactly: there the products take less time than the weight.
 inline void dx_pairs(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const Weight4& w = *a.base.quantized;
-  if (kernel_for(kDxPairs, a.base, a.dy.rows) == Kernel::gemv)
-    return dx_gemv(a, many, make_pair_lut(w.code), pool);
+  const Kernel kernel = kernel_for(kDxPairs, a.base, a.dy.rows);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
   const Lut lut = make_lut(w.code);
   dx_pieces(a, many, pool, [&](int64_t i0, int64_t rows, int64_t j0, int64_t columns, float* c) {
     const ColumnStrip strip(w, lut, j0, columns);
-    accumulate_pairs(a.dy, StripPairs{strip}, i0, rows, j0, columns, a.dy.cols, c);
+    const StripPairs pairs{strip};
+    if (kernel == Kernel::amx)
+      accumulate_pairs_amx(a.dy, pairs, i0, rows, j0, columns, a.dy.cols, c);
+    else
+      accumulate_pairs(a.dy, pairs, i0, rows, j0, columns, a.dy.cols, c);
   });
 }
 #endif
@@ -218,7 +229,7 @@ inline void dx(const BackwardArgs& a, const Expansion* many, const Parallel& poo
   if (a.arithmetic == Arithmetic::bf16 && has_whole_blocks(a.base)) return dx_pairs(a, many, pool);
 #endif
   const Kernel kernel = kernel_for(kDx, a.base, a.dy.rows);
-  if (kernel == Kernel::gemv) return dx_gemv(a, many, make_lut(a.base.quantized->code), pool);
+  if (kernel == Kernel::gemv) return dx_gemv(a, many, pool);
   if (a.base.dense)
     return dx_gemm(a, many, pool, kernel, [&](int64_t, int64_t) { return Dense{*a.base.dense}; });
   const Quantized weight(*a.base.quantized);

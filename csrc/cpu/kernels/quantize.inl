@@ -215,6 +215,7 @@ inline void dequantize_halves(const DequantizeArgs& a, const Quantized& source, 
 void dequantize(const DequantizeArgs& a, const Parallel& pool) {
   const Quantized source(a.weight);
   const Weight4& w = a.weight;
+  const Scales all_scales(w);
   constexpr int64_t kSpan = 4096;  // elements at a time: whole blocks of every size
   const int64_t numel = w.N * w.K;
   parallel(pool, ceil_div(numel, kSpan), [&](int64_t begin, int64_t end) {
@@ -222,7 +223,7 @@ void dequantize(const DequantizeArgs& a, const Parallel& pool) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kSpan, n = min64(kSpan, numel - first),
                     size = int64_t{1} << w.block_shift;
-      load_scales(scales, w, first >> w.block_shift, ceil_div(n, size));
+      all_scales.read(scales, first >> w.block_shift, ceil_div(n, size));
       if (a.dtype != DType::f32) {
         dequantize_halves(a, source, first, n, scales);
         continue;

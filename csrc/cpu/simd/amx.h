@@ -1,7 +1,7 @@
-// The AVX-512 vocabulary, and a mark that there are the tile registers of AMX, which the code in
-// cpu/amx uses directly.
+// The AVX-512 vocabulary with BF16, which every CPU with AMX has, and a mark that there are the
+// tile registers of AMX, which the code in cpu/amx uses directly.
 #pragma once
 
-#include "cpu/simd/avx512.h"
+#include "cpu/simd/avx512_bf16.h"
 
 #define LK_AMX

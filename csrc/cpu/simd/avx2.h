@@ -229,6 +229,7 @@ inline vi dot4(vi sum, vi u, vi s) {
   __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(u), "x"(s));
   return sum;
 }
+inline vi dot4(vi sum, vi u, const uint32_t& s) { return dot4(sum, u, set1i(s)); }
 inline vf to_float(vi v) { return _mm256_cvtepi32_ps(v); }
 inline vi to_int(vf v) { return _mm256_cvtps_epi32(v); }
 inline vi andi(vi a, vi b) { return _mm256_and_si256(a, b); }

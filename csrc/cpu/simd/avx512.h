@@ -169,6 +169,11 @@ inline vi dot4(vi sum, vi u, vi s) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
   return sum;
 }
+// The same with one quad s for all lanes.
+inline vi dot4(vi sum, vi u, const uint32_t& s) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(u), "m"(s));
+  return sum;
+}
 inline vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
 inline vi to_int(vf v) { return _mm512_cvtps_epi32(v); }  // to nearest, ties to even
 inline vi andi(vi a, vi b) { return _mm512_and_si512(a, b); }

@@ -255,6 +255,7 @@ inline uint32x4_t dot4(uint32x4_t sum, uint32x4_t a, uint32x4_t b) {
 inline vi dot4(vi sum, vi u, vi s) {
   return {dot4(sum.low, u.low, s.low), dot4(sum.high, u.high, s.high)};
 }
+inline vi dot4(vi sum, vi u, const uint32_t& s) { return dot4(sum, u, set1i(s)); }
 inline vf to_float(vi v) {
   return {vcvtq_f32_s32(vreinterpretq_s32_u32(v.low)),
           vcvtq_f32_s32(vreinterpretq_s32_u32(v.high))};

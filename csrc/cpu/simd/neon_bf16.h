@@ -49,19 +49,6 @@ template <int S>
 inline vi pair_of(const PairLut& table, vi dwords) {
   return {pair_of<S>(table, dwords.low), pair_of<S>(table, dwords.high)};
 }
-struct TwoRows {
-  vi low, high;  // weights 0..3 and 4..7 of both rows, in the halves of each dword
-};
-inline TwoRows two_rows(vi first, vi second) {
-  const uint16x8_t a = vreinterpretq_u16_u32(first.low), b = vreinterpretq_u16_u32(second.low),
-                   c = vreinterpretq_u16_u32(first.high), d = vreinterpretq_u16_u32(second.high);
-  return {{vreinterpretq_u32_u16(vtrn1q_u16(a, b)), vreinterpretq_u32_u16(vtrn1q_u16(c, d))},
-          {vreinterpretq_u32_u16(vtrn2q_u16(a, b)), vreinterpretq_u32_u16(vtrn2q_u16(c, d))}};
-}
-template <int S>
-inline vi pair_of(const PairLut& table, const TwoRows& rows) {
-  return pair_of<S & 3>(table, S < 4 ? rows.low : rows.high);
-}
 
 inline uint32x4_t round_pairs(float32x4_t a, float32x4_t b) {
   const uint16x8_t first = vreinterpretq_u16_bf16(vcvtq_low_bf16_f32(a)),
