@@ -322,6 +322,25 @@ void check_conversions() {
   }
 }
 
+// A value in the middle of two codes takes the lower one.
+void check_ties() {
+  float code[16];
+  for (int i = 0; i < 16; ++i) code[i] = static_cast<float>(i - 15) / 16;
+  code[15] = 1.0f;
+  std::vector<float> values(32, 1.0f);  // the largest magnitude: the scale is one
+  for (size_t i = 0; i < 14; ++i) values[2 * i + i % 2] = (code[i] + code[i + 1]) / 2;
+  uint8_t packed[16];
+  float scale;
+  lk_kernels()->quantize({values.data(), DType::f32, 32, 32, code, packed, &scale}, kAlone);
+  for (int i = 0; i < 32; ++i) {
+    const int nibble = packed[i / 2] >> (i % 2 ? 0 : 4) & 15;
+    const int lower = values[static_cast<size_t>(i)] == 1.0f ? 15 : i / 2;
+    ++checks;
+    if (nibble != lower && ++failures <= 20)
+      std::printf("FAIL %s encodes a tie as %d, not %d\n", lk_isa_active(), nibble, lower);
+  }
+}
+
 // Ragged problems, by each kernel in turn; the same in every run.
 std::vector<Case> random_cases() {
   std::mt19937 random(1);
@@ -361,6 +380,7 @@ void check_all() {
       {0, 16, 64, 4, 6, true, f32, f32, 0},     {600, 9, 64, 40, 6, true, f32, f32, 0},
   };
   check_conversions();
+  check_ties();
   for (const Case& c : cases) {
     check_linear(c, false);
     check_linear(c, true);
