@@ -265,6 +265,82 @@ void check_half() {
   }
 }
 
+// Every number of 16 bits as it is loaded, and numbers of all kinds as they are rounded to 16 bits.
+void check_conversions() {
+  std::vector<uint16_t> values(65536 * 32);
+  std::vector<uint8_t> packed(65536 * 16);
+  std::vector<float> largest(65536);
+  for (DType t : {DType::bf16, DType::f16}) {
+    std::fill(values.begin(), values.end(), uint16_t{0});
+    for (uint32_t h = 0; h < 65536; ++h)  // each in a block of its own, which it is the largest of
+      values[32 * h + h / 7 % 32] = static_cast<uint16_t>(h);
+    lk_kernels()->quantize({values.data(), t, 65536 * 32, 32, kNf4, packed.data(), largest.data()},
+                           kPool);
+    for (uint32_t h = 0; h < 65536; ++h) {
+      const uint16_t u = static_cast<uint16_t>(h);
+      const float value = std::fabs(t == DType::bf16 ? float_from_bf16(u) : float_from_f16(u));
+      ++checks;
+      if (bits_of(largest[h]) != bits_of(value) && !std::isnan(value) && ++failures <= 20)
+        std::printf("FAIL %s loads %04x as %g\n", lk_isa_active(), h,
+                    static_cast<double>(largest[h]));
+      if (std::isnan(value) != std::isnan(largest[h])) ++failures;
+    }
+  }
+  std::mt19937 random(3);
+  uint8_t nibbles[16];
+  for (int i = 0; i < 16; ++i) nibbles[i] = static_cast<uint8_t>(i << 4 | (15 - i));
+  const float one = 1.0f;
+  for (int repeat = 0; repeat < 3000; ++repeat) {
+    float code[16];
+    for (float& value : code) {
+      uint32_t bits = static_cast<uint32_t>(random());
+      const int cut = repeat % 2 ? 16 : 13;  // bits that rounding takes away: a tie, or next to one
+      if (repeat % 3 > 0) bits = (bits >> cut << cut) + (1u << (cut - 1)) + random() % 3 - 1;
+      if (repeat % 5 > 2) bits = (bits & 0x8fffffffu) | 0x30000000u;  // of float16's magnitude
+      value = float_of(bits);
+    }
+    Weight4 w;
+    w.packed = nibbles;
+    w.absmax = &one;
+    w.code = code;
+    w.N = 1;
+    w.K = 32;
+    w.block_shift = 5;
+    for (DType t : {DType::bf16, DType::f16}) {
+      Values out(t, 32), expected(t, 32);
+      lk_kernels()->dequantize({w, t, out.data()}, kAlone);
+      for (int64_t i = 0; i < 32; ++i) {
+        expected.set(i, code[i % 2 ? 15 - i / 2 : i / 2]);
+        ++checks;
+        const bool nan = std::isnan(expected.get(i));
+        const size_t j = static_cast<size_t>(i);
+        if ((nan ? !std::isnan(out.get(i)) : out.half[j] != expected.half[j]) && ++failures <= 20)
+          std::printf("FAIL %s rounds %a to %04x\n", lk_isa_active(),
+                      static_cast<double>(code[i % 2 ? 15 - i / 2 : i / 2]), out.half[j]);
+      }
+    }
+  }
+}
+
+// A value in the middle of two codes takes the lower one.
+void check_ties() {
+  float code[16];
+  for (int i = 0; i < 16; ++i) code[i] = static_cast<float>(i - 15) / 16;
+  code[15] = 1.0f;
+  std::vector<float> values(32, 1.0f);  // the largest magnitude: the scale is one
+  for (size_t i = 0; i < 14; ++i) values[2 * i + i % 2] = (code[i] + code[i + 1]) / 2;
+  uint8_t packed[16];
+  float scale;
+  lk_kernels()->quantize({values.data(), DType::f32, 32, 32, code, packed, &scale}, kAlone);
+  for (int i = 0; i < 32; ++i) {
+    const int nibble = packed[i / 2] >> (i % 2 ? 0 : 4) & 15;
+    const int lower = values[static_cast<size_t>(i)] == 1.0f ? 15 : i / 2;
+    ++checks;
+    if (nibble != lower && ++failures <= 20)
+      std::printf("FAIL %s encodes a tie as %d, not %d\n", lk_isa_active(), nibble, lower);
+  }
+}
+
 // Ragged problems, by each kernel in turn; the same in every run.
 std::vector<Case> random_cases() {
   std::mt19937 random(1);
@@ -303,6 +379,8 @@ void check_all() {
       {7, 300, 33, 12, 12, false, f32, f32, 0}, {30, 40, 257, 9, 6, true, f32, f32, 0.5f},
       {0, 16, 64, 4, 6, true, f32, f32, 0},     {600, 9, 64, 40, 6, true, f32, f32, 0},
   };
+  check_conversions();
+  check_ties();
   for (const Case& c : cases) {
     check_linear(c, false);
     check_linear(c, true);

@@ -43,6 +43,10 @@ void run_on_threads(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* 
   other.join();
 }
 constexpr Parallel kPool{run_on_threads, 2};
+constexpr Parallel kAlone{[](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+                            body(context, 0, tasks);
+                          },
+                          1};
 
 int failures = 0;
 long long checks = 0;
@@ -197,6 +201,35 @@ struct Problem {
         if (std::fabs(v - kNf4[n]) < std::fabs(v - kNf4[nibble]) - 1e-6 && ++failures <= 20)
           std::printf("FAIL quantize [%lld]\n", static_cast<long long>(i));
     }
+    check_halves(DType::bf16);
+    check_halves(DType::f16);
+  }
+
+  // Decoded into 16 bits, numbers are those of float32 rounded once; encoded from 16 bits, they
+  // become what the same numbers in float32 do.
+  void check_halves(DType t) {
+    const int64_t numel = c.N * c.K, size = int64_t{1} << c.shift;
+    Values decoded(t, numel), rounded(t, numel), exact(DType::f32, numel);
+    lk_kernels()->dequantize({w, t, decoded.data()}, kPool);
+    for (int64_t i = 0; i < numel; ++i) {
+      rounded.set(i, dense[static_cast<size_t>(i)]);
+      exact.set(i, static_cast<float>(rounded.get(i)));
+    }
+    std::vector<uint8_t> bytes[2];
+    std::vector<float> scales[2];
+    for (int k = 0; k < 2; ++k) {
+      Values& from = k == 0 ? rounded : exact;
+      bytes[k].resize(packed.size());
+      scales[k].resize(absmax.size());
+      lk_kernels()->quantize(
+          {from.data(), from.dtype, numel, size, code.data(), bytes[k].data(), scales[k].data()},
+          kPool);
+    }
+    checks += 3;
+    if (decoded.half != rounded.half && ++failures <= 20)
+      std::printf("FAIL dequantize into 16 bits\n");
+    if ((bytes[0] != bytes[1] || scales[0] != scales[1]) && ++failures <= 20)
+      std::printf("FAIL quantize from 16 bits\n");
   }
 };
 
