@@ -27,8 +27,8 @@ from .operators import OPS, PLAN, operator
 __all__ = ["OPS"]
 
 # Lists have an entry for each weight, but for `weights` (six tensors each, as in WeightArgs), `dims` (N, K, blocksize)
-# and `pages` (five tensors, as in PagesArgs, whose seed is apart). Shape [0] stands for None; an empty list of biases, of
-# seeds, or of all that adapters have (A, B, scaling, dropout_p), for None of each weight.
+# and `pages` (five tensors, as in PagesArgs, whose seed is apart). Shape [0] stands for None; an empty list of biases,
+# of seeds, or of all that adapters have (A, B, scaling, dropout_p), for None of each weight.
 GROUP = "Tensor[] weights, int[] dims"
 LORAS = "Tensor[] A, Tensor[] B, float[] scaling"
 DROPOUTS = "float[] dropout_p, Tensor[] seed"

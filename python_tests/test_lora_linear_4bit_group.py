@@ -1,4 +1,4 @@
-"""lora_linear_4bit_group: several weights that share x, an adapter or none each; the numbers of single operators, and their bits."""
+"""lora_linear_4bit_group: several weights that share x; the numbers of the single operators, and their bits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""multi_lora_linear_4bit_group: several weights that share x, many adapters; the numbers of single operators, and their bits."""
+"""multi_lora_linear_4bit_group: several weights that share x; the numbers of the single operators, and their bits."""
 
 import pytest
 
