@@ -16,10 +16,10 @@ from torch import nn
 
 from .adapter import AdapterLayer, check_fused, layer_of, train_only
 from .adapter_format import read_adapter, read_state_dict
+from .arguments import FLOAT_DTYPES, RANK_STEP
 from .multi_lora.pages import ModulePages, home_of
 from .multi_lora.plan import PageTable, Plan
 from .nn import LoRALinear4bit, lora_layers
-from .schema import FLOAT_DTYPES, RANK_STEP
 
 
 class _Layer:

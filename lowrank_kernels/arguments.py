@@ -12,7 +12,7 @@ import functools
 import inspect
 import operator
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def s_width(plan: PlanArgs) -> int:
+    """How many columns S of many adapters has."""
+    return ceil_div(plan.max_rank, RANK_STEP) * RANK_STEP
 
 
 # -- groups of arguments -------------------------------------------------------------------------------------
@@ -118,6 +123,41 @@ class PagesArgs(NamedTuple):
 
 
 GROUPS = {group.__name__: group for group in (WeightArgs, PlanArgs, PagesArgs)}
+WEIGHT_TENSORS, WEIGHT_SIZES, PAGES_TENSORS = 6, 3, 5
+
+
+def given(t: torch.Tensor) -> torch.Tensor | None:
+    """A tensor in a list of a group; None where it has shape [0], which stands for None.
+
+    torch resolves views that negate in lists of tensors, and in lists of optional ones does not.
+    """
+    return None if t.dim() == 1 and t.shape[0] == 0 else t
+
+
+def each_given(tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | None]:
+    """The entries of a list of a group, which is empty where no weight has one."""
+    return [given(t) for t in tensors] if len(tensors) else [None] * count
+
+
+def each_weight(weights: Sequence[torch.Tensor], dims: Sequence[int]) -> list[WeightArgs]:
+    """The weights of a group: of each there are six entries in ``weights``, and N, K and blocksize in ``dims``."""
+    found = []
+    for i in range(len(dims) // WEIGHT_SIZES):
+        *tensors, nested_absmax, nested_code, nested_offset = weights[WEIGHT_TENSORS * i :][
+            :WEIGHT_TENSORS
+        ]
+        nested = nested_absmax, nested_code, nested_offset
+        if given(nested_code) is None:  # nested_absmax has that shape where there is no block
+            nested = None, None, None
+        found.append(WeightArgs(*tensors, *nested, *dims[WEIGHT_SIZES * i :][:WEIGHT_SIZES]))
+    return found
+
+
+def each_pages(pages: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor]) -> list[PagesArgs]:
+    """The pages of a group: of each weight there are five entries in ``pages``, and one in ``seeds`` if not empty."""
+    t = PAGES_TENSORS
+    of = each_given(seeds, len(pages) // t)
+    return [PagesArgs(*pages[t * i : t * i + t], seed) for i, seed in enumerate(of)]
 
 
 def flat(function: Callable) -> Callable:
@@ -193,42 +233,57 @@ def expect_one_of(name: str, value: int, values: tuple[int, ...]) -> None:
     expect(among, name, "one of {}, got {}", values, value)
 
 
+def first_tensor(args: Sequence) -> torch.Tensor:
+    """The first tensor among arguments, of which some are lists."""
+    for value in args:
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, torch.Tensor):
+                return item
+    raise RuntimeError("expected a tensor among the arguments, got none")
+
+
 def expect_one_device(names: tuple[str, ...], args: tuple) -> None:
-    device = args[0].device
+    device = first_tensor(args).device
     for name, value in zip(names, args):
-        if isinstance(value, torch.Tensor):
-            expect(value.device == device, name, "a tensor on {}, got {}", device, value.device)
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, torch.Tensor):
+                expect(item.device == device, name, "a tensor on {}, got {}", device, item.device)
 
 
-def expect_weight(w: WeightArgs) -> None:
-    expect_one_of("blocksize", w.blocksize, BLOCKSIZES)
-    expect(w.N >= 0, "N", "a size, got {}", w.N)
-    expect(w.K >= 0, "K", "a size, got {}", w.K)
+# ``at`` is "" or, in a list, the place of what is checked: "[1]".
+
+
+def expect_weight(w: WeightArgs, at: str = "") -> None:
+    of = f"weights{at}." if at else ""
+    expect_one_of(f"{of}blocksize", w.blocksize, BLOCKSIZES)
+    expect(w.N >= 0, f"{of}N", "a size, got {}", w.N)
+    expect(w.K >= 0, f"{of}K", "a size, got {}", w.K)
     for name, (dtype, numel) in w.expected().items():
         value = getattr(w, name)
-        expect(value is not None, name, "a tensor like nested_absmax, got None")
-        expect_numel(name, value, dtype, numel)
+        expect(value is not None, f"{of}{name}", "a tensor like nested_absmax, got None")
+        expect_numel(f"{of}{name}", value, dtype, numel)
 
 
-def expect_bias(bias: torch.Tensor | None, N: int) -> None:
+def expect_bias(bias: torch.Tensor | None, N: int, at: str = "") -> None:
     if bias is not None:
-        expect_shape("bias", bias, N)
+        expect_shape(f"bias{at}", bias, N)
 
 
-def expect_seed(seed: torch.Tensor | None) -> None:
+def expect_seed(seed: torch.Tensor | None, at: str = "") -> None:
     if seed is not None:
-        expect_numel("seed", seed, torch.int64, 1)
+        expect_numel(f"seed{at}", seed, torch.int64, 1)
 
 
-def expect_lora(A, B, N: int, K: int, dropout_p: float, seed) -> None:
-    R, _ = expect_matrix("A", A)
-    expect_shape("A", A, R, K)
-    expect_shape("B", B, N, R)
-    expect(dropout_p >= 0.0, "dropout_p", "0 <= p < 1, got {}", dropout_p)
-    expect(dropout_p < 1.0, "dropout_p", "0 <= p < 1, got {}", dropout_p)
+def expect_lora(A, B, N: int, K: int, dropout_p: float, seed, at: str = "") -> None:
+    R, _ = expect_matrix(f"A{at}", A)
+    expect_shape(f"A{at}", A, R, K)
+    expect_shape(f"B{at}", B, N, R)
+    expect(dropout_p >= 0.0, f"dropout_p{at}", "0 <= p < 1, got {}", dropout_p)
+    expect(dropout_p < 1.0, f"dropout_p{at}", "0 <= p < 1, got {}", dropout_p)
     if seed is None:
-        expect(dropout_p == 0.0, "seed", "a tensor for dropout_p = {}, got None", dropout_p)
-    expect_seed(seed)
+        words = "a tensor for dropout_p = {}, got None"
+        expect(dropout_p == 0.0, f"seed{at}", words, dropout_p)
+    expect_seed(seed, at)
 
 
 def expect_plan(plan: PlanArgs, M: int) -> None:
@@ -242,16 +297,35 @@ def expect_plan(plan: PlanArgs, M: int) -> None:
     expect_numel("tile_of_row", plan.tile_of_row, torch.int32, M)
 
 
-def expect_pages(pages: PagesArgs, N: int, K: int) -> None:
+def expect_pages(pages: PagesArgs, N: int, K: int, at: str = "") -> None:
     A, B, ranks, scalings, dropout_p, seed = pages
-    expect(A.dim() == 3, "A_pages", "[pages, page_rank, K], got {}", tuple(A.shape))
+    of = f"pages{at}." if at else ""
+    expect(A.dim() == 3, f"{of}A_pages", "[pages, page_rank, K], got {}", tuple(A.shape))
     count, page_rank, _ = A.shape
-    expect(page_rank > 0, "page_rank", "a multiple of {}, got {}", RANK_STEP, page_rank)
-    expect(page_rank % RANK_STEP == 0, "page_rank", "a multiple of {}, got {}", RANK_STEP, page_rank)  # fmt: skip
-    expect_shape("A_pages", A, count, page_rank, K)
-    expect_shape("B_pages", B, count, page_rank, N, dtypes=(A.dtype,))
+    expect(page_rank > 0, f"{of}page_rank", "a multiple of {}, got {}", RANK_STEP, page_rank)
+    expect(page_rank % RANK_STEP == 0, f"{of}page_rank", "a multiple of {}, got {}", RANK_STEP, page_rank)  # fmt: skip
+    expect_shape(f"{of}A_pages", A, count, page_rank, K)
+    expect_shape(f"{of}B_pages", B, count, page_rank, N, dtypes=(A.dtype,))
     slots = ranks.numel()
-    expect_numel("ranks", ranks, torch.int32, slots)
-    expect_numel("scalings", scalings, torch.float32, slots)
-    expect_numel("dropout_p", dropout_p, torch.float64, slots)
-    expect_seed(seed)
+    expect_numel(f"{of}ranks", ranks, torch.int32, slots)
+    expect_numel(f"{of}scalings", scalings, torch.float32, slots)
+    expect_numel(f"{of}dropout_p", dropout_p, torch.float64, slots)
+    expect_seed(seed, at)
+
+
+def expect_length(name: str, values: Sequence, length: int, or_none: bool = False) -> None:
+    if not (or_none and len(values) == 0):
+        expect(len(values) == length, name, "{} entries, got {}", length, len(values))
+
+
+def expect_group(weights: Sequence[torch.Tensor], dims: Sequence[int]) -> list[WeightArgs]:
+    """The weights of a group, checked: one or more that have one K."""
+    count = len(dims) // WEIGHT_SIZES
+    words = "N, K and blocksize of one weight or more, got {} integers"
+    expect(count > 0 and len(dims) % WEIGHT_SIZES == 0, "dims", words, len(dims))
+    expect_length("weights", weights, WEIGHT_TENSORS * count)
+    found = each_weight(weights, dims)
+    for i, w in enumerate(found):
+        expect_weight(w, f"[{i}]")
+        expect(w.K == found[0].K, "dims", "one K, got {} and {}", found[0].K, w.K)
+    return found

@@ -82,13 +82,16 @@ def _reference_kernel(name: str):
         if name.endswith("_"):  # what the first argument becomes is the first output
             args[0].copy_(outputs[0])
             outputs = outputs[1] if len(outputs) == 2 else outputs[1:]
-        if isinstance(outputs, tuple):
-            return tuple(
-                o.to(like.dtype).contiguous() for o, like in zip(outputs, likes, strict=True)
-            )
-        return outputs.to(likes.dtype).contiguous()
+        return _rounded(outputs, likes)
 
     return run
+
+
+def _rounded(outputs, likes):
+    """The outputs of an operator, lists among them, in the dtypes of ``likes``."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.to(likes.dtype).contiguous()
+    return type(outputs)([_rounded(o, like) for o, like in zip(outputs, likes, strict=True)])
 
 
 def _available() -> tuple[str, ...]:

@@ -13,12 +13,16 @@ import torch
 
 from .arguments import (
     NESTED_BLOCKSIZE,
-    RANK_STEP,
     PagesArgs,
     PlanArgs,
     WeightArgs,
     ceil_div,
+    each_given,
+    each_pages,
+    each_weight,
     flat,
+    given,
+    s_width,
 )
 
 
@@ -208,7 +212,7 @@ def multi_lora_(y, x, plan: PlanArgs, pages: PagesArgs):
     """y[m] + scaling S[m] Bᵀ with S[m] = dropout(x[m]) Aᵀ, row by row, each with its own adapter; and S."""
     x = x.double()
     y = y.double().clone()
-    s = x.new_zeros(x.shape[0], ceil_div(plan.max_rank, RANK_STEP) * RANK_STEP)
+    s = x.new_zeros(x.shape[0], s_width(plan))
     for m, adapter in _adapters_of_rows(x, plan, pages):
         s[m, : adapter.rank] = (x[m] * adapter.mask) @ adapter.A.T
         y[m] += adapter.scaling * (s[m, : adapter.rank] @ adapter.B)
@@ -267,3 +271,79 @@ def multi_lora_linear_4bit_backward(
         dy, x, s, dequantize_4bit(*w), *plan, *pages, bias,
         grad_rows, grad_rank, need_dx, need_dbias,
     )  # fmt: skip
+
+
+# -- several weights, one x ----------------------------------------------------------------------------------
+
+
+def _each_lora(count: int, A, B, scaling, bias, dropout_p, seed) -> list[tuple]:
+    """A, B, scaling, bias, dropout_p and seed of each weight; A is None where it has no adapter."""
+    A, B, bias, seed = (each_given(tensors, count) for tensors in (A, B, bias, seed))
+    none = [None] * count
+    return list(zip(A, B, scaling or none, bias, dropout_p or none, seed, strict=True))
+
+
+def lora_linear_4bit_group(x, weights, dims, *loras):
+    """:func:`lora_linear_4bit` of each weight, or :func:`linear_4bit` of one without an adapter, whose S is [M, 0]."""
+    ys, ss, group = [], [], each_weight(weights, dims)
+    for w, adapter in zip(group, _each_lora(len(group), *loras)):
+        if adapter[0] is None:
+            y, s = linear_4bit(x, *w, adapter[3]), x.double().new_empty((x.shape[0], 0))
+        else:
+            y, s = lora_linear_4bit(x, *w, *adapter)
+        ys.append(y)
+        ss.append(s)
+    return ys, ss
+
+
+def lora_linear_4bit_group_backward(
+    dy, x, s, weights, dims, A, B, scaling, bias, dropout_p, seed,
+    need_dx, need_dA, need_dB, need_dbias,
+):  # fmt: skip
+    """The gradients of each weight that has a dy, see :func:`lora_linear_4bit_backward`; dx is the sum of theirs."""
+    parts, group = [], each_weight(weights, dims)
+    for i, adapter in enumerate(_each_lora(len(group), A, B, scaling, bias, dropout_p, seed)):
+        none = s[i].double().new_empty(0)
+        if given(dy[i]) is None:
+            parts.append(None)
+        elif adapter[0] is None:
+            dx = linear_4bit_dx(dy[i], *group[i]) if need_dx else none
+            parts.append((dx, none, none, dy[i].double().sum(0) if need_dbias[i] else none))
+        else:
+            needs = need_dx, need_dA[i], need_dB[i], need_dbias[i]
+            of = *group[i], *adapter, *needs
+            parts.append(lora_linear_4bit_backward(dy[i], x, s[i], *of))
+    return _sum_of_parts(parts)
+
+
+def _sum_of_parts(parts: list[tuple[torch.Tensor, ...] | None]):
+    """dx = Σ dx of each, and lists of the other gradients; empty ones for a weight without a dy."""
+    some = [part for part in parts if part is not None]
+    none = some[0][0].new_empty(0)
+    dx = functools.reduce(torch.add, [part[0] for part in some])
+    return dx, *([none if part is None else part[i] for part in parts] for i in (1, 2, 3))
+
+
+@flat
+def multi_lora_linear_4bit_group(x, weights, dims, plan: PlanArgs, pages, seed, bias):
+    """:func:`multi_lora_linear_4bit` of each weight."""
+    biases = each_given(bias, len(dims) // 3)
+    of_weight = zip(each_weight(weights, dims), each_pages(pages, seed), biases, strict=True)
+    outputs = [multi_lora_linear_4bit(x, *w, *plan, *own, b) for w, own, b in of_weight]
+    return tuple([output[i] for output in outputs] for i in (0, 1))
+
+
+@flat
+def multi_lora_linear_4bit_group_backward(
+    dy, x, s, weights, dims, plan: PlanArgs, pages, seed, bias,
+    grad_rows, grad_rank, need_dx, need_dbias,
+):  # fmt: skip
+    """The gradients of each weight that has a dy, see :func:`multi_lora_linear_4bit_backward`; dx is their sum."""
+    biases = each_given(bias, len(dims) // 3)
+    of_weight = zip(each_weight(weights, dims), each_pages(pages, seed), biases, strict=True)
+    return _sum_of_parts([
+        None if given(dy[i]) is None else multi_lora_linear_4bit_backward(
+            dy[i], x, s[i], *w, *plan, *own, b, grad_rows[i], grad_rank[i], need_dx, need_dbias[i],
+        )
+        for i, (w, own, b) in enumerate(of_weight)
+    ])  # fmt: skip

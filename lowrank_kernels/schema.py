@@ -1,14 +1,11 @@
 """Every operator of the library, once: schema string, fake, and the checks a user sees.
 
-All backends implement these schemas. Dimensions: M tokens, N out_features, K in_features, R LoRA rank. What a 4-bit
-weight, a plan and the pages of adapters consist of is in arguments.py.
+All backends implement these schemas; those of several weights that share x are in schema_groups.py. Dimensions: M
+tokens, N out_features, K in_features, R LoRA rank. What a 4-bit weight, a plan and the pages of adapters consist of is
+in arguments.py.
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
@@ -16,7 +13,6 @@ from .arguments import (
     BLOCKSIZES,
     FLOAT_DTYPES,
     NESTED_BLOCKSIZE,
-    RANK_STEP,
     PagesArgs,
     PlanArgs,
     WeightArgs,
@@ -27,18 +23,18 @@ from .arguments import (
     expect_lora,
     expect_matrix,
     expect_numel,
-    expect_one_device,
     expect_one_of,
     expect_pages,
     expect_plan,
     expect_shape,
     expect_weight,
-    flat,
     in_schema,
+    s_width,
 )
+from .operators import NAMESPACE, PLAN, operator
+from .schema_groups import OPS  # with those operators in it
 
-NAMESPACE = "lowrank_kernels"
-WEIGHT, PLAN, PAGES = in_schema(WeightArgs), in_schema(PlanArgs), in_schema(PagesArgs)
+WEIGHT, PAGES = in_schema(WeightArgs), in_schema(PagesArgs)
 LORA = "Tensor A, Tensor B, float scaling"
 DROPOUT = "float dropout_p, Tensor? seed"
 NEEDS = "bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
@@ -51,34 +47,7 @@ NEEDS = "bool need_dx, bool need_dA, bool need_dB, bool need_dbias"
 # grad_rank rows in all: dA [grad_rank, K], and dB [grad_rank, N], transposed as the pages are.
 
 
-class Op(NamedTuple):
-    """One operator: its schema (without the name) and its fake, with flat arguments."""
-
-    schema: str
-    fake: Callable
-
-
-OPS: dict[str, Op] = {}
-
-
-def _op(schema: str) -> Callable[[Callable], Callable]:
-    """Adds the operator whose fake this decorates; both have one name, the fake's with an underscore in front."""
-
-    def add(fake: Callable) -> Callable:
-        outputs = flat(fake)
-
-        @functools.wraps(outputs)
-        def checked(*args):
-            expect_one_device(outputs.argument_names, args)
-            return outputs(*args)
-
-        OPS[fake.__name__[1:]] = Op(schema, checked)
-        return fake
-
-    return add
-
-
-@_op("(Tensor weight, Tensor code, int blocksize) -> (Tensor, Tensor)")
+@operator("(Tensor weight, Tensor code, int blocksize) -> (Tensor, Tensor)")
 def _quantize_4bit(weight, code, blocksize):
     expect_dtype("weight", weight, FLOAT_DTYPES)
     expect_numel("code", code, torch.float32, 16)
@@ -87,7 +56,7 @@ def _quantize_4bit(weight, code, blocksize):
     return packed, weight.new_empty(ceil_div(weight.numel(), blocksize), dtype=torch.float32)
 
 
-@_op("(Tensor absmax, Tensor nested_code) -> (Tensor, Tensor, Tensor)")
+@operator("(Tensor absmax, Tensor nested_code) -> (Tensor, Tensor, Tensor)")
 def _double_quantize(absmax, nested_code):
     expect_dtype("absmax", absmax, (torch.float32,))
     expect_numel("nested_code", nested_code, torch.float32, 256)
@@ -95,14 +64,14 @@ def _double_quantize(absmax, nested_code):
     return absmax.new_empty(absmax.numel(), dtype=torch.uint8), nested_absmax, absmax.new_empty(())
 
 
-@_op(f"({WEIGHT}, ScalarType dtype) -> Tensor")
+@operator(f"({WEIGHT}, ScalarType dtype) -> Tensor")
 def _dequantize_4bit(w: WeightArgs, dtype):
     expect_weight(w)
     expect(dtype in FLOAT_DTYPES, "dtype", "one of {}, got {}", FLOAT_DTYPES, dtype)
     return w.code.new_empty((w.N, w.K), dtype=dtype)
 
 
-@_op(f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
+@operator(f"(Tensor x, {WEIGHT}, Tensor? bias) -> Tensor")
 def _linear_4bit(x, w: WeightArgs, bias):
     M, _ = expect_matrix("x", x)
     expect_weight(w)
@@ -111,7 +80,7 @@ def _linear_4bit(x, w: WeightArgs, bias):
     return x.new_empty((M, w.N))
 
 
-@_op(f"(Tensor dy, {WEIGHT}) -> Tensor")
+@operator(f"(Tensor dy, {WEIGHT}) -> Tensor")
 def _linear_4bit_dx(dy, w: WeightArgs):
     M, _ = expect_matrix("dy", dy)
     expect_weight(w)
@@ -143,13 +112,13 @@ def _lora_backward(dy, x, s, N, K, A, B, bias, dropout_p, seed, needs):
     )
 
 
-@_op(f"(Tensor x, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)")
+@operator(f"(Tensor x, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)")
 def _lora_linear_4bit(x, w: WeightArgs, A, B, scaling, bias, dropout_p, seed):
     expect_weight(w)
     return _lora_forward(x, w.N, w.K, A, B, bias, dropout_p, seed)
 
 
-@_op(
+@operator(
     f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -162,13 +131,13 @@ def _lora_linear_4bit_backward(
     return _lora_backward(dy, x, s, w.N, w.K, A, B, bias, dropout_p, seed, needs)
 
 
-@_op(f"(Tensor x, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)")
+@operator(f"(Tensor x, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}) -> (Tensor, Tensor)")
 def _lora_linear(x, weight, A, B, scaling, bias, dropout_p, seed):
     N, K = expect_matrix("weight", weight)
     return _lora_forward(x, N, K, A, B, bias, dropout_p, seed)
 
 
-@_op(
+@operator(
     f"(Tensor dy, Tensor x, Tensor s, Tensor weight, {LORA}, Tensor? bias, {DROPOUT}, {NEEDS})"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -180,16 +149,12 @@ def _lora_linear_backward(
     return _lora_backward(dy, x, s, N, K, A, B, bias, dropout_p, seed, needs)
 
 
-def _s_width(plan):
-    return ceil_div(plan.max_rank, RANK_STEP) * RANK_STEP
-
-
 def _multi_forward(x, N, plan, pages):
     """S, and the checks of all that both operators take."""
     M, K = expect_matrix("x", x)
     expect_plan(plan, M)
     expect_pages(pages, N, K)
-    return x.new_empty((M, _s_width(plan)), dtype=torch.float32)
+    return x.new_empty((M, s_width(plan)), dtype=torch.float32)
 
 
 def _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx):
@@ -198,7 +163,7 @@ def _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx):
     expect_shape("x", x, M, K)
     expect_plan(plan, M)
     expect_pages(pages, N, K)
-    expect_numel("s", s, torch.float32, M * _s_width(plan))
+    expect_numel("s", s, torch.float32, M * s_width(plan))
     expect_numel("grad_rows", grad_rows, torch.int32, pages.ranks.numel())
     expect(grad_rank >= 0, "grad_rank", "at least 0, got {}", grad_rank)
     return (
@@ -208,14 +173,14 @@ def _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx):
     )
 
 
-@_op(f"(Tensor(a!) y, Tensor x, {PLAN}, {PAGES}) -> Tensor")
+@operator(f"(Tensor(a!) y, Tensor x, {PLAN}, {PAGES}) -> Tensor")
 def _multi_lora_(y, x, plan: PlanArgs, pages: PagesArgs):
     (_, N), (M, _) = expect_matrix("y", y), expect_matrix("x", x)
     expect_shape("y", y, M, N, dtypes=(x.dtype,))
     return _multi_forward(x, N, plan, pages)
 
 
-@_op(
+@operator(
     f"(Tensor dy, Tensor x, Tensor s, {PLAN}, {PAGES}, Tensor grad_rows, int grad_rank, bool need_dx)"
     " -> (Tensor, Tensor, Tensor)"
 )
@@ -223,7 +188,7 @@ def _multi_lora_backward(dy, x, s, plan: PlanArgs, pages: PagesArgs, grad_rows, 
     return _multi_backward(dy, x, s, plan, pages, grad_rows, grad_rank, need_dx)
 
 
-@_op(f"(Tensor x, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias) -> (Tensor, Tensor)")
+@operator(f"(Tensor x, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias) -> (Tensor, Tensor)")
 def _multi_lora_linear_4bit(x, w: WeightArgs, plan: PlanArgs, pages: PagesArgs, bias):
     expect_weight(w)
     M, _ = expect_matrix("x", x)
@@ -233,7 +198,7 @@ def _multi_lora_linear_4bit(x, w: WeightArgs, plan: PlanArgs, pages: PagesArgs, 
     return x.new_empty((M, w.N)), s
 
 
-@_op(
+@operator(
     f"(Tensor dy, Tensor x, Tensor s, {WEIGHT}, {PLAN}, {PAGES}, Tensor? bias, "
     "Tensor grad_rows, int grad_rank, bool need_dx, bool need_dbias)"
     " -> (Tensor, Tensor, Tensor, Tensor)"

@@ -17,8 +17,17 @@ import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels import Weight4bit, backends
+from lowrank_kernels.arguments import (
+    NESTED_BLOCKSIZE,
+    RANK_STEP,
+    ceil_div,
+    each_given,
+    each_pages,
+    each_weight,
+    given,
+)
 from lowrank_kernels.codebooks import BLOCKSIZES, QUANT_TYPES, code_of, dynamic_code
-from lowrank_kernels.schema import NESTED_BLOCKSIZE, RANK_STEP, ceil_div, ops
+from lowrank_kernels.schema import ops
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 _SHORT = {F32: "f32", BF16: "bf16", F16: "f16", torch.uint8: "u8", None: "none"}
@@ -404,6 +413,117 @@ def _multi_linear_backward(op, case):
     return dy, x, s, *_base(op, case), *plan_and_pages, _bias(case), *needs
 
 
+# -- several weights, one x ------------------------------------------------------------------------
+
+
+def group_cases(case: Case) -> list[Case]:
+    """The problems of the weights of a group: three that differ in all but x and what chooses the kernel."""
+    return [
+        case,
+        case._replace(
+            N=max(1, case.N // 3), double_quant=not case.double_quant, bias=F32, storage=torch.uint8
+        ),
+        case._replace(
+            N=case.N + 3, quant_type="fp4", bias=None, R=case.R + 1, scaling=0.5,
+            adapter=F16, storage=torch.uint8,
+        ),
+    ]  # fmt: skip
+
+
+def _group(case: Case) -> tuple[list, list]:
+    weights = [random_weight(of).op_args() for of in group_cases(case)]
+    return _given([t for w in weights for t in w[:6]]), [n for w in weights for n in w[6:]]
+
+
+def _given(tensors: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """As a list of a group has them: shape [0] for None."""
+    return [torch.empty(0) if t is None else t for t in tensors]
+
+
+def _lora_lists(case: Case) -> tuple:
+    """A, B, scaling, bias, dropout_p and seed of three weights, of which the second has no adapter."""
+    of = [(*_adapter(c), _bias(c), *_dropout(c)) for c in group_cases(case)]
+    of[1] = None, None, 1.0, of[1][3], 0.0, None
+    A, B, scaling, bias, dropout_p, seed = map(list, zip(*of))
+    return _given(A), _given(B), scaling, _given(bias), dropout_p, _given(seed)
+
+
+def _lora_group(op, case):
+    return random_tensor(case.M, case.K, dtype=case.dtype), *_group(case), *_lora_lists(case)
+
+
+def _lora_group_backward(op, case):
+    of = group_cases(case)
+    dy = [random_tensor(case.M, c.N, dtype=case.dtype) for c in of]
+    x = random_tensor(case.M, case.K, dtype=case.dtype)
+    ranks = of[0].R, 0, of[2].R
+    s = [random_tensor(case.M, rank, dtype=F32) for rank in ranks]
+    needs = [True, False, True], [True, False, True], [c.bias is not None for c in of]
+    return dy, x, s, *_group(case), *_lora_lists(case), True, *needs
+
+
+def _multi_lists(case: Case) -> tuple[tuple, list, list]:
+    """Plan, pages and seeds of three weights: they share the plan, and the page ids of each adapter."""
+    plan, pages = multi_args(case)
+    A, B, ranks, scalings, dropout_p, seed = pages
+    lists, seeds = [*pages[:5]], [seed]
+    for c in group_cases(case)[1:]:
+        own = random_tensor(*B.shape[:2], c.N, dtype=case.adapter, scale=case.R**-0.5)
+        other = random_tensor(*A.shape, dtype=case.adapter, scale=case.K**-0.5)
+        lists += [other, own, ranks // 2, scalings * 0.5, dropout_p]
+        seeds.append(random_seed() if case.dropout_p else None)
+    return plan, lists, _given(seeds)
+
+
+def _multi_group(op, case):
+    x = random_tensor(case.M, case.K, dtype=case.dtype)
+    plan, pages, seeds = _multi_lists(case)
+    return x, *_group(case), *plan, pages, seeds, _given([_bias(c) for c in group_cases(case)])
+
+
+def _multi_group_backward(op, case):
+    x, *rest = _multi_group(op, case)
+    (plan, pages), of = (rest[2:8], rest[8]), group_cases(case)
+    dy = [random_tensor(case.M, c.N, dtype=case.dtype) for c in of]
+    width = ceil_div(plan[-1], RANK_STEP) * RANK_STEP
+    s = [random_tensor(case.M, width, dtype=F32) for _ in of]
+    grads = [grad_args(ranks) for ranks in pages[2::5]]
+    grad_rows, grad_rank = map(list, zip(*grads))
+    return dy, x, s, *rest, grad_rows, grad_rank, True, [c.bias is not None for c in of]
+
+
+def of_each_weight(op: str, args: tuple) -> list[tuple[str, tuple] | None]:
+    """The operators of single weights that a group stands for, with their arguments; None where a weight has no dy."""
+    backward, many = op.endswith("backward"), op.startswith("multi")
+    (dy, x, s), rest = (args[:3], args[3:]) if backward else ((None, args[0], None), args[1:])
+    weights, dims, *rest = rest
+    group, found = each_weight(weights, dims), []
+    if many:
+        *plan, pages, seed, bias = rest[:9]
+        adapters = each_pages(pages, seed)
+    else:
+        A, B, scaling, bias, dropout_p, seed = rest[:6]
+        adapters = list(zip(*(each_given(t, len(group)) for t in (A, B, seed))))
+    biases = each_given(bias, len(group))
+    for i, w in enumerate(group):
+        first = (dy[i], x, s[i]) if backward else (x,)
+        if backward and given(dy[i]) is None:
+            found.append(None)
+        elif many:
+            needs = (args[-4][i], args[-3][i], args[-2], args[-1][i]) if backward else ()
+            of = (*first, *w, *plan, *adapters[i], biases[i], *needs)
+            found.append((op.replace("_group", ""), of))
+        elif adapters[i][0] is None:
+            of = (dy[i], *w) if backward else (x, *w, biases[i])
+            found.append(("linear_4bit_dx" if backward else "linear_4bit", of))
+        else:
+            a, b, key = adapters[i]
+            needs = (args[-4], *(need[i] for need in args[-3:])) if backward else ()
+            of = (*first, *w, a, b, scaling[i], biases[i], dropout_p[i], key, *needs)
+            found.append((op.replace("_group", ""), of))
+    return found
+
+
 MAKE = {
     "quantize_4bit": _quantize,
     "double_quantize": _double_quantize,
@@ -418,7 +538,27 @@ MAKE = {
     "multi_lora_backward": _multi_backward,
     "multi_lora_linear_4bit": _multi_linear,
     "multi_lora_linear_4bit_backward": _multi_linear_backward,
+    "lora_linear_4bit_group": _lora_group,
+    "lora_linear_4bit_group_backward": _lora_group_backward,
+    "multi_lora_linear_4bit_group": _multi_group,
+    "multi_lora_linear_4bit_group_backward": _multi_group_backward,
 }
+
+
+def flatten(outputs) -> tuple[torch.Tensor, ...]:
+    """The tensors of an operator's outputs, some of which are lists."""
+    if isinstance(outputs, torch.Tensor):
+        return (outputs,)
+    return tuple(t for output in outputs for t in flatten(output))
+
+
+def each_tensor(args, change: Callable[[torch.Tensor], torch.Tensor]):
+    """Arguments of an operator with ``change`` applied to every tensor, those in lists too."""
+    if isinstance(args, torch.Tensor):
+        return change(args)
+    if isinstance(args, list | tuple):
+        return type(args)([each_tensor(a, change) for a in args])
+    return args
 
 
 def run(op: str, args: tuple) -> tuple[torch.Tensor, ...]:
@@ -426,17 +566,14 @@ def run(op: str, args: tuple) -> tuple[torch.Tensor, ...]:
     which is then the first output."""
     function = getattr(ops, op)
     if not op.endswith("_"):
-        outputs = function(*args)
-        return outputs if isinstance(outputs, tuple | list) else (outputs,)
+        return flatten(function(*args))
     first = args[0].detach().clone()
     return first, function(first, *args[1:])
 
 
 def with_rows(args: tuple, case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> list:
     """``args``, where ``change`` was applied to what has a row for each of the case's M."""
-    return [
-        change(a) if isinstance(a, torch.Tensor) and a.shape[:1] == (case.M,) else a for a in args
-    ]
+    return each_tensor(list(args), lambda t: change(t) if t.shape[:1] == (case.M,) else t)
 
 
 def call(op: str, args: tuple, case: Case) -> torch.Tensor:

@@ -6,6 +6,7 @@ of threads, and in any batch.
 
 import inspect
 import pathlib
+import re
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ import lowrank_kernels as lk
 import tolerance
 from lowrank_kernels import reference
 from lowrank_kernels import triton as triton_kernels
+from lowrank_kernels.arguments import PagesArgs, WeightArgs, given
 from lowrank_kernels.schema import NAMESPACE, OPS, ops
 
 HERE = pathlib.Path(__file__).parent
 BY_ROWS = [
     "linear_4bit", "linear_4bit_dx", "lora_linear_4bit", "lora_linear_4bit_backward",
-    "lora_linear", "lora_linear_backward",
+    "lora_linear", "lora_linear_backward", "lora_linear_4bit_group", "lora_linear_4bit_group_backward",
 ]  # fmt: skip
 MANY_ADAPTERS = [
     op for op in OPS if op.startswith("multi_lora")
@@ -90,15 +92,14 @@ def test_fake_gives_what_the_kernel_gives(op, any_backend, subtests):
         with subtests.test(case=str(case)):
             args = cases.make(op, case)
             fakes = OPS[op].fake(*(_to_meta(a) for a in args))
-            fakes = fakes if isinstance(fakes, tuple) else (fakes,)
-            for real, fake in zip(run(op, args)[written:], fakes, strict=True):
+            for real, fake in zip(run(op, args)[written:], cases.flatten(fakes), strict=True):
                 of_fake = (fake.shape, fake.dtype, fake.stride())
                 assert (real.shape, real.dtype, real.stride()) == of_fake
                 assert real.is_contiguous()
 
 
 def _to_meta(value):
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+    return cases.each_tensor(value, lambda t: t.to("meta"))
 
 
 @each_op
@@ -140,8 +141,30 @@ SPOILT = {
 }  # fmt: skip
 
 
+# The names of what is in a list, as its numbers come: those of WeightArgs and PagesArgs.
+IN_LISTS = {
+    "weights": WeightArgs._fields[:6], "dims": WeightArgs._fields[6:], "pages": PagesArgs._fields[:5],
+}  # fmt: skip
+
+
 def spoilt(op, name, value):
     """Values of an argument that the others rule out."""
+    if isinstance(value, list):
+        yield value[:-1]
+        yield [*value, value[-1]]
+        for i, item in enumerate(value):
+            own = IN_LISTS.get(name, (name,))[i % len(IN_LISTS.get(name, (name,)))]
+            nothing = isinstance(item, torch.Tensor) and given(item) is None
+            nothing = nothing or (name == "dropout_p" and item == 0.0)  # where there is no adapter
+            if own in FREE or nothing or isinstance(item, bool):
+                continue
+            for wrong in spoilt(op, own, item):
+                yield [*value[:i], torch.empty(0) if wrong is None else wrong, *value[i + 1 :]]
+        return
+    yield from _spoilt(op, name, value)
+
+
+def _spoilt(op, name, value):
     if name in SPOILT:
         return SPOILT[name]
     if isinstance(value, float):
@@ -170,23 +193,33 @@ def test_each_wrong_argument_is_refused_by_fakes_as_by_kernels(op, any_backend):
     meta = [_to_meta(a) for a in args]
     getattr(ops, op)(*meta)
     for i, name in enumerate(names):
-        if name in FREE:
+        if name in FREE and not isinstance(args[i], list):
             continue
         for value in spoilt(op, name, args[i]):
             with pytest.raises(RuntimeError):
                 run(op, (*args[:i], value, *args[i + 1 :]))
             with pytest.raises(RuntimeError) as refused:
                 getattr(ops, op)(*meta[:i], _to_meta(value), *meta[i + 1 :])
-            named = str(refused.value).partition(": expected")[0]
+            named = re.sub(r"\[\d+\].*", "", str(refused.value).partition(": expected")[0])
             assert named in (*names, "page_rank"), f"{name} = {value}: {refused.value}"
+
+
+def _only_tensors(args):
+    found = []
+    cases.each_tensor(list(args), lambda t: found.append(t) or t)
+    return found
 
 
 @each_op
 def test_fakes_refuse_tensors_on_another_device(op):
     args = cases.make(op, cases.Case())
-    tensors = [i for i, a in enumerate(args) if isinstance(a, torch.Tensor)]
-    args = [_to_meta(a) for a in args]
-    args[tensors[-1]] = torch.empty_like(args[tensors[-1]], device="cpu")
+    count = len(_only_tensors(args))
+    left = iter(range(count))  # the last of them is somewhere else
+
+    def to_meta_but_the_last(t):
+        return t.to("meta") if next(left) < count - 1 else torch.empty_like(t)
+
+    args = cases.each_tensor(list(args), to_meta_but_the_last)
     with pytest.raises(RuntimeError, match="expected a tensor on meta, got cpu"):
         getattr(ops, op)(*args)
 
@@ -205,9 +238,7 @@ def test_checks_of_fakes_hold_for_sizes_that_are_not_known(op):
         for count in (5, 0, 8):
             keep = torch.arange(8) < count
             outputs, expected = compiled(keep, *args), some_rows(keep, *args)
-            if isinstance(outputs, torch.Tensor):
-                outputs, expected = [outputs], [expected]
-            tolerance.assert_same_bits(op, outputs, expected)
+            tolerance.assert_same_bits(op, cases.flatten(outputs), cases.flatten(expected))
 
 
 def check_same(name, op, args, outputs, expected, backend):
@@ -252,9 +283,9 @@ def test_strides_do_not_matter(op, backend, subtests):
         for layout, view in LAYOUTS.items():
             with subtests.test(case=str(case), layout=layout):
                 strided = [
-                    view(a)
-                    if isinstance(a, torch.Tensor) and a.is_floating_point() and i not in contiguous
-                    else a
+                    a
+                    if i in contiguous
+                    else cases.each_tensor(a, lambda t: view(t) if t.is_floating_point() else t)  # noqa: B023
                     for i, a in enumerate(args)
                 ]
                 check_same(f"{op}, {layout}", op, args, run(op, strided), expected, backend)
@@ -267,7 +298,7 @@ def test_alignment_does_not_matter(op, backend, subtests):
         with subtests.test(case=str(case)):
             args = cases.make(op, case)
             expected = run(op, args)
-            shifted = [_unaligned(a) if isinstance(a, torch.Tensor) else a for a in args]
+            shifted = cases.each_tensor(list(args), _unaligned)
             check_same(op, op, args, run(op, shifted), expected, backend)
 
 
@@ -283,15 +314,17 @@ def test_rows_expanded_from_one(op, case, backend):
     """Stride 0, as the gradient of a sum has it."""
     args = cases.make(op, case)
     expanded = cases.with_rows(args, case, lambda a: a[:1].expand(a.shape))
-    assert any(isinstance(a, torch.Tensor) and 0 in a.stride() for a in expanded)
-    dense = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in expanded]
+    assert any(0 in t.stride() for t in _only_tensors(expanded))
+    dense = cases.each_tensor(expanded, lambda t: t.contiguous())
     tolerance.assert_same_bits(op, run(op, expanded), run(op, dense))
 
 
 def _contiguous_by_contract(op):
     """The positions of the 4-bit weight's nine arguments, and of pages and their tables."""
     names = [a.name for a in getattr(ops, op).default._schema.arguments]
-    exact = {"code", "absmax", "nested_code", "A_pages", "B_pages", "scalings", "dropout_p"}
+    exact = {
+        "code", "absmax", "nested_code", "A_pages", "B_pages", "scalings", "dropout_p", "weights", "pages",
+    }  # fmt: skip
     contiguous = {i for i, name in enumerate(names) if name in exact}
     if "packed" in names:
         start = names.index("packed")
@@ -309,13 +342,11 @@ def test_same_bits_again_and_arguments_untouched(op, backend, subtests):
     for case in BITS:
         with subtests.test(case=str(case)):
             args = cases.make(op, case)
-            before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+            before = [t.clone() for t in _only_tensors(args)]
             expected = run(op, args)
             for _ in range(3):
                 tolerance.assert_same_bits(op, run(op, args), expected)
-            for i, (a, b) in enumerate(zip(args, before)):
-                if isinstance(a, torch.Tensor):
-                    tolerance.assert_same_bits(f"{op}: argument {i}", a, b)
+            tolerance.assert_same_bits(f"{op}: arguments", _only_tensors(args), before)
 
 
 @each_op
@@ -348,17 +379,19 @@ BATCH = [
 def test_a_row_has_the_same_bits_in_any_batch(op, case, place, backend):
     """Among equal kernel families, see cases.family."""
     args = cases.make(op, case)
-    per_row = 1 if op.endswith("backward") else 2  # dA, dB and dbias are sums over the rows
+    per_row = 1 if op.endswith("backward") else None  # dA, dB and dbias are sums over the rows
     expected = {}
     for height in (*HEIGHTS[::-1], case.M):
         rows = slice(0, height) if place == "first" else slice(case.M - height, case.M)
         outputs = run(op, cases.with_rows(args, case, lambda a, rows=rows: a[rows]))[:per_row]
         family = cases.family(op, case._replace(M=height), backend)
         tallest = expected.setdefault(family, outputs)
-        for name, out, tall in zip(("first output", "second output"), outputs, tallest):
+        for name, (out, tall) in enumerate(zip(outputs, tallest)):
             same = tall[:height] if place == "first" else tall[tall.shape[0] - height :]
             if height <= tall.shape[0]:
-                tolerance.assert_same_bits(f"{op}, {name}, {height} rows, {family}", out, same)
+                tolerance.assert_same_bits(
+                    f"{op}, output {name}, {height} rows, {family}", out, same
+                )
 
 
 @pytest.mark.parametrize("op", ["lora_linear_4bit", "lora_linear"])

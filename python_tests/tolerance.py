@@ -35,6 +35,7 @@ import torch
 import cases
 import lowrank_kernels as lk
 from lowrank_kernels import reference
+from lowrank_kernels.arguments import given
 
 U_ACC = 2.0**-24  # unit roundoff of float32, the dtype of every sum and intermediate
 
@@ -91,6 +92,8 @@ def evaluate(op: str, args: tuple) -> tuple[tuple[torch.Tensor, ...], tuple[torc
     """(reference outputs, magnitudes), float64, for one of the matrix operators and its arguments."""
     function = getattr(reference, op)
     values = function(*args)
+    if "_group" in op:
+        return cases.flatten(values), _group_magnitudes(op, args)
     # The weight is made dense, so that absolute values can be taken of it.
     if op == "linear_4bit":
         x, bias = args[0].double(), args[-1]
@@ -108,6 +111,30 @@ def evaluate(op: str, args: tuple) -> tuple[tuple[torch.Tensor, ...], tuple[torc
     if not isinstance(values, tuple):
         values, magnitudes = (values,), (magnitudes,)
     return values, magnitudes
+
+
+def _group_magnitudes(op: str, args: tuple) -> tuple[torch.Tensor, ...]:
+    """Those of each weight by itself; of dx their sum."""
+    parts = []
+    for i, single in enumerate(cases.of_each_weight(op, args)):
+        if single is None:
+            parts.append(None)
+            continue
+        _, magnitudes = evaluate(*single)
+        none = magnitudes[0].new_empty(0)
+        if single[0] == "linear_4bit":
+            magnitudes = *magnitudes, magnitudes[0].new_empty((len(magnitudes[0]), 0))
+        elif single[0] == "linear_4bit_dx":
+            dbias = single[1][0].double().abs().sum(0) if args[-1][i] else none
+            magnitudes = (magnitudes[0] if args[-4] else none), none, none, dbias
+        parts.append(magnitudes)
+    width = max(len(part) for part in parts if part is not None)
+    empty = next(part for part in parts if part is not None)[0].new_empty(0)
+    lists = [[empty if part is None else part[i] for part in parts] for i in range(width)]
+    if op.endswith("backward"):
+        dx = sum(part[0] for part in parts if part is not None)
+        return cases.flatten((dx, *lists[1:]))
+    return cases.flatten(lists)
 
 
 def _absolute(value):
@@ -161,13 +188,32 @@ def check(op: str, args: tuple, outputs, c: float = C_ZERO_MEAN) -> None:
 
 
 def _check(op, args, outputs, values, magnitudes, c) -> None:
-    outputs = outputs if isinstance(outputs, tuple | list) else (outputs,)
+    outputs = cases.flatten(outputs)
     assert len(outputs) == len(values), f"{op}: {len(outputs)} outputs, expected {len(values)}"
     names = OUTPUTS.get(op, ("output",))
+    rows = args[0]
+    if "_group" in op:
+        names, rows = _group_names(op, len(values)), _group_rows(args[0])
     for name, actual, value, magnitude in zip(names, outputs, values, magnitudes, strict=True):
         product = name in ("output", "y", "dx")
-        extra = operand_rounding(args[0], magnitude) if product else 0.0
+        extra = operand_rounding(rows, magnitude) if product else 0.0
         assert_close(f"{op}: {name}", actual, value, magnitude, c, extra)
+
+
+def _group_names(op: str, outputs: int) -> tuple[str, ...]:
+    """OUTPUTS of the operator on one weight, for each weight of a group; dx is one."""
+    names = OUTPUTS[op.replace("_group", "")]
+    shared = names[:1] if names[0] == "dx" else ()
+    each = names[len(shared) :]
+    count = (outputs - len(shared)) // len(each)
+    return *shared, *(name for name in each for _ in range(count))
+
+
+def _group_rows(first) -> torch.Tensor:
+    """x, or the dy of all weights side by side: what a rounded operand is a part of."""
+    if isinstance(first, torch.Tensor):
+        return first
+    return torch.cat([t for t in first if given(t) is not None], 1)
 
 
 def operand_rounding(rows: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor | float:

@@ -10,6 +10,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "common/params.h"
 
@@ -18,6 +19,10 @@ namespace lk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+using Numbers = std::vector<double>;
+using Flags = std::vector<bool>;
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType type) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(size), type);
@@ -40,6 +45,22 @@ inline int64_t checked_product(const char* names, int64_t a, int64_t b) {
   STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &product), names,
                   ": expected sizes whose product fits 64 bits, got ", a, " and ", b);
   return product;
+}
+
+// Lists of a group have an entry for each weight. None is a tensor of shape [0] there, for torch
+// resolves views that negate in lists of tensors, and in lists of optional ones does not.
+inline MaybeTensor maybe(const Tensor& t) {
+  return t.dim() == 1 && t.numel() == 0 ? MaybeTensor{} : MaybeTensor{t};
+}
+// Entry i of a list that is empty where no weight has one.
+inline MaybeTensor maybe(const Tensors& list, size_t i) {
+  return list.empty() ? MaybeTensor{} : maybe(list[i]);
+}
+
+template <class List>
+void check_length(const char* name, const List& list, size_t length) {
+  STD_TORCH_CHECK(list.size() == length, name, ": expected ", length, " entries, got ",
+                  list.size());
 }
 
 inline int shift_of(int64_t blocksize) {
@@ -144,6 +165,31 @@ class Unpack {
       w.absmax = data<float>("absmax", absmax, ScalarType::Float, blocks);
     }
     return w;
+  }
+
+  // The weights of a group: `tensors` has the six of each, `dims` its N, K and blocksize. All have
+  // one K.
+  std::vector<Weight4> weights(const Tensors& tensors, const Integers& dims) const {
+    const size_t count = dims.size() / 3;
+    STD_TORCH_CHECK(count > 0, "dims: expected N, K and blocksize of each weight, got ",
+                    dims.size(), " integers");
+    check_length("dims", dims, 3 * count);
+    check_length("weights", tensors, 6 * count);
+    std::vector<Weight4> found;
+    found.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      const Tensor* t = &tensors[6 * i];
+      const int64_t* d = &dims[3 * i];
+      const bool nested = maybe(t[4]).has_value();
+      const auto if_nested = [&](const Tensor& of) {
+        return nested ? MaybeTensor{of} : MaybeTensor{};
+      };
+      found.push_back(weight4(t[0], t[1], t[2], if_nested(t[3]), if_nested(t[4]), if_nested(t[5]),
+                              d[0], d[1], d[2]));
+      STD_TORCH_CHECK(found[i].K == found[0].K, "dims: expected one K, got ", found[0].K, " and ",
+                      found[i].K);
+    }
+    return found;
   }
 
   // The integers of a plan are checked by check_indices(); those of another device cannot be read

@@ -112,6 +112,19 @@ struct Cpu {
     with.arithmetic = arithmetic(a.dy.dtype);
     lk_kernels()->multi_backward(with, pool());
   }
+  // sum += part, both float32 and without gaps.
+  void add(Tensor& sum, const Tensor& part) const {
+    float* to = static_cast<float*>(sum.mutable_data_ptr());
+    const float* from = static_cast<const float*>(part.const_data_ptr());
+    constexpr int64_t kGrain = 1 << 15;
+    torch::stable::parallel_for(0, sum.numel(), kGrain, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    });
+  }
+  template <class Parts>
+  bool stacked_dx(Parts&, Tensor&) const {
+    return false;
+  }
 };
 
 }  // namespace

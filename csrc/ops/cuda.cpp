@@ -181,10 +181,101 @@ class Cuda {
     if (plan.family != Family::matmul) return;
     const float beta = plan.has_rest ? 1.0f : 0.0f;
     if (weight) return add_product(dx, dy, *weight, beta);
-    add_backward(*w, a.dy.dtype, dy, dx, beta);
+    if (w) add_backward(*w, a.dy.dtype, dy, dx, beta);
+  }
+
+  // sum += part
+  void add(Tensor& sum, const Tensor& part) const {
+    torch::stable::copy_(sum, torch::stable::subtract(sum, part, -1.0));
+  }
+
+  // dx of several weights where the dense library multiplies by them: one product with their rows,
+  // decoded, one below the other. To it are added the adapters' terms, a sum in float32 that is
+  // rounded once, as for one weight. False, and nothing done: other kernels multiply.
+  template <class Parts>
+  bool stacked_dx(Parts& parts, Tensor& dx) const {
+    const int64_t M = dx.size(0), K = dx.size(1);
+    int64_t N = 0;
+    bool dense = false;
+    for (const auto& part : parts) {
+      N += part.a.dy.cols;
+      dense = dense || dense_product(part.a, dx);
+    }
+    if (!dense || parts.size() == 1) return false;
+    Tensor rows = empty(dx, {M, N}), sum, term;
+    int64_t n = 0, terms = 0;
+    for (auto& part : parts) {
+      Tensor place = torch::stable::narrow(rows, 1, n, part.a.dy.cols);
+      torch::stable::copy_(place, part.dy);
+      n += part.a.dy.cols;
+      if (part.a.dbias.data) {
+        const int64_t over[] = {0};
+        torch::stable::copy_(
+            part.dbias,
+            torch::stable::sum(part.dy, torch::headeronly::IntHeaderOnlyArrayRef(over, 1), false,
+                               ScalarType::Float));
+        part.a.dbias = {};
+      }
+      if (!has_adapter(part.a)) continue;
+      Tensor& of = terms++ == 0 ? sum : term;
+      of = empty(dx, {M, K}, ScalarType::Float);
+      run_adapter(part.a, part.dy, of);
+      if (terms > 1) add(sum, term);
+    }
+    if (terms > 0) torch::stable::copy_(dx, sum);
+    add_stacked(parts, rows, dx, terms > 0 ? 1.0f : 0.0f);
+    return true;
   }
 
  private:
+  static const Weight4* weight_of(const BackwardArgs& a) { return a.base.quantized; }
+  static const Weight4* weight_of(const MultiBackwardArgs& a) { return a.base; }
+  static bool has_adapter(const BackwardArgs& a) { return a.lora.A.data; }
+  static bool has_adapter(const MultiBackwardArgs&) { return true; }  // dA and dB want zeros
+
+  // Whether a float32 dx of this weight would be a dense product.
+  template <class Args>
+  bool dense_product(const Args& a, const Tensor& dx) const {
+    BackwardArgs b;
+    b.dy = a.dy;
+    b.base.quantized = weight_of(a);
+    b.dx = {dx.mutable_data_ptr(), DType::f32, dx.size(0), dx.size(1), dx.size(1)};
+    return kernels_.plan_linear_backward(b, launch_.device).family == Family::matmul;
+  }
+
+  // Everything but the product with the base; `dx` is float32.
+  void run_adapter(BackwardArgs a, const Tensor& dy, Tensor& dx) const {
+    a.base = {};
+    a.dx = output(dx, dx.size(0), dx.size(1));
+    linear_backward(a, dy, nullptr, dx);
+  }
+  void run_adapter(MultiBackwardArgs a, const Tensor& dy, Tensor& dx) const {
+    a.base = nullptr;
+    a.dx = output(dx, dx.size(0), dx.size(1));
+    multi_backward(a, dy, dx);
+  }
+
+  // dx = beta dx + rows [W; W'; ...], by columns, so that every element is rounded once.
+  template <class Parts>
+  void add_stacked(const Parts& parts, const Tensor& rows, Tensor& dx, float beta) const {
+    const int64_t N = rows.size(1), K = dx.size(1);
+    const DType dtype = dtype_of("dy", rows);
+    const int64_t columns = piece(K, N * element_size(dtype));
+    Tensor dense = empty(rows, {N, columns});
+    for (int64_t k = 0; k < K; k += columns) {
+      const int64_t count = min64(columns, K - k);
+      int64_t n = 0;
+      for (const auto& part : parts) {
+        const Weight4& w = *weight_of(part.a);
+        Tensor place = torch::stable::narrow(dense, 0, n, w.N);
+        dequantize(w, 0, k, {place.mutable_data_ptr(), dtype, w.N, count, columns});
+        n += w.N;
+      }
+      Tensor out = torch::stable::narrow(dx, 1, k, count);
+      add_product(out, rows, torch::stable::narrow(dense, 1, 0, count), beta);
+    }
+  }
+
   // y = beta y + x Wᵀ
   void add_forward(const Weight4& w, DType dtype, const Tensor& x, Tensor& y, float beta) const {
     const int64_t rows = piece(w.N, w.K * element_size(dtype));

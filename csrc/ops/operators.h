@@ -203,7 +203,7 @@ struct Operators {
                            need_dbias);
   }
 
- private:
+ protected:
   static int64_t s_width(const BatchPlan& plan) {
     return ceil_div(plan.max_rank, kRankStep) * kRankStep;
   }
@@ -222,13 +222,25 @@ struct Operators {
     return s;
   }
 
-  // dx, dA, dB, dbias; one that is not needed is empty.
-  static Gradients multi_gradients(const Backend& backend, const Unpack& in, const Tensor& dy_in,
-                                   const Tensor& x_in, const Tensor& s_in, MultiBackwardArgs& a,
-                                   const MaybeTensor& bias, const Tensor& grad_rows,
-                                   int64_t grad_rank, bool need_dx, bool need_dbias) {
+  // The arguments of a backward but for dx, and the tensors behind them: inputs, and outputs, of
+  // which those that are not needed are empty.
+  template <class Args>
+  struct Backward {
+    Tensor dy, ds;
+    MaybeTensor x, s;
+    Tensor dA, dB, dbias;
+    Args a;
+  };
+
+  static Backward<MultiBackwardArgs> multi_backward_of(const Unpack& in, const Tensor& dy_in,
+                                                       const Tensor& x_in, const Tensor& s_in,
+                                                       const MultiBackwardArgs& begun,
+                                                       const MaybeTensor& bias,
+                                                       const Tensor& grad_rows, int64_t grad_rank,
+                                                       bool need_dbias) {
     const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
                  s = torch::stable::contiguous(s_in);
+    MultiBackwardArgs a = begun;
     const int64_t M = dy.size(0), N = a.pages.B.cols, K = a.pages.A.cols;
     if (bias) in.vector("bias", *bias, N);
     STD_TORCH_CHECK(grad_rank >= 0 && grad_rank <= INT32_MAX, "grad_rank: expected 0..2^31-1, got ",
@@ -241,7 +253,6 @@ struct Operators {
     a.grad_rows = in.template data<int32_t>("grad_rows", grad_rows, ScalarType::Int, a.pages.slots);
     in.check_grad_rows(a.grad_rows, a.pages, grad_rank);
     a.grad_rank = grad_rank;
-    Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
     const Tensor dA = empty(dy, {grad_rank, K}, ScalarType::Float),
                  dB = empty(dy, {grad_rank, N}, ScalarType::Float),
                  dbias = empty(bias ? *bias : dy, {need_dbias ? N : 0}),
@@ -249,10 +260,21 @@ struct Operators {
     a.ds = static_cast<float*>(ds.mutable_data_ptr());
     a.dA = static_cast<float*>(dA.mutable_data_ptr());
     a.dB = static_cast<float*>(dB.mutable_data_ptr());
-    if (need_dx) a.dx = output(dx, M, K);
     if (need_dbias) a.dbias = output(dbias, 1, N);
-    backend.multi_backward(a, dy, dx);
-    return {dx, dA, dB, dbias};
+    return {dy, ds, x, s, dA, dB, dbias, a};
+  }
+
+  // dx, dA, dB, dbias; one that is not needed is empty.
+  static Gradients multi_gradients(const Backend& backend, const Unpack& in, const Tensor& dy,
+                                   const Tensor& x, const Tensor& s, const MultiBackwardArgs& a,
+                                   const MaybeTensor& bias, const Tensor& grad_rows,
+                                   int64_t grad_rank, bool need_dx, bool need_dbias) {
+    auto of = multi_backward_of(in, dy, x, s, a, bias, grad_rows, grad_rank, need_dbias);
+    const int64_t M = of.a.dy.rows, K = of.a.x.cols;
+    Tensor dx = need_dx ? empty(of.dy, {M, K}) : empty(of.dy, {0});
+    if (need_dx) of.a.dx = output(dx, M, K);
+    backend.multi_backward(of.a, of.dy, dx);
+    return {dx, of.dA, of.dB, of.dbias};
   }
 
   // y and S of either base; without an adapter S is empty.
@@ -275,41 +297,65 @@ struct Operators {
     return {y, s};
   }
 
-  // dx, dA, dB, dbias; one that is not needed is empty.
-  static Gradients backward(const Backend& backend, const Unpack& in, const Tensor& dy_in,
-                            const Tensor& x_in, const Tensor& s_in, const Base& base,
-                            const Tensor* dense, const Adapter& adapter, const MaybeTensor& bias,
-                            int64_t N, int64_t K, bool need_dx, bool need_dA, bool need_dB,
-                            bool need_dbias) {
-    const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
-                 s = torch::stable::contiguous(s_in);
-    const int64_t M = dy.size(0), R = adapter.lora.A.rows;
+  // Without an adapter x and S are not needed.
+  static Backward<BackwardArgs> backward_of(const Unpack& in, const Tensor& dy_in,
+                                            const MaybeTensor& x, const MaybeTensor& s,
+                                            const Base& base, const Adapter* adapter,
+                                            const MaybeTensor& bias, int64_t N, int64_t K,
+                                            bool need_dA, bool need_dB, bool need_dbias) {
+    Backward<BackwardArgs> of;
+    of.dy = in.rows_of("dy", dy_in);
+    const int64_t M = of.dy.size(0), R = adapter ? adapter->lora.A.rows : 0;
     if (bias) in.vector("bias", *bias, N);
-    Tensor dx = need_dx ? empty(dy, {M, K}) : empty(dy, {0});
-    const Tensor dA = need_dA ? empty(adapter.A, {R, K}) : empty(adapter.A, {0});
-    const Tensor dB = need_dB ? empty(adapter.B, {N, R}) : empty(adapter.B, {0});
-    const Tensor dbias = empty(bias ? *bias : dy, {need_dbias ? N : 0});
-    const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
-    BackwardArgs a;
-    a.dy = in.matrix("dy", dy, M, N);
-    a.x = in.matrix("x", x, M, K);
-    a.base = base;
-    a.lora = adapter.lora;
-    a.s = in.data<float>("s", s, ScalarType::Float, checked_product("s", M, R));
-    a.ds = static_cast<float*>(ds.mutable_data_ptr());
-    if (need_dx) a.dx = output(dx, M, K);
-    if (need_dA) a.dA = output(dA, R, K);
-    if (need_dB) a.dB = output(dB, N, R);
-    if (need_dbias) a.dbias = output(dbias, 1, N);
-    backend.linear_backward(a, dy, dense, dx);
-    return {dx, dA, dB, dbias};
+    need_dA = need_dA && adapter, need_dB = need_dB && adapter;
+    const Tensor& like_A = adapter ? adapter->A : of.dy;
+    const Tensor& like_B = adapter ? adapter->B : of.dy;
+    of.dA = need_dA ? empty(like_A, {R, K}) : empty(like_A, {0});
+    of.dB = need_dB ? empty(like_B, {N, R}) : empty(like_B, {0});
+    of.dbias = empty(bias ? *bias : of.dy, {need_dbias ? N : 0});
+    of.ds = empty(of.dy, {M, R}, ScalarType::Float);
+    of.a.dy = in.matrix("dy", of.dy, M, N);
+    of.a.base = base;
+    if (adapter) {
+      STD_TORCH_CHECK(x && s, "x, s: expected tensors where there is an adapter, got None");
+      of.x = in.rows_of("x", *x);
+      of.s = torch::stable::contiguous(*s);
+      of.a.x = in.matrix("x", *of.x, M, K);
+      of.a.lora = adapter->lora;
+      of.a.s = in.template data<float>("s", *of.s, ScalarType::Float, checked_product("s", M, R));
+    }
+    of.a.ds = static_cast<float*>(of.ds.mutable_data_ptr());
+    if (need_dA) of.a.dA = output(of.dA, R, K);
+    if (need_dB) of.a.dB = output(of.dB, N, R);
+    if (need_dbias) of.a.dbias = output(of.dbias, 1, N);
+    return of;
+  }
+
+  // dx, dA, dB, dbias; one that is not needed is empty.
+  static Gradients backward(const Backend& backend, const Unpack& in, const Tensor& dy,
+                            const Tensor& x, const Tensor& s, const Base& base, const Tensor* dense,
+                            const Adapter& adapter, const MaybeTensor& bias, int64_t N, int64_t K,
+                            bool need_dx, bool need_dA, bool need_dB, bool need_dbias) {
+    auto of = backward_of(in, dy, x, s, base, &adapter, bias, N, K, need_dA, need_dB, need_dbias);
+    const int64_t M = of.a.dy.rows;
+    Tensor dx = need_dx ? empty(of.dy, {M, K}) : empty(of.dy, {0});
+    if (need_dx) of.a.dx = output(dx, M, K);
+    backend.linear_backward(of.a, of.dy, dense, dx);
+    return {dx, of.dA, of.dB, of.dbias};
   }
 };
 
 #undef LK_WEIGHT
 #undef LK_WEIGHT_PARAMS
-#undef LK_PLAN_PARAMS
 #undef LK_PAGES_PARAMS
+
+}  // namespace lk
+
+#include "ops/groups.h"
+
+namespace lk {
+
+#undef LK_PLAN_PARAMS
 
 // Registers all of them; `library` is the argument of STABLE_TORCH_LIBRARY_IMPL.
 template <class Backend, class Library>
@@ -328,6 +374,13 @@ void implement(Library& library) {
   library.impl("multi_lora_backward", TORCH_BOX(&Ops::multi_lora_backward));
   library.impl("multi_lora_linear_4bit", TORCH_BOX(&Ops::multi_lora_linear_4bit));
   library.impl("multi_lora_linear_4bit_backward", TORCH_BOX(&Ops::multi_lora_linear_4bit_backward));
+  using Groups = GroupOperators<Backend>;
+  library.impl("lora_linear_4bit_group", TORCH_BOX(&Groups::lora_linear_4bit_group));
+  library.impl("lora_linear_4bit_group_backward",
+               TORCH_BOX(&Groups::lora_linear_4bit_group_backward));
+  library.impl("multi_lora_linear_4bit_group", TORCH_BOX(&Groups::multi_lora_linear_4bit_group));
+  library.impl("multi_lora_linear_4bit_group_backward",
+               TORCH_BOX(&Groups::multi_lora_linear_4bit_group_backward));
 }
 
 }  // namespace lk

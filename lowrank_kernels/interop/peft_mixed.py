@@ -14,11 +14,11 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 
+from ..arguments import RANK_STEP, ceil_div
 from ..functional import linear_4bit
 from ..multi_lora.functional import multi_lora_, multi_lora_linear_4bit
 from ..multi_lora.pages import ModulePages
 from ..multi_lora.plan import PageTable, Plan
-from ..schema import RANK_STEP, ceil_div
 
 
 class Parts(NamedTuple):

@@ -23,7 +23,7 @@ from .plan import Plan
 Read = tuple[Plan, ModulePages, list[int], int, tuple[int, ...]]
 
 
-def _check_unchanged(read: Read) -> None:
+def check_unchanged(read: Read) -> None:
     """Raises RuntimeError unless plan and pages still hold what the forward read."""
     plan, pages, slots, version, moves = read
     if torch.compiler.is_compiling():
@@ -40,14 +40,14 @@ def _check_unchanged(read: Read) -> None:
         )
 
 
-class _Gradients:
+class Gradients:
     """Where the operators leave the gradients of the adapters that want some.
 
     ``needed``: for each A and B of the adapters of ``read``, which are the last inputs of the function, in pairs.
     """
 
     def __init__(self, read: Read, needed: tuple[bool, ...]):
-        _check_unchanged(read)
+        check_unchanged(read)
         _, pages, slots, *_ = read
         pairs = zip(slots, needed[::2], needed[1::2], strict=True)
         self.pairs = [(slot, need_A, need_B) for slot, need_A, need_B in pairs]
@@ -82,7 +82,7 @@ class _MultiLoRALinear4bit(torch.autograd.Function):
         read, dims = ctx.rest
         weight, parameters = (*saved[:6], *dims), saved[6:]
         need_dx, need_dbias = ctx.needs_input_grad[:2]
-        gradients = _Gradients(read, ctx.needs_input_grad[5:])
+        gradients = Gradients(read, ctx.needs_input_grad[5:])
         dx, dA, dB, dbias = ops.multi_lora_linear_4bit_backward(
             dy,
             x,
@@ -119,7 +119,7 @@ class _MultiLoRA(torch.autograd.Function):
         x, seed, s, *parameters = saved
         read = ctx.rest
         need_dx = ctx.needs_input_grad[1]
-        gradients = _Gradients(read, ctx.needs_input_grad[4:])
+        gradients = Gradients(read, ctx.needs_input_grad[4:])
         dx, dA, dB = ops.multi_lora_backward(
             dy, x, s, *read[0].args, *read[1].args, seed, *gradients.args, need_dx
         )
@@ -165,7 +165,7 @@ def multi_lora_linear_4bit(
     x = autocast(x)
     N, K = w.shape
     check_linear(x, N, K, w.device, bias)
-    _check_batch(x, plan, pages, N, K)
+    check_batch(x, plan, pages, N, K)
     return multi(x, w, plan, pages, bias, dropout)
 
 
@@ -239,7 +239,7 @@ def multi_lora_(
     check_device("y", y, x.device)
     if y.dtype != x.dtype:
         raise TypeError(f"y: expected {x.dtype} like x, got {y.dtype}")
-    _check_batch(x, plan, pages, N, K)
+    check_batch(x, plan, pages, N, K)
     plan = plan.for_shape(x.shape)
     if plan.is_base_only:
         return y
@@ -269,7 +269,7 @@ def _check_pages(pages: object) -> None:
         )
 
 
-def _check_batch(x: torch.Tensor, plan: Plan, pages: ModulePages, N: int, K: int) -> None:
+def check_batch(x: torch.Tensor, plan: Plan, pages: ModulePages, N: int, K: int) -> None:
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a Plan of AdapterBank.plan, got {type(plan).__name__}")
     _check_pages(pages)

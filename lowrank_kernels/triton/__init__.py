@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..arguments import first_tensor
+
 EXCEPTIONS = {"double_quantize": "quantize"}  # operators in a module that has another name
 OLDEST = (3, 6)  # of the versions that are tested; pyproject.toml has the newest as well
 INSTALL_COMMAND = "pip install 'triton>={}.{}'".format(*OLDEST)
@@ -35,7 +37,7 @@ def interpreted() -> bool:
 
 def module_of(op: str) -> str:
     """The module here that has a function of the operator's name: the name less what tells its variants apart."""
-    return EXCEPTIONS.get(op) or re.sub("_4bit|_dx|_backward|_$", "", op)
+    return EXCEPTIONS.get(op) or re.sub("_4bit|_dx|_group|_backward|_$", "", op)
 
 
 @functools.cache
@@ -59,7 +61,7 @@ def kernel_of(name: str) -> Callable:
         return getattr(importlib.import_module(f".{module_of(name)}", __name__), name)
 
     def run(*args):
-        first = args[0]
+        first = first_tensor(args)
         if first.is_cuda:
             with torch.cuda.device(first.device):
                 return function()(*args)

@@ -109,11 +109,13 @@ def matmul(
     adapter: Lora | PagedLora | None = None,
     bias: torch.Tensor | None = None,
     backward: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """base + adapter + bias for the rows of x (of dy, where ``backward``)."""
+    """base + adapter + bias for the rows of x (of dy, where ``backward``), in x's dtype unless given."""
     M, J, depth = x.shape[0], *((K, N) if backward else (N, K))
+    dtype = dtype or x.dtype
     if M == 0 or J == 0:
-        return x.new_empty((M, J))
+        return x.new_empty((M, J), dtype=dtype)
     kind = kind_of(w, K, blocksize)
     left = pairs(x) if kind == "runs" and not backward else x
 
@@ -123,7 +125,7 @@ def matmul(
             columns = min(columns, blocksize)
         elif kind == "runs":
             step = min(step, blocksize)
-        out = x.new_empty((M, J))
+        out = x.new_empty((M, J), dtype=dtype)
         target = out if split_k == 1 else out.new_empty((split_k, M, J), dtype=torch.float32)
         launch(
             _matmul, ceil_div(M, rows) * ceil_div(J, columns) * split_k,

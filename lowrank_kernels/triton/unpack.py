@@ -3,12 +3,21 @@ here only what memory safety needs is checked again."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
 
-from ..arguments import BLOCKSIZES, FLOAT_DTYPES, WeightArgs
+from ..arguments import (
+    BLOCKSIZES,
+    FLOAT_DTYPES,
+    WEIGHT_SIZES,
+    WEIGHT_TENSORS,
+    WeightArgs,
+    each_given,
+    each_weight,
+)
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -41,6 +50,19 @@ def sizes(**named: int) -> None:
     """Products of sizes are computed in 64 bits, a size itself in 32."""
     for name, value in named.items():
         require(0 <= value < 2**31, f"{name}: expected a size below 2^31, got {value}")
+
+
+def lengths(count: int, **lists: Sequence) -> None:
+    """A group of weights has lists with an entry for each."""
+    for name, values in lists.items():
+        require(len(values) == count, f"{name}: expected {count} entries, got {len(values)}")
+
+
+def entries(name: str, tensors: Sequence[torch.Tensor], count: int) -> list[torch.Tensor | None]:
+    """Those of a list that may be empty: then no weight has one."""
+    if len(tensors):
+        lengths(count, **{name: tensors})
+    return each_given(tensors, count)
 
 
 class Unpack:
@@ -102,6 +124,17 @@ class Unpack:
             tensors[name] = self.data(name, value, dtype, numel)
         tensors["packed"] = w.packed.flatten().view(torch.uint8)
         return PackedWeight(**tensors)
+
+    def group(self, weights: Sequence, dims: Sequence[int]) -> list[WeightArgs]:
+        """The weights of a group, whose own tensors are not checked yet."""
+        count = len(dims) // WEIGHT_SIZES
+        require(count > 0, f"dims: expected N, K and blocksize of each weight, got {len(dims)}")
+        lengths(WEIGHT_SIZES * count, dims=dims)
+        lengths(WEIGHT_TENSORS * count, weights=weights)
+        found = each_weight(weights, dims)
+        for w in found:
+            require(w.K == found[0].K, f"dims: expected one K, got {found[0].K} and {w.K}")
+        return found
 
     def dropout(self, p: float, seed: torch.Tensor | None) -> Dropout | None:
         if p == 0.0:
