@@ -102,7 +102,7 @@ class _Group(torch.autograd.Function):
 
 
 def _filled(tensors: Sequence[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
-    """``tensors`` as a list of the operators. A Function takes None: torch.compile traces none that gets a tensor twice."""
+    """``tensors`` as a list of the operators. torch.compile traces no Function that gets a tensor twice, but None."""
     return [like.new_empty(0) if t is None else t for t in tensors]
 
 
