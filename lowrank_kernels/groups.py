@@ -59,7 +59,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, dims, scaling, dropout_p, seed, bias_count, *tensors):
         lora_count = (len(tensors) - bias_count) // 2
-        bias, A, B = _parts(tensors, bias_count, lora_count)
+        bias, A, B = _parts(_filled(tensors, x), bias_count, lora_count)
         ys, ss = ops.lora_linear_4bit_group(x, weights, dims, A, B, scaling, bias, dropout_p, seed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if lora_count else None, *weights, *seed, *ss, *tensors)
@@ -76,7 +76,7 @@ class _Group(torch.autograd.Function):
         x, *saved = saved
         count = len(dys)
         weights, seed, ss, *tensors = _cut(saved, 6 * count, seeds, count)
-        bias, A, B = _parts(tensors, bias_count, lora_count)
+        bias, A, B = _parts(_filled(tensors, some), bias_count, lora_count)
         nothing = some.new_empty(0)
         need_bias, need_A, need_B = _parts(ctx.needs_input_grad[7:], bias_count, lora_count)
         none = [False] * count
@@ -99,6 +99,11 @@ class _Group(torch.autograd.Function):
             *needed(dA, need_A),
             *needed(dB, need_B),
         )
+
+
+def _filled(tensors: Sequence[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+    """``tensors`` as a list of the operators. torch.compile traces no Function that gets a tensor twice, but None."""
+    return [like.new_empty(0) if t is None else t for t in tensors]
 
 
 def _parts(values: Sequence, bias_count: int, lora_count: int) -> tuple[list, list, list]:
@@ -135,7 +140,8 @@ def group(
     if any(dropout_p):
         seed = listed([dropout_seed(p, x.device) for p in dropout_p], nothing)
     if needs_grad:
-        ys = _Group.apply(rows, weights, dims, scaling, dropout_p, seed, len(bias), *bias, *A, *B)
+        tensors = (None if t is nothing else t for t in (*bias, *A, *B))
+        ys = _Group.apply(rows, weights, dims, scaling, dropout_p, seed, len(bias), *tensors)
     else:
         ys, _ = ops.lora_linear_4bit_group(
             rows, weights, dims, A, B, scaling, bias, dropout_p, seed
