@@ -12,7 +12,7 @@ namespace {
 
 // Threads take shares of the tasks in turn: one that has to share its core with another program, or
 // waits for memory, takes fewer. Which thread does a task changes no result.
-constexpr int64_t kShares = 8;  // of each thread, if all are equally fast
+constexpr int64_t kShares = 4;  // of each thread, if all are equally fast
 
 void run(int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
   const int64_t threads = min64(tasks, static_cast<int64_t>(torch::stable::get_num_threads()));
