@@ -16,6 +16,7 @@ from .packed import Params4bit, plain
 from .quant_state import KEYS_IN_WORDS
 from .ragged import by_rows
 from .schema import FLOAT_DTYPES
+from .shared_input import Operands, opened, shared_output
 
 # Field of Weight4bit -> buffer. bitsandbytes' names; "code" is taken in an exported GraphModule.
 _BUFFERS = {
@@ -257,8 +258,21 @@ class Linear4bit(nn.Linear):
         """``[..., in_features] -> [..., out_features]`` in x's dtype; see :func:`linear_4bit`."""
         if getattr(x, "is_nested", False):
             return by_rows(self.forward, x)
+        if opened.scopes and (y := shared_output(self, x)) is not None:
+            return y
         w = self.weight4bit
         return linear(taken(x, w), w, self._parameters["bias"])
+
+    def operands(self) -> Operands | None:
+        """What the forward computes with, for layers that share their input (``replace_linear(fuse=True)``).
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.Linear4bit(64, 32)
+            >>> layer.operands().w is layer.weight4bit
+            True
+        """
+        return Operands(self.weight4bit, self._parameters["bias"])
 
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation, quantized with this layer's settings."""

@@ -17,6 +17,7 @@ from .adapter import (
     train_only,
 )
 from .functional import linear, linear_4bit, lora, taken
+from .groups import Lora
 from .linear4bit import Linear4bit, Params4bit, is_dtensor
 from .multi_lora.functional import multi
 from .multi_lora.in_force import in_force
@@ -24,6 +25,7 @@ from .multi_lora.pages import ModulePages, save_plainly
 from .multi_lora.plan import Plan
 from .paths import named_modules
 from .ragged import by_rows
+from .shared_input import Operands, opened, shared_output
 
 __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit"]
 
@@ -380,6 +382,8 @@ class LoRALinear4bit(Linear4bit):
             return by_rows(self.forward, x)
         bias, name = self._parameters["bias"], self._active_adapter
         under = self.in_force(entries) if (entries := in_force.entries) else None
+        if opened.scopes and (y := shared_output(self, x)) is not None:
+            return y
         w = self.weight4bit
         if under is not None:
             if self._unmerged is not None:
@@ -396,10 +400,38 @@ class LoRALinear4bit(Linear4bit):
         A, B = self.adapter_parameters(name)
         return lora(x, w, A, B, self.scaling[name], bias, dropout_p)
 
-    def in_force(self, entries: tuple) -> tuple[Plan, ModulePages] | None:
+    def operands(self) -> Operands | None:
+        """What the forward computes with, for layers that share their input; None where that is not one operator.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> layer = lk.LoRALinear4bit(64, 32, r=4, lora_alpha=8)
+            >>> layer.operands().lora.scaling
+            2.0
+        """
+        bias, name, w = self._parameters["bias"], self._active_adapter, self.weight4bit
+        under = self.in_force(entries, note=False) if (entries := in_force.entries) else None
+        if under is not None:
+            return (
+                None
+                if self._unmerged is not None
+                else Operands(w, bias, None, under, self.training)
+            )
+        if self._disabled and self._unmerged is not None:
+            w = self._unmerged
+        if self._disabled or self._unmerged is not None or name not in self.r:
+            return Operands(w, bias)
+        if not are_fused(*self.adapter_modules(name)):
+            return None
+        dropout_p = self.lora_dropout[name] if self.training else 0.0
+        return Operands(
+            w, bias, Lora(*self.adapter_parameters(name), self.scaling[name], dropout_p)
+        )
+
+    def in_force(self, entries: tuple, note: bool = True) -> tuple[Plan, ModulePages] | None:
         """The plan of a bank of this layer that is in force, and the layer's pages, if it is not disabled.
 
-        ``entries``: all that is in force. Records of checkpoints hear what else decides about y.
+        ``entries``: all that is in force. Records of checkpoints hear what else decides about y, with ``note``.
         Raises RuntimeError if the block of the plan has ended, ValueError for a layer of routed experts.
 
         Examples:
@@ -421,7 +453,7 @@ class LoRALinear4bit(Linear4bit):
                 found = entry.plan, pages
                 break
         for entry in entries:
-            if entry.records:
+            if entry.records and note:
                 entry.note(self, self._state(planned=found is not None))
         return found
 

@@ -24,6 +24,7 @@ from .dense_layers import (
 )
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
+from .shared_input import share_known
 from .targets import check_all_match, matches, read_patterns
 
 _HOOKS = (
@@ -58,6 +59,8 @@ class ReplaceReport:
 
     replaced: list[ReplacedLayer]
     skipped: list[SkippedLayer]
+    # With fuse=True: the path of each module whose children share their input, and their names.
+    fused: list[tuple[str, tuple[str, ...]]] = dataclasses.field(default_factory=list)
 
     @property
     def bytes_before(self) -> int:
@@ -79,6 +82,11 @@ class ReplaceReport:
         rows.insert(-1, SEPARATING_LINE)
         look = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
         lines = [tabulate(rows, headers="firstrow", **look)]
+        if self.fused:
+            lines += [
+                "",
+                f"fused: {len(self.fused)} groups, such as {self.fused[0][0]}: {', '.join(self.fused[0][1])}",
+            ]
         if self.skipped:
             width = max(len(layer.name) for layer in self.skipped)
             lines += ["", f"skipped: {len(self.skipped)}"]
@@ -107,6 +115,7 @@ def replace_linear(
     init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
     quant_storage: torch.dtype = torch.uint8,
     adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
+    fuse: bool = False,
 ) -> ReplaceReport:
     """Replaces linear layers by :class:`LoRALinear4bit`, or with r = 0 by :class:`Linear4bit`.
 
@@ -128,6 +137,11 @@ def replace_linear(
         quant_type, blocksize, double_quant, quant_storage: see :func:`quantize_4bit`. Not used for
             a layer that is a :class:`Linear4bit` already: it gains an adapter and keeps its bytes.
         progress: show a progress bar.
+        fuse: layers that read the same activations (queries, keys and values; gate and up) compute in one operator,
+            see :func:`lora_linear_4bit_group`, in the models of transformers whose attention and MLP are known
+            (Llama, Mistral, Qwen 2 and 3, Gemma 1 to 3, Phi). The modules, their names and state dict stay; under
+            torch.compile, which sees the calls one by one, nothing is fused. Elsewhere nothing changes, and a warning
+            says so.
 
     Left alone, and listed in the report with the reason: layers that are not targeted or are
     excluded; layers whose weight another module shares (tied embeddings), is computed from other
@@ -158,6 +172,8 @@ def replace_linear(
             "model: expected a torch.nn.Module that contains linear layers (for one layer use "
             f"LoRALinear4bit.from_linear), got {type(model).__name__}"
         )
+    if type(fuse) is not bool:
+        raise TypeError(f"fuse: expected True or False, got {fuse!r}")
     if type(r) is not int or r < 0:
         raise ValueError(f"r: expected an integer >= 0, got {r!r}")
     quant = {
@@ -194,7 +210,12 @@ def replace_linear(
     message = warning_of_stacks(model, (layer.shape for layer in replaced))
     if everything and message:
         warnings.warn(message, stacklevel=2)
-    return ReplaceReport(replaced, skipped + stacks(model))
+    fused = []
+    if fuse:
+        fused, why_not = share_known(model, lambda layer: isinstance(layer, Linear4bit))
+        if not fused:
+            warnings.warn(f"fuse: nothing was fused in this model: {why_not}", stacklevel=2)
+    return ReplaceReport(replaced, skipped + stacks(model), fused)
 
 
 def _nothing_replaced(target_modules, skipped: list[SkippedLayer]) -> ReplaceReport:

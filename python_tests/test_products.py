@@ -102,14 +102,14 @@ def test_training_under_medium(isa, rows):
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_the_error_of_rounded_operands(isa, rows):
-    """Relative, by norms: a weight's scale is not rounded, so it is below that of a weight in bfloat16."""
+    """Relative, by norms: a weight's scale is not rounded, so it is below that of a weight in bfloat16 (2.4e-3)."""
     torch.manual_seed(0)
     w = lk.quantize_4bit(torch.randn(SHAPE))
     x = torch.randn(rows, SHAPE[1], dtype=BF16)
     exact = x.double() @ w.dequantize(F32).double().T
-    assert (lk.linear_4bit(x, w) - exact).norm() <= 3.2e-3 * exact.norm()
+    assert (lk.linear_4bit(x, w) - exact).norm() <= 2.4e-3 * exact.norm()
     with precision("medium"):
-        assert (lk.linear_4bit(x.float(), w) - exact).norm() <= 3.2e-3 * exact.norm()
+        assert (lk.linear_4bit(x.float(), w) - exact).norm() <= 2.4e-3 * exact.norm()
 
 
 def test_a_rows_bits_do_not_depend_on_the_others(isa):

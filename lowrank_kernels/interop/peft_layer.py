@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from ..adapter import are_fused, is_bare
 from ..adapter_format import INITIALISATIONS
 from ..functional import linear_4bit, lora_linear_4bit
+from ..groups import Lora
 from ..linear4bit import Linear4bit
 from ..multi_lora.in_force import in_force
 from ..multi_lora.pages import save_plainly
 from ..nn import LoRALinear4bit
 from ..ragged import is_ragged
+from ..shared_input import Operands, opened, shared_output
 from .peft_methods import dense_base
 from .peft_mixed import Parts, can_move, mixed_batch
 
@@ -90,6 +92,8 @@ class PeftLinear4bit(peft_lora.Linear):
         if not (args or kwargs or self._disable_adapters or self.merged_adapters):
             parts = self.plain_parts(self.active_adapters)
             if parts is not None:
+                if opened.scopes and (y := shared_output(self, x)) is not None:
+                    return y
                 return self._fused(x, [*parts.values()])
         elif kwargs.get("adapter_names") is not None and is_ragged(x):
             raise TypeError(
@@ -97,6 +101,22 @@ class PeftLinear4bit(peft_lora.Linear):
                 "takes those)"
             )
         return super().forward(x, *args, **kwargs)
+
+    def operands(self) -> Operands | None:
+        """What the forward computes with, for layers that share their input; None where that is not one operator."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        parts = self.plain_parts(self.active_adapters)
+        if parts is None or len(parts) > 1:
+            return None
+        base = self._modules["base_layer"]
+        w, bias = base.weight4bit, base._parameters["bias"]
+        if not parts:
+            return Operands(w, bias)
+        (part,) = parts.values()
+        if part.bias is not None or isinstance(part.scaling, torch.Tensor):
+            return None
+        return Operands(w, bias, Lora(part.A, part.B, part.scaling, part.dropout_p))
 
     def _state(self, adapter_names: list[str] | None) -> tuple:
         """What decides about y beside tensors: the adapters of the batch, disabled, merged, probability of dropout."""
