@@ -94,7 +94,7 @@ def _base(name: str) -> dict[str, Callable | Provider]:
     return {OURS: ops.OPS[name].ours} | ops.OPS[name].peers
 
 
-# Of float32 activations and of bfloat16 ones, what no other operator has.
+# These providers exist for linear_4bit alone: some for float32 activations, some for bfloat16 ones.
 LINEAR_PEERS = {
     "float32": {
         INT8: Provider(others.linear_int8, lk.int8_activations),

@@ -44,7 +44,7 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 bool has_amx() { return has_avx512_bf16() && __builtin_cpu_supports("avx512vbmi"); }
 bool has_amx_int8() { return has_amx() && __builtin_cpu_supports("avx512vnni"); }
 #elif defined(__linux__)
-// Of cpuid(7, 0).edx.
+// Whether the CPU has all features that these bits of cpuid(7, 0).edx stand for.
 bool has_all(unsigned bits) {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bits) == bits;

@@ -150,28 +150,15 @@ inline void amx_int8_outputs(const LinearArgs& a, const Expansion* many, const A
 // Computes rows x.m0 .. x.m0 + x.rows of y.
 inline void amx_int8_rows(const LinearArgs& a, const Expansion* many, const ByteTable& table,
                           const AmxBytes& x, const Parallel& pool) {
-  const int64_t tiles = x.registers(), depths = ceil_div(x.K, kInt8Depth), N = a.y.cols;
-  parallel(pool, tiles * depths, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t k0 = t % depths * kInt8Depth;
-      x.round_rows(t / depths, k0, min64(kInt8Depth, x.K - k0), table.step);
-    }
-  });
-  // As much work for each thread, in one piece where possible: as in int8.inl.
-  int64_t width = kStripWidth, chunks = 1;
-  while (width > kMicroColumns && ceil_div(N, width) < 4 * pool.threads) width /= 2;
-  while (chunks * 2 <= tiles && ceil_div(N, width) * chunks < 4 * pool.threads) chunks *= 2;
-  const int64_t strips = ceil_div(N, width), chunk = ceil_div(tiles, chunks);
   uint8_t entry[16];
   for (int i = 0; i < 16; ++i) entry[i] = table.entry[i] ^ 0x80;
-  parallel(pool, strips * ceil_div(tiles, chunk), [&](int64_t begin, int64_t end) {
-    const vi lut = make_byte_lut(entry);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t / strips * chunk, j0 = t % strips * width;
-      amx_int8_outputs(a, many, x, lut, first, min64(first + chunk, tiles), j0,
-                       min64(width, N - j0));
-    }
-  });
+  const vi lut = make_byte_lut(entry);
+  int8_passes(
+      x.registers(), x.K, a.y.cols, pool,
+      [&](int64_t tile, int64_t k0, int64_t n) { x.round_rows(tile, k0, n, table.step); },
+      [&](int64_t first, int64_t last, int64_t j0, int64_t columns) {
+        amx_int8_outputs(a, many, x, lut, first, last, j0, columns);
+      });
 }
 
 inline void linear_int8_amx(const LinearArgs& a, const Expansion* many, const Parallel& pool) {

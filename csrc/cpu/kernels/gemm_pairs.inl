@@ -10,8 +10,8 @@
 //
 //   operand  pairs of a(i, p) for all rows and kDepth values of p, row by row
 //
-// Which two p are a pair is the same for both: p and p + 4 of eight (as the lookup in a packed
-// dword gives them) in forward, p and p + 1 in dX. Sums run over the pairs in order, in forward
+// Operand and panel pair the same two values of p: p and p + 4 of eight in forward, as the lookup
+// in a packed dword gives them, and p and p + 1 in dX. Sums run over the pairs in order, in forward
 // from zero for each block: a row's bits depend on nothing else.
 
 constexpr int64_t kPanelPairs = kDepth / 2;          // pairs of p in a panel

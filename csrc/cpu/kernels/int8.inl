@@ -305,30 +305,44 @@ inline void int8_outputs(const LinearArgs& a, const Expansion* many, const Int8R
   store_outputs(a, x.m0 + i0, rows, j0, columns, c);
 }
 
+// Rounds all K columns of the tiles of x, round(tile, k0, n), then computes N outputs for each of
+// them: multiply(first tile, last, j0, columns), columns at most kStripWidth.
+template <class Round, class Multiply>
+void int8_passes(int64_t tiles, int64_t K, int64_t N, const Parallel& pool, const Round& round,
+                 const Multiply& multiply) {
+  const int64_t depths = ceil_div(K, kInt8Depth);
+  parallel(pool, tiles * depths, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t k0 = t % depths * kInt8Depth;
+      round(t / depths, k0, min64(kInt8Depth, K - k0));
+    }
+  });
+  // Each thread gets as much work as the others, in one piece where possible.
+  int64_t width = kStripWidth, chunks = 1;
+  while (width > kMicroColumns && ceil_div(N, width) < 4 * pool.threads) width /= 2;
+  while (chunks * 2 <= tiles && ceil_div(N, width) * chunks < 4 * pool.threads) chunks *= 2;
+  const int64_t strips = ceil_div(N, width), chunk = ceil_div(tiles, chunks);
+  parallel(pool, strips * ceil_div(tiles, chunk), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t / strips * chunk, j0 = t % strips * width;
+      multiply(first, min64(first + chunk, tiles), j0, min64(width, N - j0));
+    }
+  });
+}
+
 // Computes rows x.m0 .. x.m0 + x.rows of y.
 inline void int8_rows(const LinearArgs& a, const Expansion* many, const ByteTable& table,
                       const Int8Rows& x, const Parallel& pool) {
-  const int64_t micro_tiles = ceil_div(x.rows, x.height), depths = ceil_div(x.K, kInt8Depth);
-  parallel(pool, micro_tiles * depths, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t k0 = t % depths * kInt8Depth;
-      x.round_rows(t / depths * x.height, k0, min64(kInt8Depth, x.K - k0), table.step);
-    }
-  });
-  const int64_t N = a.y.cols;
-  int64_t width = kStripWidth,
-          chunks = 1;  // as much work for each thread, in one piece where possible
-  while (width > kMicroColumns && ceil_div(N, width) < 4 * pool.threads) width /= 2;
-  while (chunks * 2 <= micro_tiles && ceil_div(N, width) * chunks < 4 * pool.threads) chunks *= 2;
-  const int64_t strips = ceil_div(N, width), chunk = ceil_div(micro_tiles, chunks) * x.height;
-  const int64_t tasks = strips * ceil_div(x.rows, chunk);
-  parallel(pool, tasks, [&](int64_t begin, int64_t end) {
-    const vi lut = make_byte_lut(table.entry);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t i0 = t / strips * chunk, j0 = t % strips * width;
-      int8_outputs(a, many, x, lut, i0, min64(chunk, x.rows - i0), j0, min64(width, N - j0));
-    }
-  });
+  const vi lut = make_byte_lut(table.entry);
+  int8_passes(
+      ceil_div(x.rows, x.height), x.K, a.y.cols, pool,
+      [&](int64_t tile, int64_t k0, int64_t n) {
+        x.round_rows(tile * x.height, k0, n, table.step);
+      },
+      [&](int64_t first, int64_t last, int64_t j0, int64_t columns) {
+        const int64_t i0 = first * x.height;
+        int8_outputs(a, many, x, lut, i0, min64(last * x.height, x.rows) - i0, j0, columns);
+      });
 }
 
 inline void linear_int8(const LinearArgs& a, const Expansion* many, const Parallel& pool) {

@@ -206,7 +206,8 @@ void dx_gemm(const BackwardArgs& a, const Expansion* many, const Parallel& pool,
 
 #ifdef LK_DOT2
 // dx of a weight whose blocks fit its rows, on pairs of bfloat16 numbers. Few rows are multiplied
-// exactly: there the products take less time than the weight.
+// exactly: gemv multiplies the gradient by scales, and rounding that product would be a second
+// rounding.
 inline void dx_pairs(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
   const Weight4& w = *a.base.quantized;
   const Kernel kernel = kernel_for(kDxPairs, a.base, a.dy.rows);

@@ -33,8 +33,8 @@ inline PairLut make_pair_lut(const float* code) {
   for (int i = 0; i < 32; ++i) entry[i] = bf16_from_float(code[i & 15]);
   return {loadi(entry)};
 }
-// Of the eight weights of each packed dword (high nibble of byte 0 first), weights S and 4 + S as a
-// pair, S = 0..3.
+// A packed dword holds eight weights, the high nibble of byte 0 first. This looks up weights S and
+// 4 + S of each dword, S = 0..3, and gives them as a pair.
 template <int S>
 inline vi pair_of(const PairLut& table, vi dwords) {
   constexpr int kShift = S == 0 ? 4 : S == 1 ? 0 : S == 2 ? 12 : 8;
