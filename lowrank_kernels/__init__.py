@@ -8,6 +8,7 @@ from .adapter_files import load_adapter, save_adapter
 from .backends import batch_invariant
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
+from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
 from .groups import linear_4bit_group, lora_linear_4bit_group
 from .int8 import int8_activations
 from .interop import accelerate_hook, checkpoint_hook, peft_hook
@@ -44,6 +45,8 @@ __all__ = [
     "disable_adapters",
     "distributed",
     "enable_adapters",
+    "grouped_linear_4bit",
+    "grouped_lora_linear_4bit",
     "int8_activations",
     "linear_4bit",
     "linear_4bit_group",

@@ -30,11 +30,13 @@ _ANY_SHAPE = ("packed", "nested_offset")  # of which only the number of elements
 class Weight4bit:
     """A matrix ``W [N, K]`` in 4 bits: ``W[n, k] = code[nibble_i] * scale[i // blocksize]``, ``i = n*K + k``.
 
+    Or a stack of E matrices ``[E, N, K]``, as experts have them: then ``i = (e*N + n)*K + k``.
+
     ``scale = absmax`` (float32), or with double quantization
     ``scale[j] = nested_code[absmax[j]] * nested_absmax[j // 256] + nested_offset`` (product, then sum, each
     rounded to float32). Made by :func:`quantize_4bit` or :meth:`from_bitsandbytes`, which validate; the
     constructor only stores. ``packed`` keeps the storage dtype and orientation it came with. Fields: the tensors
-    of :class:`arguments.WeightArgs`, ``shape`` [N, K], ``dtype`` (that of W before it was quantized),
+    of :class:`arguments.WeightArgs`, ``shape`` [N, K] or [E, N, K], ``dtype`` (that of W before it was quantized),
     ``quant_type`` and ``blocksize``. Source: QLoRA (Dettmers et al. 2023).
 
     Examples:
@@ -58,6 +60,8 @@ class Weight4bit:
     def op_args(self) -> WeightArgs:
         """The nine flat arguments of a 4-bit weight in an operator's schema, a tuple in its order.
 
+        A stack [E, N, K] gives those of the matrix [E*N, K] that its rows are.
+
         Examples:
             >>> import torch, lowrank_kernels as lk
             >>> w = lk.quantize_4bit(torch.randn(32, 64))
@@ -67,7 +71,7 @@ class Weight4bit:
         return WeightArgs(
             self.packed, self.absmax, self.code,
             self.nested_absmax, self.nested_code, self.nested_offset,
-            self.shape[0], self.shape[1], self.blocksize,
+            math.prod(self.shape[:-1]), self.shape[-1], self.blocksize,
         )  # fmt: skip
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -102,7 +106,7 @@ class Weight4bit:
         return 8.0 * size / max(1, math.prod(self.shape))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W dense, ``[N, K]``: float32 products of code and scale, rounded once to ``dtype`` (default: ``self.dtype``).
+        """W dense, of ``self.shape``: float32 products of code and scale, rounded once to ``dtype`` (default: ``self.dtype``).
 
         Raises TypeError for a dtype other than float32, bfloat16 and float16.
 
@@ -114,7 +118,7 @@ class Weight4bit:
         dtype = self.dtype if dtype is None else dtype
         if dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-        return ops.dequantize_4bit(*self.op_args(), dtype)
+        return ops.dequantize_4bit(*self.op_args(), dtype).view(self.shape)
 
     def to(self, device: torch.device | str | int) -> Weight4bit:
         """The same weight on another device; tensors that are there already are shared.
@@ -128,6 +132,8 @@ class Weight4bit:
 
     def narrow(self, dim: int, start: int, length: int) -> Weight4bit:
         """Rows (``dim`` 0) or columns (1) ``start : start + length`` as a weight of their own; its bytes are copies.
+
+        Of a stack: experts (``dim`` 0), rows (1) or columns (2) of each.
 
         Nothing is quantized again: ``w.narrow(...).dequantize()`` has the bits of ``w.dequantize().narrow(...)``.
         Where a cut goes through blocks the slice has smaller ones, down to 32 elements. Scales stay
@@ -310,6 +316,8 @@ def quantize_4bit(
 ) -> Weight4bit:
     """Quantize ``weight [N, K]`` (float32, bfloat16 or float16) to 4 bits, one absmax per ``blocksize`` elements.
 
+    A stack ``[E, N, K]`` is quantized as the matrix ``[E*N, K]``, as bitsandbytes does.
+
     ``absmax_b = max |w|`` over block b of the flat weight; each element becomes the nearest code to
     ``w / absmax_b`` (ties to the lower code) of the 16 values of ``quant_type``: "nf4", "fp4" or "int4", see
     docs/format.md. With ``double_quant`` the absmax, less their mean, become 8-bit
@@ -317,7 +325,7 @@ def quantize_4bit(
     the packed bytes are presented in.
 
     Raises ValueError for a NaN or infinity in ``weight`` (naming the first index), an unknown quant_type or
-    blocksize, or a weight that is not a matrix; TypeError for other dtypes.
+    blocksize, or a weight that is neither a matrix nor a stack; TypeError for other dtypes.
 
     Examples:
         >>> import torch, lowrank_kernels as lk
@@ -327,8 +335,10 @@ def quantize_4bit(
         True
     """
     check_float("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected a matrix [N, K], got shape {tuple(weight.shape)}")
+    if weight.dim() not in (2, 3):
+        raise ValueError(
+            f"weight: expected a matrix [N, K] or a stack [E, N, K], got shape {tuple(weight.shape)}"
+        )
     check_blocksize(blocksize)
     if quant_storage not in STORAGE_DTYPES:
         raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
@@ -363,7 +373,7 @@ def _check_finite(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) ->
         start = int(bad[0]) * blocksize
         block = weight.flatten()[start : start + blocksize]
         flat = start + int((~torch.isfinite(block)).nonzero()[0])
-        index = (flat // weight.shape[1], flat % weight.shape[1])
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), weight.shape))
         raise ValueError(
             f"weight: expected finite values, got {float(weight[index])} at index {index}"
         )
@@ -378,20 +388,20 @@ def _narrow(w: Weight4bit, dim: int, start: int, length: int) -> Weight4bit:
     """See :meth:`Weight4bit.narrow`.
 
     The slice is ``runs`` equal runs of the flat weight, ``run`` elements each, the first at ``first``, one every
-    ``pitch``. Rows are one run. Each run begins with a block, which so must begin within the blocks of the whole.
+    ``pitch``. Each run begins with a block, which so must begin within the blocks of the whole.
     """
     _check_slice(w, dim, start, length)
-    N, K = w.shape
-    if dim == 1 and N > 1 and length < K:
-        shape, runs, run, first, pitch = (N, length), N, length, start, K
-        fits = [b for b in BLOCKSIZES if start % b == length % b == K % b == 0]
-    else:
-        shape = (length, K) if dim == 0 else (N, length)
-        runs, run, first, pitch = 1, math.prod(shape), start * (K if dim == 0 else 1), 0
-        fits = [b for b in BLOCKSIZES if first % b == 0]
+    shape = (*w.shape[:dim], length, *w.shape[dim + 1 :])
+    inner = math.prod(w.shape[dim + 1 :])
+    runs, run, first, pitch = math.prod(w.shape[:dim]), length * inner, start * inner, 0
+    if runs > 1 and length < w.shape[dim]:
+        pitch = w.shape[dim] * inner
+    else:  # one after the other
+        runs, run = 1, runs * run
+    fits = [b for b in BLOCKSIZES if first % b == pitch % b == (run % b if pitch else 0) == 0]
     fits = [b for b in fits if b <= w.blocksize]
     if not fits:
-        raise ValueError(_misaligned(K, dim, start, length))
+        raise ValueError(_misaligned(w.shape, dim, start, length))
     blocksize = fits[-1]
 
     data, size = w.packed.reshape(-1).view(torch.uint8), ceil_div(run, 2)
@@ -423,22 +433,30 @@ def _narrow(w: Weight4bit, dim: int, start: int, length: int) -> Weight4bit:
 def _check_slice(w: Weight4bit, dim: object, start: object, length: object) -> None:
     if any(type(value) is not int for value in (dim, start, length)):
         raise TypeError(f"dim, start, length: expected integers, got {(dim, start, length)!r}")
-    if dim not in (0, 1):
-        raise IndexError(f"dim: expected 0 (rows) or 1 (columns), got {dim}")
+    if dim not in range(len(w.shape)):
+        which = ("rows", "columns") if len(w.shape) == 2 else ("experts", "rows", "columns")
+        words = ", ".join(f"{i} ({name})" for i, name in enumerate(which[:-1]))
+        raise IndexError(f"dim: expected {words} or {len(which) - 1} ({which[-1]}), got {dim}")
     if start < 0 or length < 0 or start + length > w.shape[dim]:
+        which = ("experts", "rows", "columns")[dim - len(w.shape)]
         raise IndexError(
-            f"start, length: expected a part of {w.shape[dim]} {'columns' if dim else 'rows'}, "
-            f"got {length} from {start} on"
+            f"start, length: expected a part of {w.shape[dim]} {which}, got {length} from {start} on"
         )
 
 
-def _misaligned(K: int, dim: int, start: int, length: int) -> str:
-    if dim == 0:
-        multiple = _LEAST // math.gcd(K, _LEAST)
-        return f"start: expected a multiple of {multiple} for rows of {K} columns, got {start}"
-    if K % _LEAST:
-        return f"dim: expected 0, since columns can be cut only where K is a multiple of {_LEAST}, got 1 for K = {K}"
-    return f"start, length: expected multiples of {_LEAST} for columns, got {start}, {length}"
+def _misaligned(shape: torch.Size, dim: int, start: int, length: int) -> str:
+    K, inner, size = shape[-1], math.prod(shape[dim + 1 :]), shape[dim]
+    multiple = _LEAST // math.gcd(inner, _LEAST)
+    what = {1: "columns", 2: f"rows of {K} columns"}.get(len(shape) - dim, f"experts of {inner} elements")
+    if math.prod(shape[:dim]) == 1:
+        return f"start: expected a multiple of {multiple} for {what}, got {start}"
+    if size * inner % _LEAST:
+        cut, of = ("columns", "K") if dim == len(shape) - 1 else ("rows of a stack", "N*K")
+        return (
+            f"dim: expected {'0' if len(shape) == 2 or dim == 1 else '0 or 1'}, since {cut} can be cut only where "
+            f"{of} is a multiple of {_LEAST}, got {dim} for {of} = {size * inner}"
+        )
+    return f"start, length: expected multiples of {multiple} for {what}, got {start}, {length}"
 
 
 def _stored_like(packed: torch.Tensor, data: torch.Tensor) -> torch.Tensor:

@@ -82,8 +82,8 @@ def check(x: torch.Tensor, w: Weight4bit, needs_grad: bool) -> None:
             "use torch.no_grad() or torch.inference_mode()"
         )
     backends.check_cpu_kernels("int8_activations", x)
-    if w.shape[1] % w.blocksize:
+    if w.shape[-1] % w.blocksize:
         raise ValueError(
             f"w: expected in_features that are a multiple of the blocksize {w.blocksize} under "
-            f"int8_activations, got {w.shape[1]}"
+            f"int8_activations, got {w.shape[-1]}"
         )

@@ -1,4 +1,4 @@
-"""The table of the operators, which schema.py and schema_groups.py fill."""
+"""The table of the operators, which schema.py, schema_groups.py and schema_experts.py fill."""
 
 from __future__ import annotations
 

@@ -347,3 +347,58 @@ def multi_lora_linear_4bit_group_backward(
         )
         for i, (w, own, b) in enumerate(of_weight)
     ])  # fmt: skip
+
+
+# -- stacked experts -----------------------------------------------------------------------------------------
+
+
+def _each_expert(w: WeightArgs, offsets: torch.Tensor, transposed: bool):
+    """(e, rows, W [N, K]) of every expert that has rows."""
+    stack = dequantize_4bit(*w).double().view(offsets.numel(), -1, w.K)
+    start = 0
+    for e, end in enumerate(offsets.tolist()):
+        if end > start:
+            yield e, slice(start, end), stack[e].T if transposed else stack[e]
+        start = end
+
+
+def _out_features(w: WeightArgs, offsets: torch.Tensor, transposed: bool) -> int:
+    return w.K if transposed else w.N // offsets.numel()
+
+
+@flat
+def grouped_linear_4bit(x, w: WeightArgs, offsets, transposed, bias):
+    """y[m] = W_e x[m] + bias_e for the rows of each expert e; zero for rows of none."""
+    x = x.double()
+    y = x.new_zeros(x.shape[0], _out_features(w, offsets, transposed))
+    for e, rows, W in _each_expert(w, offsets, transposed):
+        y[rows] = x[rows] @ W.T
+        if bias is not None:
+            y[rows] += bias[e].double()
+    return y
+
+
+@flat
+def grouped_lora_linear_4bit(x, w: WeightArgs, offsets, transposed, A, B, scaling, bias):
+    """:func:`grouped_linear_4bit` + scaling B_e S[m] with S[m] = A_e x[m]; and S, zero for rows of no expert."""
+    y = grouped_linear_4bit(x, *w, offsets, transposed, bias)
+    s = y.new_zeros(x.shape[0], A.shape[1])
+    for e, rows, _ in _each_expert(w, offsets, transposed):
+        s[rows] = x[rows].double() @ A[e].double().T
+        y[rows] += scaling * (s[rows] @ B[e].double().T)
+    return y, s
+
+
+@flat
+def grouped_lora_linear_4bit_backward(
+    dy, x, s, w: WeightArgs, offsets, transposed, A, B, scaling, need_dx, need_dA, need_dB
+):
+    """dS = scaling dy B_e, dx = dy W_e + dS A_e, dA_e = dSᵀ x, dB_e = scaling dyᵀ S, over the rows of each expert."""
+    dy, x, s, A, B = (t.double() for t in (dy, x, s, A, B))
+    dx, dA, dB = x.new_zeros(x.shape), torch.zeros_like(A), torch.zeros_like(B)
+    for e, rows, W in _each_expert(w, offsets, transposed):
+        ds = scaling * (dy[rows] @ B[e])
+        dx[rows] = dy[rows] @ W + ds @ A[e]
+        dA[e], dB[e] = ds.T @ x[rows], scaling * (dy[rows].T @ s[rows])
+    needs = need_dx, need_dA, need_dB
+    return tuple(g if need else x.new_empty(0) for g, need in zip((dx, dA, dB), needs))

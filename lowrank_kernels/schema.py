@@ -1,7 +1,7 @@
 """Every operator of the library, once: schema string, fake, and the checks a user sees.
 
-All backends implement these schemas; those of several weights that share x are in schema_groups.py. Dimensions: M
-tokens, N out_features, K in_features, R LoRA rank. What a 4-bit weight, a plan and the pages of adapters consist of is
+All backends implement these schemas; those of several weights that share x are in schema_groups.py, those of stacked
+experts in schema_experts.py. Dimensions: M tokens, N out_features, K in_features, R LoRA rank, E experts. What a 4-bit weight, a plan and the pages of adapters consist of is
 in arguments.py.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from . import schema_experts, schema_groups  # noqa: F401: they fill OPS
 from .arguments import (
     BLOCKSIZES,
     FLOAT_DTYPES,
@@ -31,8 +32,7 @@ from .arguments import (
     in_schema,
     s_width,
 )
-from .operators import NAMESPACE, PLAN, operator
-from .schema_groups import OPS  # with those operators in it
+from .operators import NAMESPACE, OPS, PLAN, operator
 
 WEIGHT, PAGES = in_schema(WeightArgs), in_schema(PagesArgs)
 LORA = "Tensor A, Tensor B, float scaling"

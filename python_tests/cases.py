@@ -524,6 +524,63 @@ def of_each_weight(op: str, args: tuple) -> list[tuple[str, tuple] | None]:
     return found
 
 
+# -- stacked experts -------------------------------------------------------------------------------
+
+EXPERTS = 4
+
+
+def is_transposed(case: Case) -> bool:
+    return (case.M + case.N + case.R) % 2 == 1
+
+
+def stack_case(case: Case) -> Case:
+    """The problem whose weight ``[E*N, K]`` is the stack, or ``[E*K, N]`` if it is transposed."""
+    N, K = (case.K, case.N) if is_transposed(case) else (case.N, case.K)
+    return case._replace(N=EXPERTS * N, K=K)
+
+
+def random_offsets(M: int) -> torch.Tensor:
+    """Rows of each expert: some have none, one often has most, and some rows may have no expert."""
+    cuts = [random.randint(0, M) for _ in range(EXPERTS)]
+    if random.random() < 0.5:
+        cuts[0] = M
+    if random.random() < 0.5:
+        cuts[1] = cuts[2]
+    return torch.tensor(sorted(cuts), dtype=torch.int32)
+
+
+def _stack(case: Case) -> tuple:
+    return *random_weight(stack_case(case)).op_args(), random_offsets(case.M), is_transposed(case)
+
+
+def _experts_bias(case: Case) -> torch.Tensor | None:
+    return None if case.bias is None else random_tensor(EXPERTS, case.N, dtype=case.bias)
+
+
+def _experts_lora(case: Case) -> tuple:
+    return (
+        random_tensor(EXPERTS, case.R, case.K, dtype=case.adapter, scale=case.K**-0.5),
+        random_tensor(EXPERTS, case.N, case.R, dtype=case.adapter, scale=case.R**-0.5),
+        case.scaling,
+    )
+
+
+def _grouped(op, case):
+    x = random_tensor(case.M, case.K, dtype=case.dtype)
+    return x, *_stack(case), _experts_bias(case)
+
+
+def _grouped_lora(op, case):
+    x = random_tensor(case.M, case.K, dtype=case.dtype)
+    return x, *_stack(case), *_experts_lora(case), _experts_bias(case)
+
+
+def _grouped_lora_backward(op, case):
+    dy, x = (random_tensor(case.M, n, dtype=case.dtype) for n in (case.N, case.K))
+    s = random_tensor(case.M, case.R, dtype=F32)
+    return dy, x, s, *_stack(case), *_experts_lora(case), True, True, True
+
+
 MAKE = {
     "quantize_4bit": _quantize,
     "double_quantize": _double_quantize,
@@ -542,6 +599,9 @@ MAKE = {
     "lora_linear_4bit_group_backward": _lora_group_backward,
     "multi_lora_linear_4bit_group": _multi_group,
     "multi_lora_linear_4bit_group_backward": _multi_group_backward,
+    "grouped_linear_4bit": _grouped,
+    "grouped_lora_linear_4bit": _grouped_lora,
+    "grouped_lora_linear_4bit_backward": _grouped_lora_backward,
 }
 
 

@@ -35,7 +35,7 @@ import torch
 import cases
 import lowrank_kernels as lk
 from lowrank_kernels import reference
-from lowrank_kernels.arguments import given
+from lowrank_kernels.arguments import WeightArgs, given
 
 U_ACC = 2.0**-24  # unit roundoff of float32, the dtype of every sum and intermediate
 
@@ -94,6 +94,12 @@ def evaluate(op: str, args: tuple) -> tuple[tuple[torch.Tensor, ...], tuple[torc
     values = function(*args)
     if "_group" in op:
         return cases.flatten(values), _group_magnitudes(op, args)
+    if op.startswith("grouped"):
+        start = 3 if op.endswith("backward") else 1
+        weight = _absolute_weight(WeightArgs(*args[start : start + 9]))
+        others = [_absolute(value) for value in args]
+        magnitudes = function(*others[:start], *weight, *others[start + 9 :])
+        return cases.flatten(values), cases.flatten(magnitudes)
     # The weight is made dense, so that absolute values can be taken of it.
     if op == "linear_4bit":
         x, bias = args[0].double(), args[-1]
@@ -137,6 +143,13 @@ def _group_magnitudes(op: str, args: tuple) -> tuple[torch.Tensor, ...]:
     return cases.flatten(lists)
 
 
+def _absolute_weight(w: WeightArgs) -> WeightArgs:
+    """|W| as a 4-bit weight."""
+    scales = reference.block_scales(w.absmax, w.nested_absmax, w.nested_code, w.nested_offset)
+    nothing = dict.fromkeys(("nested_absmax", "nested_code", "nested_offset"))
+    return w._replace(code=w.code.abs(), absmax=scales.abs(), **nothing)
+
+
 def _absolute(value):
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.double().abs()
@@ -152,6 +165,8 @@ OUTPUTS = {
     "multi_lora_backward": ("dx", "dA", "dB"),
     "multi_lora_linear_4bit": ("y", "s"),
     "multi_lora_linear_4bit_backward": ("dx", "dA", "dB", "dbias"),
+    "grouped_lora_linear_4bit": ("y", "s"),
+    "grouped_lora_linear_4bit_backward": ("dx", "dA", "dB"),
 }
 
 
