@@ -6,6 +6,7 @@ from . import backends, distributed
 from .adapter_bank import AdapterBank
 from .adapter_files import load_adapter, save_adapter
 from .backends import batch_invariant
+from .experts import Experts4bit
 from .formats import Weight4bit, quantize_4bit
 from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
@@ -34,6 +35,7 @@ checkpoint_hook.register()
 __version__ = "0.1.0"
 __all__ = [
     "AdapterBank",
+    "Experts4bit",
     "Linear4bit",
     "LoRALinear4bit",
     "Weight4bit",

@@ -106,7 +106,7 @@ class Weight4bit:
         return 8.0 * size / max(1, math.prod(self.shape))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W dense, of ``self.shape``: float32 products of code and scale, rounded once to ``dtype`` (default: ``self.dtype``).
+        """W dense, of this shape: products of code and scale in float32, rounded once to ``dtype`` (default: its own).
 
         Raises TypeError for a dtype other than float32, bfloat16 and float16.
 
@@ -447,7 +447,9 @@ def _check_slice(w: Weight4bit, dim: object, start: object, length: object) -> N
 def _misaligned(shape: torch.Size, dim: int, start: int, length: int) -> str:
     K, inner, size = shape[-1], math.prod(shape[dim + 1 :]), shape[dim]
     multiple = _LEAST // math.gcd(inner, _LEAST)
-    what = {1: "columns", 2: f"rows of {K} columns"}.get(len(shape) - dim, f"experts of {inner} elements")
+    what = {1: "columns", 2: f"rows of {K} columns"}.get(
+        len(shape) - dim, f"experts of {inner} elements"
+    )
     if math.prod(shape[:dim]) == 1:
         return f"start: expected a multiple of {multiple} for {what}, got {start}"
     if size * inner % _LEAST:

@@ -40,7 +40,7 @@ def read_quant_state(key: str, blob: torch.Tensor) -> dict:
     def is_shape(value: object) -> bool:
         return (
             isinstance(value, list)
-            and len(value) == 2
+            and len(value) in (2, 3)
             and all(map(is_dim, value))
             and math.prod(value) < 2**62
         )
@@ -50,7 +50,7 @@ def read_quant_state(key: str, blob: torch.Tensor) -> dict:
         "quant_type": (lambda v: v in QUANT_TYPES, f"one of {QUANT_TYPES}"),
         "blocksize": (lambda v: type(v) is int and v in BLOCKSIZES, f"one of {BLOCKSIZES}"),
         "dtype": (lambda v: isinstance(v, str) and v in DTYPES, f"one of {tuple(DTYPES)}"),
-        "shape": (is_shape, "two sizes [N, K]"),
+        "shape": (is_shape, "sizes [N, K], or [E, N, K] of a stack"),
     }
     if nested:
         fields |= {

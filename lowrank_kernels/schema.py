@@ -1,15 +1,15 @@
 """Every operator of the library, once: schema string, fake, and the checks a user sees.
 
 All backends implement these schemas; those of several weights that share x are in schema_groups.py, those of stacked
-experts in schema_experts.py. Dimensions: M tokens, N out_features, K in_features, R LoRA rank, E experts. What a 4-bit weight, a plan and the pages of adapters consist of is
-in arguments.py.
+experts in schema_experts.py. Dimensions: M tokens, N out_features, K in_features, R LoRA rank, E experts. What a 4-bit
+weight, a plan and the pages of adapters consist of is in arguments.py.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import schema_experts, schema_groups  # noqa: F401: they fill OPS
+from . import schema_experts, schema_groups  # noqa: F401  (they fill OPS)
 from .arguments import (
     BLOCKSIZES,
     FLOAT_DTYPES,

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..adapter_files import write_adapter
-from ..linear4bit import Linear4bit, is_dtensor
+from ..frozen4bit import is_dtensor
+from ..linear4bit import Linear4bit
 from ..nn import LoRALinear4bit, lora_layers
 from ..paths import named_modules
 from ..targets import matches

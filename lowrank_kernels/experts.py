@@ -1,0 +1,292 @@
+"""``Experts4bit``: the experts of a mixture-of-experts model of transformers, their weights stacked in 4 bits.
+
+transformers keeps the weights of all experts of a layer as 3-D parameters of one module (``gate_up_proj``,
+``down_proj``), whose class says how gate, activation, bias and norm apply. Here each parameter becomes a
+:class:`GroupedLinear4bit`, and everything else stays that class's own.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+from .adapter import AdapterSettings
+from .formats import Weight4bit, quantize_4bit
+from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
+from .named_adapters import NamedAdapters
+from .packed import Params4bit
+
+# What transformers' `use_experts_implementation` gives a class of experts, or its __init__.
+_OF_TRANSFORMERS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+
+
+def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a transformers' module of experts that hold their weights; () for any other module.
+
+    Examples:
+        >>> import torch
+        >>> from lowrank_kernels.experts import stacked_parameters
+        >>> stacked_parameters(torch.nn.Linear(8, 8))
+        ()
+    """
+    if not all(hasattr(module, name) for name in _OF_TRANSFORMERS):
+        return ()
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    stacks = [module._parameters.get(name) for name in names]
+    return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
+
+
+class GroupedLinear4bit(NamedAdapters):
+    """``y[m] = W_e x[m] + bias_e``, and named adapters: the weights ``[E, N, K]`` of one projection of all experts.
+
+    ``weight`` and its statistics are those of :class:`Linear4bit`. Adapter ``name`` is PEFT's for ``target_parameters``:
+    ``lora_A[name].weight [r E, K]`` and ``lora_B[name].weight [N, r E]``, in which expert e has rows ``e r`` to
+    ``(e + 1) r`` of A and the columns ``e, e + E, ...`` of B. There is no dropout. A ``transposed`` stack is
+    ``[E, K, N]``, as GPT-OSS has it.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> from lowrank_kernels.experts import GroupedLinear4bit
+        >>> layer = GroupedLinear4bit.from_weight(lk.quantize_4bit(torch.randn(4, 32, 64)))
+        >>> layer.add_adapter("default", r=8)
+        >>> layer(torch.randn(5, 64), torch.tensor([2, 2, 4, 5], dtype=torch.int32)).shape
+        torch.Size([5, 32])
+    """
+
+    @classmethod
+    def from_weight(cls, w: Weight4bit, transposed: bool = False) -> GroupedLinear4bit:
+        """A layer around the stack ``w``, whose tensors are shared.
+
+        Raises TypeError for what is no Weight4bit, ValueError for one that is no stack.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> from lowrank_kernels.experts import GroupedLinear4bit
+            >>> GroupedLinear4bit.from_weight(lk.quantize_4bit(torch.randn(4, 64, 32)), transposed=True).in_features
+            64
+        """
+        if not isinstance(w, Weight4bit):
+            raise TypeError(f"w: expected a Weight4bit (see quantize_4bit), got {type(w).__name__}")
+        if len(w.shape) != 3:
+            raise ValueError(f"w: expected a stack [E, N, K], got shape {tuple(w.shape)}")
+        w.validate("w")
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.transposed = transposed
+        self._setup(w, None)
+        return self
+
+    def _setup(self, w: Weight4bit, bias: None) -> None:
+        self.num_experts, rows, columns = w.shape
+        N, K = (columns, rows) if self.transposed else (rows, columns)
+        self.out_features, self.in_features = N, K
+        super()._setup(w, bias)
+
+    def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
+        if settings.lora_dropout:
+            raise ValueError(
+                "lora_dropout: expected 0 for experts, whose rows have no place in the batch to draw a mask for, "
+                f"got {settings.lora_dropout!r}"
+            )
+        super()._add_adapter(name, settings)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A ``[E, r, K]`` and B ``[E, N, r]`` of adapter ``name``: views of its parameters.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> from lowrank_kernels.experts import GroupedLinear4bit
+            >>> layer = GroupedLinear4bit.from_weight(lk.quantize_4bit(torch.randn(4, 32, 64)))
+            >>> layer.add_adapter("default", r=8)
+            >>> [tuple(factor.shape) for factor in layer.factors("default")]
+            [(4, 8, 64), (4, 32, 8)]
+        """
+        A, B = self.adapter_parameters(name)
+        E, r = self.num_experts, self.r[name]
+        return A.view(E, r, self.in_features), B.view(self.out_features, r, E).permute(2, 0, 1)
+
+    def _with_adapter(self, W: torch.Tensor, name: str) -> torch.Tensor:
+        A, B = (factor.float() for factor in self.factors(name))
+        scaling = self.scaling[name]
+        for e in range(self.num_experts):  # one temporary of the size of an expert
+            delta = B[e] @ A[e]
+            W[e].add_(delta.T if self.transposed else delta, alpha=scaling)
+        return W
+
+    def forward(
+        self, x: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[M, in_features] -> [M, out_features]``, x sorted by expert: see :func:`grouped_lora_linear_4bit`."""
+        w, name = self.weight4bit, self._active_adapter
+        if self._disabled and self._unmerged is not None:
+            w = self._unmerged
+        if self._disabled or self._unmerged is not None or name not in self.r:
+            return grouped_linear_4bit(x, w, offsets, bias, self.transposed)
+        A, B = self.factors(name)
+        return grouped_lora_linear_4bit(
+            x, w, offsets, A, B, self.scaling[name], bias, self.transposed
+        )
+
+
+class Experts4bit(nn.Module):
+    """The experts of one layer of a model of transformers, in 4 bits: reads only those that tokens chose.
+
+    Made of a module whose class transformers decorates with ``use_experts_implementation``, by :func:`replace_linear`
+    or :meth:`from_experts`. The result is an instance of that class as well: gate, activation, biases and norm are
+    its own, only the projections are :class:`GroupedLinear4bit`. Its state dict has the names of the 3-D parameters,
+    with bitsandbytes' entries for each, as its ``replace_parameter_4bit`` writes them.
+
+    Forward, of ``hidden_states [T, H]``, ``top_k_index [T, k]`` and ``top_k_weights [T, k]``:
+    ``y[t] = Σ_j top_k_weights[t, j] · expert(top_k_index[t, j])(hidden_states[t])``. Indices of E and more (of experts
+    that another process has) add nothing.
+
+    Source: transformers' ``integrations/moe.py``.
+    """
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+    ) -> Experts4bit:
+        """``experts`` with its weights quantized; everything else is shared with it.
+
+        Raises TypeError if ``experts`` is no module of experts of transformers; ValueError for a NaN or infinity.
+        """
+        names = stacked_parameters(experts)
+        if not names:
+            raise TypeError(
+                "experts: expected a module whose class has transformers' use_experts_implementation, got "
+                f"{type(experts).__name__}"
+            )
+        quant = quant_type, blocksize, double_quant, quant_storage
+        stacks = {name: quantize_4bit(experts._parameters[name], *quant) for name in names}
+        return cls.from_weights(experts, stacks)
+
+    @classmethod
+    def from_weights(
+        cls,
+        experts: nn.Module,
+        stacks: dict[str, Weight4bit],
+        transposed: bool | None = None,
+    ) -> Experts4bit:
+        """``experts`` with these stacks in place of its 3-D parameters; ``transposed``: as the class has it, unless given."""
+        new = _class_of(type(experts)).__new__(_class_of(type(experts)))
+        new.__dict__ = experts.__dict__.copy()
+        for kind in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[kind] = experts.__dict__[kind].copy()
+        lies = experts.is_transposed if transposed is None else transposed
+        for name, stack in stacks.items():
+            new._parameters.pop(name, None)
+            layer = GroupedLinear4bit.from_weight(stack, lies)
+            new._modules[name] = layer.train(experts.training)
+        return new
+
+    @property
+    def stacks(self) -> dict[str, GroupedLinear4bit]:
+        """The projections by the names of the parameters that they stand for."""
+        return {n: m for n, m in self._modules.items() if isinstance(m, GroupedLinear4bit)}
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def __reduce_ex__(self, protocol):
+        return (
+            _blank,
+            (type(self).__mro__[2],),
+            self.__dict__,
+        )  # the class has no name to be found by
+
+    # -- state dict: the child `down_proj` with the entries `weight`, `weight.absmax`, ... is the parameter `down_proj`
+    # with `down_proj.absmax`, ...
+
+    def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
+        found = super().state_dict(
+            *args, destination=destination, prefix=prefix, keep_vars=keep_vars
+        )
+        for name in self.stacks:
+            _rename(found, f"{prefix}{name}.weight", f"{prefix}{name}")
+        return found
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name, layer in self.stacks.items():
+            key = prefix + name
+            entries = [key, *(f"{key}.{suffix}" for suffix in _suffixes(layer))]
+            for old in [
+                k for k in state_dict if k in entries or k.startswith(f"{key}.quant_state.")
+            ]:
+                state_dict[f"{key}.weight{old[len(key) :]}"] = state_dict.pop(old)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _suffixes(layer: GroupedLinear4bit) -> tuple[str, ...]:
+    return tuple(name for name in layer._buffers)
+
+
+def _rename(entries: dict, start: str, new: str) -> None:
+    """The keys that are or begin with ``start`` (up to a dot) begin with ``new``; order and other keys stay."""
+    renamed = [
+        (new + key[len(start) :] if key == start or key.startswith(start + ".") else key, value)
+        for key, value in entries.items()
+    ]
+    entries.clear()
+    entries.update(renamed)
+
+
+@functools.cache
+def _class_of(family: type) -> type:
+    """The class of ``family``'s experts in 4 bits."""
+    own = {"__doc__": Experts4bit.__doc__, "__module__": Experts4bit.__module__}
+    return type(f"{family.__name__}4bit", (Experts4bit, family), own)
+
+
+def _blank(family: type) -> Experts4bit:
+    cls = _class_of(family)
+    return cls.__new__(cls)
+
+
+def experts_forward(
+    experts: Experts4bit,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """The forward of :class:`Experts4bit`, in the order of steps of transformers' grouped_mm.
+
+    Rows are sorted by expert once, stably, so that a row's place depends on the batch and its result does not.
+    """
+    top_k, E = top_k_index.shape[-1], next(iter(experts.stacks.values())).num_experts
+    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    offsets = torch.searchsorted(chosen, torch.arange(E, device=chosen.device), right=True).int()
+    x = hidden_states[order // top_k]
+
+    def project(name: str, rows: torch.Tensor) -> torch.Tensor:
+        bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+        return experts._modules[name](rows, offsets, bias)
+
+    if experts.has_gate:
+        inner = experts._apply_gate(project("gate_up_proj", x))
+    else:
+        inner = experts.act_fn(project("up_proj", x))
+    y = project("down_proj", inner)
+    if experts.has_post_expert_norm:
+        y = experts.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0], device=order.device)
+    y = y[back].view(*top_k_index.shape, -1).sum(1)
+    return y.to(hidden_states.dtype)
+
+
+__all__ = [
+    "Experts4bit",
+    "GroupedLinear4bit",
+    "Params4bit",
+    "experts_forward",
+    "stacked_parameters",
+]
