@@ -103,6 +103,7 @@ def _of_targets(document: dict) -> Tables:
         return []
     tables = {
         "`linear_4bit`, how many times faster, and the goal": targets.of_operators(document),
+        "`Experts4bit`, how many times faster, and the goal": targets.of_experts(document),
         "Whole models, how many times as many tokens, and the goal": targets.of_models(document),
         "Largest relative error of `linear_4bit` against float64": targets.errors(document),
     }

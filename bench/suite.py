@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 import lowrank_kernels as lk
-from lowrank_kernels.benchmark import models, ops, providers
+from lowrank_kernels.benchmark import experts, models, ops, providers
 from lowrank_kernels.benchmark import multi_providers as many
 from lowrank_kernels.benchmark.case import MIX, Case, ModelCase
 from lowrank_kernels.benchmark.harness import Provider, with_medium
@@ -47,6 +47,9 @@ class Sizes:
     many_shape: tuple[int, int] = (11008, 4096)
     many_tokens: tuple[int, ...] = (1, 4, 16, 64)
     models: tuple[str, ...] = ()
+    # Tokens that the experts of a layer get, and in training.
+    experts_tokens: tuple[int, ...] = (1, 16, 512)
+    experts_training_tokens: tuple[int, ...] = (512,)
 
     def chosen(
         self,
@@ -61,7 +64,13 @@ class Sizes:
         if shapes:
             changes |= {"shapes": tuple(shapes), "many_shape": shapes[-1]}
         if tokens:
-            names = ("tokens", "training_tokens", "many_tokens")
+            names = (
+                "tokens",
+                "training_tokens",
+                "many_tokens",
+                "experts_tokens",
+                "experts_training_tokens",
+            )
             changes |= dict.fromkeys(names, tuple(tokens))
         return dataclasses.replace(self, **changes)
 
@@ -189,6 +198,29 @@ def multi_lora(sizes: Sizes) -> Entries:
         yield case("multi_lora_", 64, "distinct", dtype, mixed), ADDED | IN_PLACE
 
 
+# -- the experts of a layer ------------------------------------------------------------------------
+
+EXPERTS_SHAPE = (768, 2048)  # I and H of Qwen3-30B-A3B
+EXPERTS = {OURS: experts.ours, "bitsandbytes": experts.bitsandbytes, "torch": experts.dense}
+EXPERTS_TRAINED = {
+    OURS: experts.ours, experts.BITSANDBYTES: experts.bitsandbytes, experts.PEFT: experts.dense,
+}  # fmt: skip
+
+
+def of_experts(sizes: Sizes) -> Entries:
+    def case(op: str, M: int, dtype: str, R: int = 0) -> experts.ExpertsCase:
+        return experts.ExpertsCase(op, *EXPERTS_SHAPE, M, dtype, "cold", R, sizes.device)
+
+    def checked(found: dict[str, Callable]) -> dict[str, Provider]:
+        return {name: Provider(calls, verify=experts.verify) for name, calls in found.items()}
+
+    for dtype in sizes.dtypes:
+        for M in sizes.experts_tokens:
+            yield case("experts", M, dtype), checked(EXPERTS)
+        for M in sizes.experts_training_tokens:
+            yield case("experts_fwd_bwd", M, dtype, RANK), checked(EXPERTS_TRAINED)
+
+
 # -- whole models ----------------------------------------------------------------------------------
 
 
@@ -220,6 +252,7 @@ OPS = {
     "lora_linear_4bit": lora,
     "multi_lora": multi_lora,
     "quantize": quantize,
+    "grouped_linear_4bit": of_experts,
 }
 
 
@@ -231,7 +264,7 @@ def entries(
     ``quick``: of the first model and the first shape.
     """
     found: dict[Case | ModelCase, dict[str, Provider]] = {}
-    places = [*sizes.models, *sizes.shapes, sizes.many_shape]
+    places = [*sizes.models, *sizes.shapes, sizes.many_shape, EXPERTS_SHAPE]
 
     def place(case: Case | ModelCase) -> int:
         return places.index(case.model if case.op == "model" else (case.N, case.K))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from lowrank_kernels.benchmark import models
+from lowrank_kernels.benchmark import experts, models
 from lowrank_kernels.benchmark.ops import OURS
 from lowrank_kernels.benchmark.report import Rows, median
 
@@ -54,6 +54,18 @@ MODEL_GOALS = (
 )  # fmt: skip
 
 
+# Of experts: dtype of ours, peer, its dtype, and the goals at 1, 16 and 512 tokens and in training (None: no goal).
+EXPERTS_GOALS = (
+    ("bfloat16", "torch", "bfloat16", (5.0, 3.0, 1.3, 1.3)),
+    ("bfloat16", "bitsandbytes", "bfloat16", (350.0, 25.0, 4.0, 4.0)),
+    ("float32", "torch", "bfloat16", (4.0, 2.0, None, None)),
+    ("float32", "torch", "float32", (None, None, 1.0, None)),
+    ("float32", "bitsandbytes", "bfloat16", (280.0, 15.0, None, None)),
+)
+EXPERTS_SHARE = 0.65  # of the limit, at one token
+_TRAINED = {"torch": experts.PEFT, "bitsandbytes": experts.BITSANDBYTES}
+
+
 def _against(value: float, goal: float) -> str:
     return f"{value:.2f} {'≥' if value >= goal else '<'} {goal:.2f}"
 
@@ -80,6 +92,28 @@ def of_operators(document: dict) -> Rows:
             cells = [_cell(c, goal, easier * g) for c, g in zip(of_shape, goal.goals)]
             if set(cells) != {"-"}:
                 rows.append([goal.words, f"{N} x {K}", *cells])
+    return rows
+
+
+def of_experts(document: dict) -> Rows:
+    """A row for each goal of :class:`Experts4bit`, a column for each number of tokens, and for training."""
+    columns = (("experts", 1), ("experts", 16), ("experts", 512), ("experts_fwd_bwd", 512))
+    cases = {
+        (c["op"], c["M"], c["dtype"]): c for c in document["cases"] if c["op"].startswith("experts")
+    }
+    rows = [["", "1 token", "16", "512", "512, training"]]
+    for dtype, peer, of_dtype, goals in EXPERTS_GOALS:
+        cells = []
+        for (op, M), goal in zip(columns, goals):
+            name = _TRAINED[peer] if op.endswith("bwd") else peer
+            ours = median(cases.get((op, M, dtype), {"providers": {}}), OURS)
+            other = median(cases.get((op, M, of_dtype), {"providers": {}}), name)
+            cells.append(_against(other / ours, goal) if goal and ours and other else "-")
+        if set(cells) != {"-"}:
+            rows.append([f"{dtype}, against {peer} in {of_dtype}", *cells])
+    if case := cases.get(("experts", 1, "bfloat16")):
+        share = case["limit_ms"] / median(case, OURS)
+        rows.append(["bfloat16, share of the limit", _against(share, EXPERTS_SHARE), "-", "-", "-"])
     return rows
 
 

@@ -15,6 +15,8 @@ TITLES = {
     "lora_linear_4bit": "`lora_linear_4bit`, forward, r = {R}",
     "lora_linear_4bit_fwd_bwd": "`lora_linear_4bit`, forward and gradients of x, A, B, r = {R}",
     "multi_lora_linear_4bit": "`multi_lora_linear_4bit`: base and adapters, r = {R}",
+    "experts": "`Experts4bit`: {experts} experts [2 x {N}, {K}] and [{K}, {N}], {top_k} a token",
+    "experts_fwd_bwd": "`Experts4bit`, forward and gradients of x and of adapters on all experts, r = {R}",
     "quantize_4bit": "`quantize_4bit`: NF4 with double quantization",
     "dequantize_4bit": "`dequantize_4bit`",
     "model": "a whole model, tokens per second",
