@@ -56,11 +56,25 @@ struct Weight4 {
   const float* code = nullptr;
   int64_t N = 0, K = 0;
   int block_shift = 6;  // log2(blocksize), 5..12
+  // Of rows of a larger weight (see rows_of): its block that packed begins with, and the element of
+  // that block that is W[0, 0]. Where blocks fit rows, `first` is 0.
+  int64_t first_block = 0, first = 0;
 };
 
 // Blocks do not cross rows; then every row also starts on a byte, and a row holds whole blocks.
 LK_ANYWHERE static inline bool blocks_fit_rows(const Weight4& w) {
   return (w.K & ((int64_t{1} << w.block_shift) - 1)) == 0;
+}
+
+// Rows [n0, n0 + rows) of w as a weight of their own, over the same memory.
+LK_ANYWHERE static inline Weight4 rows_of(const Weight4& w, int64_t n0, int64_t rows) {
+  Weight4 part = w;
+  const int64_t element = w.first + n0 * w.K, block = element >> w.block_shift;
+  part.packed += (block << w.block_shift) >> 1;
+  part.first_block += block;
+  part.first = element - (block << w.block_shift);
+  part.N = rows;
+  return part;
 }
 
 constexpr int kNestedShift = 8;
@@ -124,6 +138,7 @@ struct BackwardArgs {
   const float* s = nullptr;
   float* ds = nullptr;
   MutMatrix dx, dA, dB, dbias;
+  Vector added;  // [K], to every row of dx before it is rounded
   Arithmetic arithmetic = Arithmetic::exact;  // of dy W; int8 counts as exact
 };
 
@@ -208,6 +223,49 @@ struct MultiBackwardArgs {
   MutMatrix dbias;
 };
 
+// -- stacked experts ------------------------------------------------------------------------------
+
+// E matrices of equal shape in one weight: expert e is rows [e size, (e + 1) size) of it, size =
+// base.N / E, W_e [N, K], or [K, N] where transposed. Rows [offsets[e - 1], offsets[e]) of x belong
+// to expert e, from 0 on for e = 0; those past offsets[E - 1] to none.
+struct Experts {
+  Weight4 base;
+  int64_t count = 0;
+  const int32_t* offsets = nullptr;  // [count]
+  bool transposed = false;
+};
+
+// For a row m of expert e, y[m] = W_e x[m] + scaling B_e S[m] + bias_e with S[m] = A_e x[m]. Rows of
+// no expert are zero, in s too. A [E R, K], B [E N, R]; of a transposed stack Bt [E R, N] instead of
+// B: each expert's, transposed.
+struct GroupedArgs {
+  Matrix x;
+  Experts experts;
+  Matrix A, B, Bt;  // A.data null: no adapters
+  int64_t rank = 0;
+  float scaling = 1.0f;
+  Vector bias;  // [E, N]
+  MutMatrix y;
+  float* s = nullptr;   // [M, R]
+  float* ds = nullptr;  // scratch [M, R], of a transposed stack: scaling S
+  Arithmetic arithmetic = Arithmetic::exact;
+};
+
+// dS = scaling dy B_e (scratch ds, [M, R]), dx = dy W_e + dS A_e, dA_e = dSᵀ x, dB_e = scaling dyᵀ S,
+// over the rows of each expert; zero for one that has none, and dx for rows of no expert. Of a
+// transposed stack At [E K, R] instead of A. Outputs with null data are not computed.
+struct GroupedBackwardArgs {
+  Matrix dy, x;
+  Experts experts;
+  Matrix A, At, B;
+  int64_t rank = 0;
+  float scaling = 1.0f;
+  const float* s = nullptr;
+  float* ds = nullptr;
+  MutMatrix dx, dA, dB;  // dA [E R, K], dB [E N, R]
+  Arithmetic arithmetic = Arithmetic::exact;
+};
+
 struct QuantizeArgs {
   const void* weight = nullptr;
   DType dtype = DType::f32;
@@ -233,11 +291,13 @@ struct DequantizeArgs {
 };
 
 // How a kernel runs its tasks: run() calls body(context, begin, end) over disjoint ranges that make
-// up [0, tasks).
+// up [0, tasks). Where run is null, the calling thread does a share of them, the one of `threads`
+// equal ones that has the number `share`.
 struct Parallel {
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end),
               void* context);
   int threads;
+  int share = 0;
 };
 
 }  // namespace lk

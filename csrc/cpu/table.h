@@ -33,6 +33,8 @@ struct KernelTable {
   void (*linear_backward)(const BackwardArgs&, const Parallel&);
   void (*multi)(const MultiArgs&, const Parallel&);
   void (*multi_backward)(const MultiBackwardArgs&, const Parallel&);
+  void (*grouped)(const GroupedArgs&, const Parallel&);
+  void (*grouped_backward)(const GroupedBackwardArgs&, const Parallel&);
 };
 
 // The kernel that was asked for in place of the fastest one; where it cannot run, gemm does.
@@ -43,7 +45,7 @@ bool has_feature(const char* name);
 
 // Scratch memory of the calling thread, at least `bytes` long, 64-byte aligned, kept between calls.
 // Buffers are independent of each other.
-enum class Buffer : int { panel, rows, scales, operand, accumulator, shared, count };
+enum class Buffer : int { panel, rows, scales, operand, accumulator, shared, shares, count };
 void* scratch(Buffer which, size_t bytes);
 
 }  // namespace lk

@@ -275,6 +275,18 @@ class Unpack {
     }
   }
 
+  // Checks on a CPU that the rows of all experts are rows of x.
+  void check_offsets(const Experts& x, int64_t M) const {
+    if (!is_cpu_) return;
+    int64_t before = 0;
+    for (int64_t e = 0; e < x.count; ++e) {
+      STD_TORCH_CHECK(x.offsets[e] >= before && x.offsets[e] <= M,
+                      "offsets: expected ascending numbers of rows up to ", M, ", got ",
+                      x.offsets[e], " for expert ", e, " after ", before);
+      before = x.offsets[e];
+    }
+  }
+
   Dropout dropout(double p, const MaybeTensor& seed) const {
     if (p == 0.0) return {};
     STD_TORCH_CHECK(p > 0.0 && p < 1.0 && seed, "dropout_p: expected 0 <= p < 1 and a seed, got ",

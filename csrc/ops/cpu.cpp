@@ -112,6 +112,19 @@ struct Cpu {
     with.arithmetic = arithmetic(a.dy.dtype);
     lk_kernels()->multi_backward(with, pool());
   }
+  void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
+    GroupedArgs with = a;
+    with.arithmetic = arithmetic(&a.experts.base, a.x.dtype);
+    STD_TORCH_CHECK(with.arithmetic != Arithmetic::int8 || !a.experts.transposed,
+                    "int8_activations: expected experts [E, N, K], got transposed ones [E, K, N], "
+                    "for which there is no such product");
+    lk_kernels()->grouped(with, pool());
+  }
+  void grouped_backward(const GroupedBackwardArgs& a, const Tensor&, Tensor&) const {
+    GroupedBackwardArgs with = a;
+    with.arithmetic = arithmetic(a.dy.dtype);
+    lk_kernels()->grouped_backward(with, pool());
+  }
   // sum += part, both float32 and without gaps.
   void add(Tensor& sum, const Tensor& part) const {
     float* to = static_cast<float*>(sum.mutable_data_ptr());

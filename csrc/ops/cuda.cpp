@@ -168,6 +168,13 @@ class Cuda {
       add_backward(*a.base, a.dy.dtype, dy, dx, plan.has_rest ? 1.0f : 0.0f);
   }
 
+  void grouped(const GroupedArgs&, const Tensor&, Tensor&) const {
+    STD_TORCH_CHECK(false, "grouped_linear_4bit: expected a CPU tensor or the triton backend");
+  }
+  void grouped_backward(const GroupedBackwardArgs&, const Tensor&, Tensor&) const {
+    STD_TORCH_CHECK(false, "grouped_linear_4bit: expected a CPU tensor or the triton backend");
+  }
+
   void linear_backward(const BackwardArgs& a, const Tensor& dy, const Tensor* weight,
                        Tensor& dx) const {
     const int64_t M = a.dy.rows, N = a.dy.cols, K = a.dx.cols;

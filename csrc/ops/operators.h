@@ -1,7 +1,8 @@
 // The operators, once for every backend; the order of arguments is that of schema.py.
 //
 // A Backend is made for each call from its first tensor, checks where that is, and runs the plain
-// structs: quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward.
+// structs: quantize, double_quantize, dequantize, linear, linear_backward, multi, multi_backward,
+// grouped, grouped_backward.
 // The linear ones get the tensors behind the struct too (the dense weight may be null), for a
 // backend that hands part of the work back to torch.
 #pragma once
@@ -345,15 +346,17 @@ struct Operators {
   }
 };
 
-#undef LK_WEIGHT
-#undef LK_WEIGHT_PARAMS
 #undef LK_PAGES_PARAMS
 
 }  // namespace lk
 
+#include "ops/grouped.h"
 #include "ops/groups.h"
 
 namespace lk {
+
+#undef LK_WEIGHT
+#undef LK_WEIGHT_PARAMS
 
 #undef LK_PLAN_PARAMS
 
@@ -374,6 +377,11 @@ void implement(Library& library) {
   library.impl("multi_lora_backward", TORCH_BOX(&Ops::multi_lora_backward));
   library.impl("multi_lora_linear_4bit", TORCH_BOX(&Ops::multi_lora_linear_4bit));
   library.impl("multi_lora_linear_4bit_backward", TORCH_BOX(&Ops::multi_lora_linear_4bit_backward));
+  using Grouped = GroupedOperators<Backend>;
+  library.impl("grouped_linear_4bit", TORCH_BOX(&Grouped::grouped_linear_4bit));
+  library.impl("grouped_lora_linear_4bit", TORCH_BOX(&Grouped::grouped_lora_linear_4bit));
+  library.impl("grouped_lora_linear_4bit_backward",
+               TORCH_BOX(&Grouped::grouped_lora_linear_4bit_backward));
   using Groups = GroupOperators<Backend>;
   library.impl("lora_linear_4bit_group", TORCH_BOX(&Groups::lora_linear_4bit_group));
   library.impl("lora_linear_4bit_group_backward",

@@ -51,6 +51,7 @@ inline void linear_int8_amx(const LinearArgs&, const Expansion*, const Parallel&
 #endif
 #include "cpu/kernels/linear.inl"
 #include "cpu/kernels/multi.inl"
+#include "cpu/kernels/grouped.inl"
 
 // Defines the table of this unit, outside of the anonymous namespace. It is declared here alone and
 // in the list of dispatch.cpp.
@@ -70,4 +71,6 @@ inline void linear_int8_amx(const LinearArgs&, const Expansion*, const Parallel&
       [](const LinearArgs& a, const Parallel& pool) { linear(a, nullptr, pool); },            \
       [](const BackwardArgs& a, const Parallel& pool) { linear_backward(a, nullptr, pool); }, \
       multi,                                                                                  \
-      multi_backward}
+      multi_backward,                                                                         \
+      grouped,                                                                                \
+      grouped_backward}

@@ -4,6 +4,7 @@
 // -- scales of the 4-bit weight -------------------------------------------------------------------
 
 inline float block_scale(const Weight4& w, int64_t block) {
+  block += w.first_block;
   if (w.absmax) return w.absmax[block];
   return w.nested_code[w.absmax_u8[block]] * w.nested_absmax[block >> kNestedShift] +
          *w.nested_offset;
@@ -34,11 +35,12 @@ struct Scales {
   // dst[0, n) = the scales of blocks [first, first + n). Product and sum are rounded separately, as
   // stored ones were.
   void read(float* dst, int64_t first, int64_t n) const {
-    if (w.absmax) return load_row(dst, w.absmax, DType::f32, first, n);
+    if (w.absmax) return load_row(dst, w.absmax, DType::f32, w.first_block + first, n);
     if (n < kLanes) {
       for (int64_t i = 0; i < n; ++i) dst[i] = block_scale(w, first + i);
       return;
     }
+    first += w.first_block;
     for (int64_t i = 0; i < n;) {
       // A run shares one nested absmax.
       const int64_t block = first + i;
@@ -66,7 +68,7 @@ struct Quantized {
 
   explicit Quantized(const Weight4& weight) : w(weight), lut(make_lut(weight.code)) {}
   void row(int64_t r, int64_t begin, int64_t n, float* dst) const {
-    int64_t i = r * w.K + begin;
+    int64_t i = w.first + r * w.K + begin;
     const int64_t end = i + n;
     while (i < end) {
       const int64_t block = i >> w.block_shift;

@@ -51,7 +51,7 @@ struct Chunks {
     for (int64_t l = 0; l < kLanes; ++l, p += w.K >> 1) __builtin_prefetch(p);
   }
   void prefetch_scales(int64_t n, int64_t first, int64_t count) const {
-    const int64_t block = n * blocks_per_row + first, size = w.absmax ? 4 : 1;
+    const int64_t block = w.first_block + n * blocks_per_row + first, size = w.absmax ? 4 : 1;
     const char* p = w.absmax ? reinterpret_cast<const char*>(w.absmax)
                              : reinterpret_cast<const char*>(w.absmax_u8);
     for (int64_t byte = 0; byte < count * size; byte += 64)

@@ -14,15 +14,20 @@ inline void add_adapters(const LinearArgs& a, const Expansion* many, int64_t i0,
     store(c + k, mul(load(c + k), set1(a.lora.scaling)));
 }
 
+// Adds a vector, if there is one, to every row of the piece.
+inline void add_to_rows(const Vector& vector, int64_t rows, int64_t j0, int64_t columns, float* c) {
+  if (!vector.data) return;
+  for_strips(rows, columns, c, [&](int64_t j, int64_t width, float* strip) {
+    float values[kStripWidth];
+    load_row(values, vector.data, vector.dtype, j0 + j, width);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < width; ++k) strip[i * kStripWidth + k] += values[k];
+  });
+}
+
 // y = c + bias, rounded once.
 inline void store_outputs(const LinearArgs& a, int64_t i0, int64_t rows, int64_t j0,
                           int64_t columns, float* c) {
-  if (a.bias.data)
-    for_strips(rows, columns, c, [&](int64_t j, int64_t width, float* strip) {
-      float bias[kStripWidth];
-      load_row(bias, a.bias.data, a.bias.dtype, j0 + j, width);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < width; ++k) strip[i * kStripWidth + k] += bias[k];
-    });
+  add_to_rows(a.bias, rows, j0, columns, c);
   store_strips(a.y, i0, rows, j0, columns, c);
 }

@@ -191,12 +191,25 @@ void accumulate(const A& a, const Source& source, int64_t i0, int64_t rows, int6
 
 template <class Body>
 void parallel(const Parallel& pool, int64_t tasks, const Body& body) {
+  if (!pool.run) {
+    const int64_t begin = tasks * pool.share / pool.threads,
+                  end = tasks * (pool.share + 1) / pool.threads;
+    if (begin < end) body(begin, end);
+    return;
+  }
   pool.run(
       tasks,
       [](void* context, int64_t begin, int64_t end) {
         (*static_cast<const Body*>(context))(begin, end);
       },
       const_cast<Body*>(&body));
+}
+
+// The same for tasks that prepare scratch memory for those that follow: a share needs all of it.
+template <class Body>
+void prepare(const Parallel& pool, int64_t tasks, const Body& body) {
+  if (pool.run) return parallel(pool, tasks, body);
+  if (tasks > 0) body(0, tasks);
 }
 
 // Calls body(i0, rows, j0, columns, c) for the pieces of an [I, J] output; c is zeroed. Rows are

@@ -358,6 +358,10 @@ void gemv_columns(const BackwardArgs& a, const Expansion* many, const Lut& lut, 
       for (int64_t k = 0; k < k_end - k_begin; ++k) base[k] += adapter[k];
     }
     if (many) add_adapters_to_row(*many, m, k_begin, k_end, base);
+    if (a.added.data) {
+      load_row(adapter, a.added.data, a.added.dtype, k_begin, k_end - k_begin);
+      for (int64_t k = 0; k < k_end - k_begin; ++k) base[k] += adapter[k];
+    }
     store_row(a.dx.data, a.dx.dtype, m * a.dx.stride + k_begin, base, k_end - k_begin);
   }
 }

@@ -311,7 +311,7 @@ template <class Round, class Multiply>
 void int8_passes(int64_t tiles, int64_t K, int64_t N, const Parallel& pool, const Round& round,
                  const Multiply& multiply) {
   const int64_t depths = ceil_div(K, kInt8Depth);
-  parallel(pool, tiles * depths, [&](int64_t begin, int64_t end) {
+  prepare(pool, tiles * depths, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k0 = t % depths * kInt8Depth;
       round(t / depths, k0, min64(kInt8Depth, K - k0));

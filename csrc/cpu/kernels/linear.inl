@@ -98,7 +98,7 @@ inline void linear_whole_blocks(const LinearArgs& a, const Expansion* many, cons
   };
   if (!skinny) return linear_gemm(a, many, pool, weight_of);
   float* x = static_cast<float*>(scratch(Buffer::shared, M * K * sizeof(float)));
-  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
+  prepare(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)
       interleave(a.x, k, min64(kStage, K - k), x);
   });
@@ -130,7 +130,7 @@ inline void linear_pairs(const LinearArgs& a, const Expansion* many, const Paral
                          });
   uint32_t* x = static_cast<uint32_t*>(
       scratch(Buffer::shared, static_cast<size_t>(M * K / 2) * sizeof(uint32_t)));
-  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
+  prepare(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {
     for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)
       interleave_pairs(a.x, k, min64(kStage, K - k), x);
   });
@@ -142,10 +142,8 @@ inline void linear_pairs(const LinearArgs& a, const Expansion* many, const Paral
 }
 #endif
 
-// y with the adapter of a, or those of `many`, or none.
-inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
-  if (a.x.rows == 0) return;
-  if (a.lora.A.data) lora_shrink(a, pool);
+// y with the adapter of a, whose S is there, or those of `many`, or none.
+inline void linear_outputs(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
 #ifdef LK_INT8
   if (a.arithmetic == Arithmetic::int8)
     return amx_int8_takes(a.x.rows) ? linear_int8_amx(a, many, pool) : linear_int8(a, many, pool);
@@ -167,6 +165,12 @@ inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& p
   linear_gemm(a, many, pool, [&](int64_t, int64_t) { return weight; });
 }
 
+inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
+  if (a.x.rows == 0) return;
+  if (a.lora.A.data) lora_shrink(a, pool);
+  linear_outputs(a, many, pool);
+}
+
 // -- backward -------------------------------------------------------------------------------------
 
 // Computes dx by pieces: base(i0, rows, j0, columns, c) adds dy W to one.
@@ -185,6 +189,7 @@ void dx_pieces(const BackwardArgs& a, const Expansion* many, const Parallel& poo
       });
     }
     base(i0, rows, j0, columns, c);
+    add_to_rows(a.added, rows, j0, columns, c);
     store_strips(a.dx, i0, rows, j0, columns, c);
   };
   for_pieces(pool, M, K, body);
@@ -257,19 +262,28 @@ inline void bias_gradient(const BackwardArgs& a, const Parallel& pool) {
   });
 }
 
-// The gradients with the adapter of a, or dx with those of `many`.
-inline void linear_backward(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
-  const int64_t M = a.dy.rows, N = a.dy.cols, R = a.lora.A.rows;
-  if (a.lora.A.data && (a.dx.data || a.dA.data)) {
-    const MutMatrix ds{a.ds, DType::f32, M, R, R};
-    product(Operand<false>{a.dy}, Dense{a.lora.B}, N, a.lora.scaling, ds, pool);
-  }
-  if (a.dx.data && M > 0) dx(a, many, pool);
+// dS of the adapter of a, into a.ds.
+inline void lora_ds(const BackwardArgs& a, const Parallel& pool) {
+  const int64_t R = a.lora.A.rows;
+  const MutMatrix ds{a.ds, DType::f32, a.dy.rows, R, R};
+  product(Operand<false>{a.dy}, Dense{a.lora.B}, a.dy.cols, a.lora.scaling, ds, pool);
+}
+
+// dA and dB of the adapter of a, whose dS is there.
+inline void lora_gradients(const BackwardArgs& a, const Parallel& pool) {
+  const int64_t M = a.dy.rows, R = a.lora.A.rows;
   if (a.dA.data)
     product(Operand<true>{Matrix{a.ds, DType::f32, M, R, R}}, Dropped{a.x, a.lora.dropout}, M, 1.0f,
             a.dA, pool);
   if (a.dB.data)
     product(Operand<true>{a.dy}, Dense{Matrix{a.s, DType::f32, M, R, R}}, M, a.lora.scaling, a.dB,
             pool);
+}
+
+// The gradients with the adapter of a, or dx with those of `many`.
+inline void linear_backward(const BackwardArgs& a, const Expansion* many, const Parallel& pool) {
+  if (a.lora.A.data && (a.dx.data || a.dA.data)) lora_ds(a, pool);
+  if (a.dx.data && a.dy.rows > 0) dx(a, many, pool);
+  lora_gradients(a, pool);
   if (a.dbias.data) bias_gradient(a, pool);
 }

@@ -1,0 +1,165 @@
+// The operators of stacked experts, once for every backend. Included by operators.h.
+#pragma once
+
+namespace lk {
+
+template <class Backend>
+struct GroupedOperators {
+  static Tensor grouped_linear_4bit(Tensor x, LK_WEIGHT_PARAMS, Tensor offsets, bool transposed,
+                                    MaybeTensor bias) {
+    return std::get<0>(forward(x, {packed, absmax, code, nested_absmax, nested_code, nested_offset},
+                               N, K, blocksize, offsets, transposed, nullptr, nullptr, 0.0, bias));
+  }
+
+  static std::tuple<Tensor, Tensor> grouped_lora_linear_4bit(Tensor x, LK_WEIGHT_PARAMS,
+                                                             Tensor offsets, bool transposed,
+                                                             Tensor A, Tensor B, double scaling,
+                                                             MaybeTensor bias) {
+    return forward(x, {packed, absmax, code, nested_absmax, nested_code, nested_offset}, N, K,
+                   blocksize, offsets, transposed, &A, &B, scaling, bias);
+  }
+
+  // dx, dA, dB; one that is not needed is empty.
+  static std::tuple<Tensor, Tensor, Tensor> grouped_lora_linear_4bit_backward(
+      Tensor dy_in, Tensor x_in, Tensor s_in, LK_WEIGHT_PARAMS, Tensor offsets, bool transposed,
+      Tensor A, Tensor B, double scaling, bool need_dx, bool need_dA, bool need_dB) {
+    const Backend backend(dy_in);
+    const Unpack in(dy_in);
+    const Tensor dy = in.rows_of("dy", dy_in), x = in.rows_of("x", x_in),
+                 s = torch::stable::contiguous(s_in);
+    const int64_t M = dy.size(0);
+    GroupedBackwardArgs a;
+    a.experts = experts_of(in, LK_WEIGHT, offsets, transposed, M);
+    const Shape of = shape_of(a.experts);
+    a.dy = in.matrix("dy", dy, M, of.N);
+    a.x = in.matrix("x", x, M, of.K);
+    const Factors factors(in, A, B, a.experts.count, of);
+    a.A = factors.A;
+    a.B = factors.B;
+    a.rank = factors.rank;
+    a.scaling = static_cast<float>(scaling);
+    const int64_t E = a.experts.count, R = a.rank;
+    MaybeTensor At;
+    if (transposed && need_dx) At = factors.transposed(factors.tensor_A, a.At, E * of.K, R);
+    a.s = in.template data<float>("s", s, ScalarType::Float, checked_product("s", M, R));
+    const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
+    a.ds = static_cast<float*>(ds.mutable_data_ptr());
+    Tensor dx = need_dx ? empty(dy, {M, of.K}) : empty(dy, {0});
+    Tensor dA = need_dA ? empty(A, {E, R, of.K}) : empty(A, {0});
+    Tensor dB = need_dB ? empty(B, {E, of.N, R}) : empty(B, {0});
+    if (need_dx) a.dx = output(dx, M, of.K);
+    if (need_dA) a.dA = output(dA, E * R, of.K);
+    if (need_dB) a.dB = output(dB, E * of.N, R);
+    backend.grouped_backward(a, dy, dx);
+    return {dx, dA, dB};
+  }
+
+ private:
+  // N and K of an expert.
+  struct Shape {
+    int64_t N, K;
+  };
+
+  static Shape shape_of(const Experts& x) {
+    const int64_t rows = x.base.N / x.count;
+    return x.transposed ? Shape{x.base.K, rows} : Shape{rows, x.base.K};
+  }
+
+  static Experts experts_of(const Unpack& in, const Weight4& base, const Tensor& offsets,
+                            bool transposed, int64_t M) {
+    Experts x;
+    x.base = base;
+    x.count = offsets.numel();
+    STD_TORCH_CHECK(offsets.dim() == 1 && x.count > 0 && x.count <= INT32_MAX,
+                    "offsets: expected shape [E] with E > 0, got ", offsets.dim(),
+                    " dimensions of ", x.count, " elements");
+    STD_TORCH_CHECK(base.N % x.count == 0, "N: expected a multiple of the ", x.count,
+                    " experts, got ", base.N);
+    STD_TORCH_CHECK(M <= INT32_MAX, "x: expected fewer than 2^31 rows, got ", M);
+    x.offsets = in.template data<int32_t>("offsets", offsets, ScalarType::Int, x.count);
+    x.transposed = transposed;
+    in.check_offsets(x, M);
+    return x;
+  }
+
+  // The adapters of all experts, and what keeps copies of them alive.
+  struct Factors {
+    Tensor tensor_A, tensor_B;
+    Matrix A, B;
+    int64_t rank;
+
+    Factors(const Unpack& in, const Tensor& a, const Tensor& b, int64_t experts, const Shape& of)
+        : tensor_A(torch::stable::contiguous(a)), tensor_B(torch::stable::contiguous(b)) {
+      STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == experts && a.size(2) == of.K,
+                      "A: expected shape [E, R, K]");
+      rank = checked_size("A", a.size(1));
+      STD_TORCH_CHECK(
+          b.dim() == 3 && b.size(0) == experts && b.size(1) == of.N && b.size(2) == rank,
+          "B: expected shape [E, N, R]");
+      in.check_device("A", tensor_A);
+      in.check_device("B", tensor_B);
+      A = {tensor_A.const_data_ptr(), dtype_of("A", tensor_A), experts * rank, of.K, of.K};
+      B = {tensor_B.const_data_ptr(), dtype_of("B", tensor_B), experts * of.N, rank, rank};
+    }
+
+    // Each expert's matrix of `factor` transposed, as rows x cols in `to`.
+    static Tensor transposed(const Tensor& factor, Matrix& to, int64_t rows, int64_t cols) {
+      const Tensor flipped = torch::stable::contiguous(torch::stable::transpose(factor, 1, 2));
+      to = {flipped.const_data_ptr(), dtype_of("factor", flipped), rows, cols, cols};
+      return flipped;
+    }
+  };
+
+  struct WeightTensors {
+    Tensor packed, absmax, code;
+    MaybeTensor nested_absmax, nested_code, nested_offset;
+  };
+
+  // y and S; without adapters S is empty.
+  static std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const WeightTensors& w, int64_t N,
+                                            int64_t K, int64_t blocksize, const Tensor& offsets,
+                                            bool transposed, const Tensor* A, const Tensor* B,
+                                            double scaling, const MaybeTensor& bias_in) {
+    const Backend backend(x_in);
+    const Unpack in(x_in);
+    const Tensor x = in.rows_of("x", x_in);
+    const int64_t M = x.size(0);
+    GroupedArgs a;
+    a.experts = experts_of(in,
+                           in.weight4(w.packed, w.absmax, w.code, w.nested_absmax, w.nested_code,
+                                      w.nested_offset, N, K, blocksize),
+                           offsets, transposed, M);
+    const Shape of = shape_of(a.experts);
+    const int64_t E = a.experts.count;
+    a.x = in.matrix("x", x, M, of.K);
+    std::optional<Factors> factors;
+    MaybeTensor Bt;
+    if (A) {
+      factors.emplace(in, *A, *B, E, of);
+      a.A = factors->A;
+      a.B = factors->B;
+      a.rank = factors->rank;
+      a.scaling = static_cast<float>(scaling);
+      if (transposed) Bt = Factors::transposed(factors->tensor_B, a.Bt, E * a.rank, of.N);
+    }
+    MaybeTensor bias;
+    if (bias_in) {
+      bias = torch::stable::contiguous(*bias_in);
+      STD_TORCH_CHECK(bias->dim() == 2 && bias->size(0) == E && bias->size(1) == of.N,
+                      "bias: expected shape [E, N] = [", E, ", ", of.N, "]");
+      in.check_device("bias", *bias);
+      a.bias = {bias->const_data_ptr(), dtype_of("bias", *bias)};
+    }
+    Tensor y = empty(x, {M, of.N}), s = empty(x, {M, a.rank}, ScalarType::Float), ds = s;
+    a.y = output(y, M, of.N);
+    a.s = static_cast<float*>(s.mutable_data_ptr());
+    if (A && transposed) {
+      ds = empty(x, {M, a.rank}, ScalarType::Float);
+      a.ds = static_cast<float*>(ds.mutable_data_ptr());
+    }
+    backend.grouped(a, x, y);
+    return {y, s};
+  }
+};
+
+}  // namespace lk

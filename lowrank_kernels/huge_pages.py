@@ -1,0 +1,37 @@
+"""Packed weights on huge pages of memory.
+
+A decode step reads all of a model once, in the order of pages of 4 KiB that the memory gave, and looks each of them up
+twice in a virtual machine. On Linux pages of 2 MiB spare most of that: on an AMD Zen 5 one to four rows took 5 to 20 %
+less time (docs/performance.md). It is advice to the system: where it is not followed, nothing else changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+
+import torch
+
+_SIZE = 2 << 20
+_HUGEPAGE, _COLLAPSE = 14, 25  # madvise(2): from the next touch on; and now (Linux 6.1 and later)
+
+
+@functools.cache
+def _madvise():
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return madvise
+
+
+def advise(tensor: torch.Tensor) -> None:
+    """Asks for huge pages under the memory of ``tensor``, if it is on the CPU and has room for one of them."""
+    size = tensor.numel() * tensor.element_size()
+    if size < 2 * _SIZE or tensor.device.type != "cpu" or (madvise := _madvise()) is None:
+        return
+    start = tensor.data_ptr()
+    first, end = -(-start // _SIZE) * _SIZE, (start + size) // _SIZE * _SIZE
+    for advice in (_HUGEPAGE, _COLLAPSE):
+        madvise(first, end - first, advice)
