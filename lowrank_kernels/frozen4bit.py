@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from . import huge_pages
 from .formats import Weight4bit, quantize_4bit
 from .packed import Params4bit, plain
 from .quant_state import KEYS_IN_WORDS
@@ -80,6 +81,7 @@ class Frozen4bit(nn.Module):
             packed = nn.Parameter(w.packed.detach(), requires_grad=False)
         else:
             packed = w.packed if isinstance(w.packed, Params4bit) else Params4bit(w.packed)
+            huge_pages.advise(packed)
         self.register_parameter("weight", packed)
         for field, name in _BUFFERS.items():
             self._buffers[name] = getattr(w, field)

@@ -1,8 +1,8 @@
 """Packed weights on huge pages of memory.
 
-A decode step reads all of a model once, in the order of pages of 4 KiB that the memory gave, and looks each of them up
-twice in a virtual machine. On Linux pages of 2 MiB spare most of that: on an AMD Zen 5 one to four rows took 5 to 20 %
-less time (docs/performance.md). It is advice to the system: where it is not followed, nothing else changes.
+A decode step reads a whole model once, page by page. Of pages of 4 KiB that are hundreds of thousands, each of which the
+CPU has to look up, in a virtual machine twice; pages of 2 MiB spare that. It is advice to the system: where it is not
+followed, nothing else changes. docs/performance.md says what it brought.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def advise(tensor: torch.Tensor) -> None:
     size = tensor.numel() * tensor.element_size()
     if size < 2 * _SIZE or tensor.device.type != "cpu" or (madvise := _madvise()) is None:
         return
-    start = tensor.data_ptr()
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # a fake tensor, or a shard's wrapper
+        return
     first, end = -(-start // _SIZE) * _SIZE, (start + size) // _SIZE * _SIZE
     for advice in (_HUGEPAGE, _COLLAPSE):
         madvise(first, end - first, advice)

@@ -138,7 +138,7 @@ struct BackwardArgs {
   const float* s = nullptr;
   float* ds = nullptr;
   MutMatrix dx, dA, dB, dbias;
-  Vector added;  // [K], to every row of dx before it is rounded
+  Vector added;                               // [K], to every row of dx before it is rounded
   Arithmetic arithmetic = Arithmetic::exact;  // of dy W; int8 counts as exact
 };
 
@@ -235,9 +235,9 @@ struct Experts {
   bool transposed = false;
 };
 
-// For a row m of expert e, y[m] = W_e x[m] + scaling B_e S[m] + bias_e with S[m] = A_e x[m]. Rows of
-// no expert are zero, in s too. A [E R, K], B [E N, R]; of a transposed stack Bt [E R, N] instead of
-// B: each expert's, transposed.
+// For a row m of expert e, y[m] = W_e x[m] + scaling B_e S[m] + bias_e with S[m] = A_e x[m]. Rows
+// of no expert are zero, in s too. A [E R, K], B [E N, R]; of a transposed stack Bt [E R, N]
+// instead of B: each expert's, transposed.
 struct GroupedArgs {
   Matrix x;
   Experts experts;
@@ -251,8 +251,8 @@ struct GroupedArgs {
   Arithmetic arithmetic = Arithmetic::exact;
 };
 
-// dS = scaling dy B_e (scratch ds, [M, R]), dx = dy W_e + dS A_e, dA_e = dSᵀ x, dB_e = scaling dyᵀ S,
-// over the rows of each expert; zero for one that has none, and dx for rows of no expert. Of a
+// dS = scaling dy B_e (scratch ds, [M, R]), dx = dy W_e + dS A_e, dA_e = dSᵀ x, dB_e = scaling dyᵀ
+// S, over the rows of each expert; zero for one that has none, and dx for rows of no expert. Of a
 // transposed stack At [E K, R] instead of A. Outputs with null data are not computed.
 struct GroupedBackwardArgs {
   Matrix dy, x;

@@ -59,6 +59,8 @@ struct CudaTable {
   int (*multi)(const MultiArgs&, const LaunchPlan&, const Launch&);
   LaunchPlan (*plan_multi_backward)(const MultiBackwardArgs&, int device);
   int (*multi_backward)(const MultiBackwardArgs&, const LaunchPlan&, const Launch&);
+  int (*grouped)(const GroupedArgs&, const Launch&);
+  int (*grouped_backward)(const GroupedBackwardArgs&, const Launch&);
 
   const char* (*failure)();
 };

@@ -32,6 +32,7 @@ __device__ __forceinline__ void store_one(void* p, DType t, int64_t i, float v) 
 
 // Product and sum are rounded separately, as the stored scales were.
 __device__ __forceinline__ float block_scale(const Weight4& w, int64_t block) {
+  block += w.first_block;
   if (w.absmax) return w.absmax[block];
   return __fadd_rn(
       __fmul_rn(w.nested_code[w.absmax_u8[block]], w.nested_absmax[block >> kNestedShift]),
@@ -40,6 +41,7 @@ __device__ __forceinline__ float block_scale(const Weight4& w, int64_t block) {
 
 // Element i of the flat weight.
 __device__ __forceinline__ float weight_one(const Weight4& w, int64_t i) {
+  i += w.first;
   const int nibble = w.packed[i >> 1] >> (i & 1 ? 0 : 4) & 15;
   return __fmul_rn(w.code[nibble], block_scale(w, i >> w.block_shift));
 }

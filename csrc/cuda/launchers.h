@@ -22,6 +22,8 @@ LaunchPlan plan_multi(const MultiArgs& a, int device);
 int multi(const MultiArgs& a, const LaunchPlan& plan, const Launch& on);
 LaunchPlan plan_multi_backward(const MultiBackwardArgs& a, int device);
 int multi_backward(const MultiBackwardArgs& a, const LaunchPlan& plan, const Launch& on);
+int grouped(const GroupedArgs& a, const Launch& on);
+int grouped_backward(const GroupedBackwardArgs& a, const Launch& on);
 
 // -- a whole linear operator (launch/linear.cu) ---------------------------------------------------
 // These compute all but the product of Family::matmul, which is the caller's. The addend comes from

@@ -1,5 +1,6 @@
 // The operators on CPU tensors: the kernels of the best instruction set, on torch's threads.
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <atomic>
 
@@ -83,11 +84,23 @@ Arithmetic arithmetic(const Weight4* w, DType activations) {
   return int8(w) ? Arithmetic::int8 : arithmetic(activations);
 }
 
+// Asks the system for huge pages under memory that is about to be written for the first time: see
+// lowrank_kernels/huge_pages.py.
+void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = start + bytes,
+                  first = (start + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
 struct Cpu {
   explicit Cpu(const Tensor& first) {
     STD_TORCH_CHECK(first.is_cpu(), "expected CPU tensors, got one on another device");
   }
-  void quantize(const QuantizeArgs& a) const { lk_kernels()->quantize(a, pool()); }
+  void quantize(const QuantizeArgs& a) const {
+    advise_huge_pages(a.packed, ceil_div(a.numel, 2));
+    lk_kernels()->quantize(a, pool());
+  }
   void double_quantize(const DoubleQuantizeArgs& a) const {
     lk_kernels()->double_quantize(a, pool());
   }
@@ -112,6 +125,8 @@ struct Cpu {
     with.arithmetic = arithmetic(a.dy.dtype);
     lk_kernels()->multi_backward(with, pool());
   }
+  // The kernels of a transposed stack read the factors of its adapters the other way round.
+  static constexpr bool kTransposesFactors = true;
   void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
     GroupedArgs with = a;
     with.arithmetic = arithmetic(&a.experts.base, a.x.dtype);

@@ -168,11 +168,13 @@ class Cuda {
       add_backward(*a.base, a.dy.dtype, dy, dx, plan.has_rest ? 1.0f : 0.0f);
   }
 
-  void grouped(const GroupedArgs&, const Tensor&, Tensor&) const {
-    STD_TORCH_CHECK(false, "grouped_linear_4bit: expected a CPU tensor or the triton backend");
+  static constexpr bool kTransposesFactors = false;
+  void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
+    check(kernels_.grouped(a, launch_), "grouped_linear", a.x.rows, a.y.cols, a.x.cols);
   }
-  void grouped_backward(const GroupedBackwardArgs&, const Tensor&, Tensor&) const {
-    STD_TORCH_CHECK(false, "grouped_linear_4bit: expected a CPU tensor or the triton backend");
+  void grouped_backward(const GroupedBackwardArgs& a, const Tensor&, Tensor&) const {
+    check(kernels_.grouped_backward(a, launch_), "grouped_linear_backward", a.dy.rows, a.dy.cols,
+          a.x.cols);
   }
 
   void linear_backward(const BackwardArgs& a, const Tensor& dy, const Tensor* weight,

@@ -40,7 +40,8 @@ struct GroupedOperators {
     a.scaling = static_cast<float>(scaling);
     const int64_t E = a.experts.count, R = a.rank;
     MaybeTensor At;
-    if (transposed && need_dx) At = factors.transposed(factors.tensor_A, a.At, E * of.K, R);
+    if (Backend::kTransposesFactors && transposed && need_dx)
+      At = factors.transposed(factors.tensor_A, a.At, E * of.K, R);
     a.s = in.template data<float>("s", s, ScalarType::Float, checked_product("s", M, R));
     const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
     a.ds = static_cast<float*>(ds.mutable_data_ptr());
@@ -140,7 +141,8 @@ struct GroupedOperators {
       a.B = factors->B;
       a.rank = factors->rank;
       a.scaling = static_cast<float>(scaling);
-      if (transposed) Bt = Factors::transposed(factors->tensor_B, a.Bt, E * a.rank, of.N);
+      if (Backend::kTransposesFactors && transposed)
+        Bt = Factors::transposed(factors->tensor_B, a.Bt, E * a.rank, of.N);
     }
     MaybeTensor bias;
     if (bias_in) {
@@ -153,7 +155,7 @@ struct GroupedOperators {
     Tensor y = empty(x, {M, of.N}), s = empty(x, {M, a.rank}, ScalarType::Float), ds = s;
     a.y = output(y, M, of.N);
     a.s = static_cast<float*>(s.mutable_data_ptr());
-    if (A && transposed) {
+    if (Bt) {
       ds = empty(x, {M, a.rank}, ScalarType::Float);
       a.ds = static_cast<float*>(ds.mutable_data_ptr());
     }

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import lowrank_kernels as lk
-from lowrank_kernels import reference
+from lowrank_kernels import huge_pages, reference
 from lowrank_kernels.schema import ops
 
 from . import machine
@@ -98,11 +98,12 @@ def _dense_copies(
 
 @functools.lru_cache(maxsize=1)
 def _copies_4bit(N: int, K: int, device: str, count: int) -> list[lk.Weight4bit]:
-    w = weight_of(N, K, device)
-    return [
-        dataclasses.replace(w, **{name: t.clone() for name, t in w.tensors().items()})
-        for _ in range(count)
-    ]
+    w, copied = weight_of(N, K, device), []
+    for _ in range(count):
+        tensors = {name: t.clone() for name, t in w.tensors().items()}
+        huge_pages.advise(tensors["packed"])  # as a layer does
+        copied.append(dataclasses.replace(w, **tensors))
+    return copied
 
 
 def dense_weights(case: Case) -> list[torch.Tensor]:

@@ -29,8 +29,8 @@ inline Vector row_at(const Vector& v, int64_t row, int64_t cols) {
   return {static_cast<const char*>(v.data) + row * cols * element_size(v.dtype), v.dtype};
 }
 
-// Calls body(e, pool) for every share of every expert that has rows, or of every expert; the pool is
-// one that does that share. `columns`: how wide an output is.
+// Calls body(e, pool) for every share of every expert that has rows, or of every expert; the pool
+// is one that does that share. `columns`: how wide an output is.
 template <class Body>
 void for_shares(const Experts& x, int64_t columns, bool all, const Parallel& pool,
                 const Body& body) {

@@ -10,6 +10,28 @@ constexpr int kSimtTile = 64, kSimtDepth = 16, kSimtThreads = 256;
 constexpr int kSimtPitch = kSimtTile + 4;  // keeps rows 16-byte aligned and off each other's banks
 constexpr size_t kSimtShared = 2 * kSimtDepth * kSimtPitch * sizeof(float);
 
+// An operand of a product, indexed (r, c): a matrix (or its transpose), under dropout or not, or a
+// 4-bit weight (or its transpose).
+struct Operand {
+  Matrix m;
+  Weight4 w;  // when m.data is null
+  bool transposed = false;
+  Dropout dropout;  // on m, at its own (row, column), including its scale
+
+  __device__ float at(int64_t r, int64_t c) const {
+    const int64_t row = transposed ? c : r, column = transposed ? r : c;
+    if (!m.data) return weight_one(w, row * w.K + column);
+    if (!is_kept(dropout, row, column)) return 0.0f;
+    const float v = load_one(m.data, m.dtype, row * m.stride + column);
+    return dropout.threshold ? v * dropout.scale : v;
+  }
+};
+
+struct Product {
+  Operand a, b;       // [rows, depth], [depth, cols]
+  int64_t depth = 0;  // 0: none
+};
+
 // sum[4][4] += this thread's part of the product for the tile at (i0, j0). A Product has operands a
 // and b, [rows, depth] and [depth, cols], as at(r, c), and their depth; `transposed` tells in which
 // direction an operand lies in memory.

@@ -61,6 +61,8 @@ const lk::CudaTable* lk_cuda_kernels(void) {
                                       multi,
                                       plan_multi_backward,
                                       multi_backward,
+                                      grouped,
+                                      grouped_backward,
                                       [] { return static_cast<const char*>(failure); }};
   return &table;
 }
