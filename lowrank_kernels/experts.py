@@ -41,7 +41,7 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
 class GroupedLinear4bit(NamedAdapters):
     """``y[m] = W_e x[m] + bias_e``, and named adapters: the weights ``[E, N, K]`` of one projection of all experts.
 
-    ``weight`` and its statistics are those of :class:`Linear4bit`. Adapter ``name`` is PEFT's for ``target_parameters``:
+    ``weight`` and its statistics are those of :class:`Linear4bit`. Adapter ``name`` is as PEFT's ``target_parameters``:
     ``lora_A[name].weight [r E, K]`` and ``lora_B[name].weight [N, r E]``, in which expert e has rows ``e r`` to
     ``(e + 1) r`` of A and the columns ``e, e + E, ...`` of B. There is no dropout. A ``transposed`` stack is
     ``[E, K, N]``, as GPT-OSS has it.
@@ -175,7 +175,7 @@ class Experts4bit(nn.Module):
         stacks: dict[str, Weight4bit],
         transposed: bool | None = None,
     ) -> Experts4bit:
-        """``experts`` with these stacks in place of its 3-D parameters; ``transposed``: as the class has it, unless given."""
+        """``experts`` with these stacks for its 3-D parameters; ``transposed``: unless given, as its class says."""
         new = _class_of(type(experts)).__new__(_class_of(type(experts)))
         new.__dict__ = experts.__dict__.copy()
         for kind in ("_parameters", "_buffers", "_modules"):

@@ -1,7 +1,7 @@
 """Packed weights on huge pages of memory.
 
-A decode step reads a whole model once, page by page. Of pages of 4 KiB that are hundreds of thousands, each of which the
-CPU has to look up, in a virtual machine twice; pages of 2 MiB spare that. It is advice to the system: where it is not
+A decode step reads a whole model once, page by page. Pages of 4 KiB are hundreds of thousands, each of which the CPU
+has to look up, in a virtual machine twice; pages of 2 MiB spare that. It is advice to the system: where it is not
 followed, nothing else changes. docs/performance.md says what it brought.
 """
 

@@ -21,8 +21,8 @@ from . import check, providers
 from .case import Case
 from .providers import SCALING, Calls, Unavailable
 
-# PEFT's own layers over bitsandbytes' parameters add one more delta with each call (PEFT 0.21.2 and bitsandbytes 0.50.2),
-# so what one call computes is written here.
+# PEFT's own layers over bitsandbytes' parameters add one more delta with each call (PEFT 0.21.2, bitsandbytes
+# 0.50.2), so what one call computes is written here.
 PEFT, BITSANDBYTES = "torch + PEFT", "bitsandbytes + PEFT's deltas"
 NAMES = ("gate_up_proj", "down_proj")
 CALLS = (

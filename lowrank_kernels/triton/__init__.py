@@ -20,7 +20,12 @@ import torch
 
 from ..arguments import first_tensor
 
-EXCEPTIONS = {"double_quantize": "quantize"}  # operators in a module that has another name
+# Operators in a module that has another name.
+EXCEPTIONS = {
+    "double_quantize": "quantize",
+    "grouped_lora_linear_4bit": "grouped_linear",
+    "grouped_lora_linear_4bit_backward": "grouped_linear",
+}
 OLDEST = (3, 6)  # of the versions that are tested; pyproject.toml has the newest as well
 INSTALL_COMMAND = "pip install 'triton>={}.{}'".format(*OLDEST)
 

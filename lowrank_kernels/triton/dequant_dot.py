@@ -65,11 +65,11 @@ def forward(
 
 @triton.jit
 def backward(
-    dy, w, dy_stride, w_stride, m, k0, M, N, K, begin, end,
+    dy, w, dy_stride, w_stride, m, k0, M, N, K, begin, end, first,
     dtype: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dy[m] W[:, k0 : k0 + BK] over the steps [begin, end) of BN outputs each."""
+    """dy[m] W[:, k0 : k0 + BK] over the steps [begin, end) of BN outputs each; W's first row is row ``first`` of w."""
     dy_row, rows = m.to(tl.int64) * dy_stride, (m < M)[:, None]
     if BASE == "runs":
         even, odd = tl.zeros((BM, BK // 2), tl.float32), tl.zeros((BM, BK // 2), tl.float32)
@@ -77,7 +77,7 @@ def backward(
         for step in range(begin, end):
             n = step * BN + tl.arange(0, BN)
             left = tl.load(dy + dy_row[:, None] + n[None, :], rows & (n < N)[None, :], 0.0)
-            row = n.to(tl.int64)
+            row = first + n.to(tl.int64)
             inside = (n < N)[:, None] & (byte < K // 2)[None, :]
             packed = tl.load(w.packed + (row * (K // 2))[:, None] + byte[None, :], inside, 0)
             scale = block_scale(w, row * (K >> SHIFT) + (k0 >> SHIFT), n < N)[:, None]
@@ -97,6 +97,6 @@ def backward(
                 at = n.to(tl.int64)[:, None] * w_stride + k[None, :]
                 acc = dot(left, tl.load(w + at, inside, 0.0), acc, PRECISION)
             else:
-                at = n.to(tl.int64)[:, None] * K + k[None, :]
+                at = (first + n.to(tl.int64))[:, None] * K + k[None, :]
                 acc = dot(left, weight_elements(w, at, inside, SHIFT), acc, PRECISION)
     return acc

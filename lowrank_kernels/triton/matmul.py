@@ -44,7 +44,7 @@ def _matmul(
     m, j = m0 + tl.arange(0, BM), j0 + tl.arange(0, BJ)
     if BACKWARD:
         acc = dequant_dot.backward(
-            x, w, x_stride, w_stride, m, j0, M, N, K, begin, end, dtype, BASE, SHIFT, PRECISION, BM, BJ, BD
+            x, w, x_stride, w_stride, m, j0, M, N, K, begin, end, 0, dtype, BASE, SHIFT, PRECISION, BM, BJ, BD
         )  # fmt: skip
     else:
         acc = dequant_dot.forward(
