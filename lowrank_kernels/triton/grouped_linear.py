@@ -202,12 +202,9 @@ def _product(
         return out
     kind = kind_of(call.weight, w.K, w.blocksize)
     left = pairs(x) if kind == "runs" and not transposed else x
-    tensor_cores, few = kind == "runs" and x.dtype != torch.float32, call.M <= 16 * call.E
-    columns, depth, rows = (
-        64 if few or tensor_cores else 32,
-        32,
-        16 if few else 64 if tensor_cores else 32,
-    )
+    few, depth = call.M <= 16 * call.E, 32
+    rows, warps = (16, 4) if few else (32, 4)
+    columns = 64 if few or (kind == "runs" and x.dtype != torch.float32) else 32
     if kind == "runs" and transposed:
         columns = min(columns, w.blocksize)
     launch(
@@ -216,7 +213,7 @@ def _product(
         dtype=DTYPES[x.dtype], BASE=kind, TRANSPOSED=transposed, SHIFT=w.blocksize.bit_length() - 1,
         PRECISION=precision_of(x.dtype),
         PRMT=kind == "runs" and not transposed and x.dtype != torch.float32 and on_nvidia(),
-        BM=rows, BJ=columns, BD=depth, num_warps=4 if few else 8, num_stages=2,
+        BM=rows, BJ=columns, BD=depth, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return out
 
