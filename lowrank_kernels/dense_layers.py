@@ -8,17 +8,21 @@ adapters, layers whose forward somebody replaced or whose weight is elsewhere.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 
 from torch import nn
 
+from .experts import stacked_parameters
 from .linear4bit import Linear4bit
 from .packed import Params4bit
+from .schema import FLOAT_DTYPES
 from .weight_reads import layers_read
 
 _MIB = 2**20
 COMPUTED = "its weight is computed from other parameters"
 _READ, _FLOAT32 = "its weight is read by", "kept in float32 by the model"
+_ROUTER = "a router, which chooses experts"
 OF_THE_CODE = (_READ, _FLOAT32)  # reasons that begin so
 PART = "a part of PEFT's adapter"  # of no interest in reports
 
@@ -42,6 +46,7 @@ class DenseLayers:
         self.readers = layers_read(model)
         self.float32 = _kept_in_float32(model)
         self.parts = dict(_parts_of_adapters(model))
+        self.routers = set(_routers(model))
         self.owners: dict[int, list[str]] = {}
         for name, module in model.named_modules():
             for parameter in module._parameters.values():
@@ -64,6 +69,8 @@ class DenseLayers:
             return f"weight shared with {others[0]}"
         if self.keeps_in_float32(f"{name}.weight"):
             return _FLOAT32
+        if name in self.routers:
+            return _ROUTER
         if name in self.readers:
             return f"{_READ} {self.readers[name]}"
         hook = getattr(module, "_hf_hook", None)
@@ -74,6 +81,22 @@ class DenseLayers:
         if hook is None and "forward" in vars(module) and not own:
             return "its forward has been replaced"
         return None
+
+    def why_experts(self, name: str, experts: nn.Module) -> str | None:
+        """Why the stacks of a transformers' module of experts stay dense; None if they need not."""
+        for key in stacked_parameters(experts):
+            parameter = experts._parameters[key]
+            if parameter.dtype not in FLOAT_DTYPES:
+                return f"{key} is in {str(parameter.dtype).removeprefix('torch.')}"
+            others = [owner for owner in self.owners[id(parameter)] if owner != name]
+            if others:
+                return f"{key} shared with {others[0]}"
+            if self.keeps_in_float32(f"{name}.{key}"):
+                return _FLOAT32
+        if name.endswith("base_layer"):
+            return "the base of an adapter; call replace_linear before adapters are added"
+        hook = getattr(experts, "_hf_hook", None)
+        return "offloaded by accelerate" if hook is not None and _offloads(hook) else None
 
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether the model wants the parameter of that name in float32 in a model of 16 bits."""
@@ -139,6 +162,21 @@ def _offloads(hook) -> bool:
     return bool(getattr(hook, "offload", False)) or any(map(_offloads, inner))
 
 
+def _routers(model: nn.Module) -> Iterable[str]:
+    """Linear layers beside experts that have an output for each of them."""
+    for name, module in model.named_modules():
+        if not (keys := stacked_parameters(module)):
+            continue
+        count = module._parameters[keys[0]].shape[0]
+        parent = name.rpartition(".")[0]
+        prefix = f"{parent}." if parent else ""
+        for path, layer in model.get_submodule(parent).named_modules():
+            words = path.split(".")[-2:]
+            named = any("router" in word or "gate" in word for word in words)
+            if named and isinstance(layer, nn.Linear) and layer.out_features == count:
+                yield prefix + path
+
+
 # -- experts ---------------------------------------------------------------------------------------
 
 
@@ -160,11 +198,11 @@ def stacks(model: nn.Module) -> list[SkippedLayer]:
     return found
 
 
-def warning_of_stacks(model: nn.Module, quantized: Iterable[tuple[int, int]]) -> str | None:
+def warning_of_stacks(model: nn.Module, quantized: Iterable[tuple[int, ...]]) -> str | None:
     """What to say if more of the model is in :func:`stacks` than in 4 bits; ``quantized`` are shapes."""
     names = [layer.name for layer in stacks(model)]
     dense = [model.get_parameter(name) for name in names]
-    if sum(p.numel() for p in dense) <= sum(rows * columns for rows, columns in quantized):
+    if sum(p.numel() for p in dense) <= sum(map(math.prod, quantized)):
         return None
     size = sum(p.numel() * p.element_size() for p in dense) / _MIB
     everything = sum(p.numel() * p.element_size() for p in model.parameters()) / _MIB

@@ -22,6 +22,7 @@ from .dense_layers import (
     stacks,
     warning_of_stacks,
 )
+from .experts import Experts4bit, stacked_parameters
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
 from .shared_input import share_known
@@ -44,10 +45,13 @@ DEFAULT_EXCLUDED = ("lm_head",)
 
 @dataclasses.dataclass(frozen=True)
 class ReplacedLayer:
-    """One replaced layer. Bytes: weight, statistics and bias, without the adapter's."""
+    """One replaced layer, or stack of experts. Bytes: weight, statistics and bias, without the adapter's.
+
+    ``shape``: [N, K], of a stack [E, N, K] as it lies.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
     adapter_bytes: int
@@ -77,7 +81,7 @@ class ReplaceReport:
     def __str__(self) -> str:
         rows = [("replaced", "shape", "before MiB", "after MiB", "adapter MiB")]
         for layer in self.replaced:
-            rows.append(_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", layer))
+            rows.append(_row(layer.name, " x ".join(map(str, layer.shape)), layer))
         rows.append(_row("total", f"{len(self.replaced)} layers", self))
         rows.insert(-1, SEPARATING_LINE)
         look = {"disable_numparse": True, "stralign": "right", "colalign": ("left",)}
@@ -119,6 +123,9 @@ def replace_linear(
 ) -> ReplaceReport:
     """Replaces linear layers by :class:`LoRALinear4bit`, or with r = 0 by :class:`Linear4bit`.
 
+    The experts of mixtures whose weights transformers stacks in 3-D parameters (``use_experts_implementation``) become
+    :class:`Experts4bit`, each stack a line of the report; routers stay dense.
+
     In place and layer by layer: the old weight is dropped before the next one is quantized, so the
     peak is the model and one layer. Device, bias, hooks and training mode stay. With r > 0 every
     parameter of the model but the adapters is frozen, as PEFT does; with r = 0 ``requires_grad``
@@ -147,11 +154,11 @@ def replace_linear(
     excluded; layers whose weight another module shares (tied embeddings), is computed from other
     parameters (pruning, weight_norm), is read by the model's code instead of calling the layer (torch's
     encoder layers, Mamba's ``dt_proj``), is kept in float32 by the model (``wo`` of T5) or is offloaded;
-    subclasses of nn.Linear, whose forward may differ; and stacks of experts, which are no layers. Of
+    subclasses of nn.Linear, whose forward may differ; routers; and stacks of experts of other models. Of
     PEFT's LoRA layers r = 0 replaces the base; their adapters and copies of modules stay as they are.
 
     If all targeted layers have to stay dense because of the model's code, a warning says so, and the model
-    is as it was. A warning says, too, if experts outweigh what has been replaced.
+    is as it was. A warning says, too, if experts that stay dense outweigh what has been replaced.
 
     Raises:
         ValueError: a target or an exclusion matches nothing, nothing can be replaced, or an argument is
@@ -199,7 +206,10 @@ def replace_linear(
 
     replaced = []
     for names in tqdm(groups, desc="Quantizing", unit="layer", disable=not progress):
-        replaced.append(_replace_one(model, names, cls, arguments))
+        if stacked_parameters(model.get_submodule(names[0])):
+            replaced += _replace_experts(model, names, quant)
+        else:
+            replaced.append(_replace_one(model, names, cls, arguments))
     if r > 0:
         kept = {id(p) for m in _lora_layers(model) for p in _adapter_parameters(m)}
         for parameter in model.parameters():
@@ -273,6 +283,25 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
         adapter_bytes = sum(p.numel() * p.element_size() for p in _adapter_parameters(new))
     shape = (new.out_features, new.in_features)
     return ReplacedLayer(names[0], shape, before, _nbytes(new) - adapter_bytes, adapter_bytes)
+
+
+def _replace_experts(model: nn.Module, names: list[str], quant: dict) -> list[ReplacedLayer]:
+    """A line for each stack; what it weighed before includes its bias."""
+    old, found = model.get_submodule(names[0]), []
+    try:
+        new = Experts4bit.from_experts(old, **quant)
+    except ValueError as error:
+        raise ValueError(f"{names[0]}: {error}") from error
+    for key, stack in new.stacks.items():
+        dense, bias = old._parameters[key], old._parameters.get(f"{key}_bias")
+        biases = 0 if bias is None else bias.numel() * bias.element_size()
+        before, after = dense.numel() * dense.element_size() + biases, _nbytes(stack) + biases
+        path = f"{names[0]}.{key}" if names[0] else key
+        found.append(ReplacedLayer(path, tuple(dense.shape), before, after, 0))
+    move_accelerates_hook(old, new)
+    for name in names:
+        model.set_submodule(name, new)
+    return found
 
 
 def move_accelerates_hook(old: nn.Module, new: nn.Module) -> None:
@@ -349,11 +378,17 @@ def _plan(
 
     def is_target(module: nn.Module, names: list[str]) -> bool:
         if everything:
-            return isinstance(module, nn.Linear)
+            return is_layer(module)
         return any(matches(name, targets) for name in names)
 
     named = {key: _without_base(names) for key, names in names_of.items()}
-    linears = [n for key, m in modules.items() if isinstance(m, nn.Linear) for n in named[key]]
+    for key, module in modules.items():  # who writes "experts.down_proj" means those experts
+        named[key] += [f"{n}.{p}" for n in named[key] for p in stacked_parameters(module)]
+
+    def is_layer(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) or bool(stacked_parameters(module))
+
+    linears = [n for key, m in modules.items() if is_layer(m) for n in named[key]]
     if not everything:
         every_name = [name for names in named.values() for name in names]
         check_all_match("target_modules", targets, every_name, "module", linears)
@@ -365,13 +400,16 @@ def _plan(
     for key, module in modules.items():
         names = names_of[key]
         known = named[key]
-        why = rule.why(names[0], module)
+        experts = bool(stacked_parameters(module))
+        why = (rule.why_experts if experts else rule.why)(names[0], module)
         if why == PART:
             continue
         if not is_target(module, known):
-            why = _UNTARGETED if isinstance(module, nn.Linear) else ""
+            why = _UNTARGETED if is_layer(module) else ""
         elif any(matches(name, excluded) for name in known):
             why = "in exclude_modules"
+        elif experts:
+            pass
         elif type(module) not in rule.linear and not (module._parameters or module._buffers):
             why = ""  # a container
         elif why is None and type(module) is Linear4bit and r == 0:
@@ -381,7 +419,7 @@ def _plan(
         if why:
             skipped.append(SkippedLayer(names[0], why))
         elif why is None:
-            weight = module.weight
+            weight = module._parameters.get("weight")
             if type(module) is nn.Linear and weight.dtype not in FLOAT_DTYPES:
                 raise TypeError(
                     f"{names[0]}.weight: expected float32, bfloat16 or float16, got {weight.dtype}"
