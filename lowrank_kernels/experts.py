@@ -192,6 +192,28 @@ class Experts4bit(nn.Module):
         """The projections by the names of the parameters that they stand for."""
         return {n: m for n, m in self._modules.items() if isinstance(m, GroupedLinear4bit)}
 
+    def dequantized(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A module of the family's own class with dense weights, everything else shared with this one.
+
+        Raises ValueError where a stack has adapters.
+        """
+        family = type(self).__mro__[2]
+        new = family.__new__(family)
+        new.__dict__ = self.__dict__.copy()
+        for kind in ("_parameters", "_buffers", "_modules"):
+            new.__dict__[kind] = self.__dict__[kind].copy()
+        for name, stack in self.stacks.items():
+            if stack.r:
+                raise ValueError(
+                    f"dequantized: expected {name} without adapters, got {list(stack.r)}"
+                )
+            W = stack.dequantize(dtype)
+            if stack.transposed != self.is_transposed:
+                W = W.transpose(1, 2).contiguous()
+            del new._modules[name]
+            new._parameters[name] = nn.Parameter(W)
+        return new
+
     def forward(self, hidden_states, top_k_index, top_k_weights):
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection
 
@@ -14,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..formats import Weight4bit, quantize_4bit
 from ..nn import Linear4bit, LoRALinear4bit
+from ..packed import Params4bit
 from ..quant_state import KEYS
 from . import transformers_adapters as adapters_in_files
 
@@ -58,6 +60,24 @@ def _install(
     return new.weight
 
 
+def _keep_stack(
+    quantizer: HfQuantizer, model: nn.Module, name: str, weight: Weight4bit
+) -> nn.Parameter:
+    """Puts the packed bytes of a stack in the place of the 3-D parameter ``name``, until all are read.
+
+    transformers compares shapes, and sets the parameter itself.
+    """
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    shape = tuple(module._parameters[key].shape)
+    if tuple(weight.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
+    packed = Params4bit(weight.packed)
+    module._parameters[key] = packed
+    quantizer.stacks[name] = dataclasses.replace(weight, packed=packed)
+    return packed
+
+
 def after_loading(layer: Linear4bit) -> None:
     layer._non_persistent_buffers_set.update(layer._buffers)
 
@@ -77,12 +97,15 @@ class Quantize(ConversionOps):
     def _quantize(self, name, value, model, missing):
         if not self.quantizer.param_needs_quantization(model, name):
             return value
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
+        stacked = name in self.quantizer.stacks
+        if not stacked and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D):
             value = value.T.contiguous()
         try:
             weight = quantize_4bit(value, *self.quantizer.quantization_config.quantize_args)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
+        if stacked:
+            return _keep_stack(self.quantizer, model, name, weight)
         return _install(model, name, weight, missing)
 
 
@@ -120,6 +143,44 @@ class Deserialize(ConversionOps):
         return dense.to(dtype)
 
 
+class DeserializeStack(ConversionOps):
+    """Joins the tensors that bitsandbytes' format has for one stack of experts. A dense stack passes."""
+
+    hf_quantizer = True
+
+    def __init__(self, quantizer: HfQuantizer, tail: str) -> None:
+        self.quantizer, self.tail = quantizer, tail
+
+    def __deepcopy__(
+        self, memo: dict
+    ) -> DeserializeStack:  # each parameter gets one; they share the quantizer
+        return DeserializeStack(self.quantizer, self.tail)
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        name, tail = full_layer_name, self.tail
+        entries = {
+            name + key.removesuffix("$").replace("\\", "").removeprefix(tail): _one(value)
+            for key, value in input_dict.items()
+        }
+        if entries.keys() == {name}:
+            dense = entries[name]
+            return {tail: dense.to(self.quantizer.dtype) if dense.is_floating_point() else dense}
+        weight = Weight4bit.from_bitsandbytes(entries, name)
+        return {tail: _keep_stack(self.quantizer, model, name, weight)}
+
+
+def stack_deserializers(quantizer: HfQuantizer) -> list[WeightConverter]:
+    """One for each way in which the names of stacks end, such as "experts.down_proj"."""
+    tails = dict.fromkeys(".".join(name.split(".")[-2:]) for name in quantizer.stacks)
+    suffixes = [entry.removeprefix("weight") for entry in _ENTRIES]
+    return [
+        WeightConverter(
+            [f"{tail}{suffix}$" for suffix in suffixes], tail, [DeserializeStack(quantizer, tail)]
+        )
+        for tail in tails
+    ]
+
+
 def deserializer(dtype: torch.dtype, adapters: Collection[str]) -> WeightConverter:
     return WeightConverter(list(_ENTRIES), "weight", [Deserialize(dtype, adapters)])
 
@@ -128,7 +189,7 @@ def reverts(conversion, names: Collection[str]) -> bool:
     """Whether ``conversion``, undone as a model is saved, leaves the weights ``names`` whole."""
     if not isinstance(conversion, WeightConverter):
         return True  # renames only
-    if any(isinstance(op, Deserialize) for op in conversion.operations):
+    if any(isinstance(op, Deserialize | DeserializeStack) for op in conversion.operations):
         return False
     try:
         undo = conversion.reverse_transform()

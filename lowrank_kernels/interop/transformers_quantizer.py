@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 
 import torch
@@ -12,6 +13,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..dense_layers import DenseLayers, SkippedLayer, stacks, warning_of_stacks
+from ..experts import Experts4bit, stacked_parameters
+from ..formats import Weight4bit
+from ..named_adapters import NamedAdapters
 from ..nn import Linear4bit, LoRALinear4bit
 from ..replace import move_accelerates_hook
 from ..targets import BoundedPatterns
@@ -37,6 +41,9 @@ class LowRankQuantizer(HfQuantizer):
         # A copy: what it learns of one model does not belong to the next.
         super().__init__(copy.copy(quantization_config), **kwargs)
         self.targets: set[str] = set()
+        self.stacks: dict[
+            str, Weight4bit | None
+        ] = {}  # by the name of the 3-D parameter; None: not read yet
         self.dtype = torch.get_default_dtype()
         self.model: nn.Module | None = None
         self.skipped: list[SkippedLayer] = []
@@ -81,7 +88,7 @@ class LowRankQuantizer(HfQuantizer):
 
     def _is_target(self, param_name: str) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and path in self.targets
+        return (name == "weight" and path in self.targets) or param_name in self.stacks
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
@@ -99,8 +106,9 @@ class LowRankQuantizer(HfQuantizer):
         if not self.pre_quantized and config.skip_modules is not None:
             self._check_skip_modules(model)
         patterns = BoundedPatterns("quantization_config: skip_modules")
-        self.skipped = stacks(model)
         for name, module in model.named_modules():
+            if keys := stacked_parameters(module):
+                self._take_experts(name, module, keys, rule, patterns, skipped)
             if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
             why = rule.why(name, module)
@@ -112,6 +120,7 @@ class LowRankQuantizer(HfQuantizer):
                 self.targets.add(name)
             else:
                 self.skipped.append(SkippedLayer(name, why))
+        self.skipped += [layer for layer in stacks(model) if layer.name not in self.stacks]
         self.conv1d = {n for n, m in model.named_modules() if type(m) is Conv1D}
         self.readers = rule.readers
         if self.pre_quantized and config.adapters is not None:
@@ -123,9 +132,22 @@ class LowRankQuantizer(HfQuantizer):
                 module = model.get_submodule(name)
                 module.weight = nn.Parameter(module.weight.to(storage), requires_grad=False)
 
+    def _take_experts(self, name, module, keys, rule, patterns, skipped) -> None:
+        """The stacks of a module of experts that become 4 bits, or why not."""
+        why = rule.why_experts(name, module)
+        names = [f"{name}.{key}" for key in keys]
+        if why is None and any(_skips(patterns, e, n) for e in skipped for n in (name, *names)):
+            why = "in skip_modules"
+        if why is None and self.quantization_config.save_as == "bitsandbytes":
+            why = "transformers reads no experts in bitsandbytes' 4 bits"
+        if why is None:
+            self.stacks |= dict.fromkeys(names)
+        else:
+            self.skipped += [SkippedLayer(n, why) for n in names]
+
     def _check_skip_modules(self, model) -> None:
         patterns = BoundedPatterns("skip_modules")
-        names = [name for name, _ in model.named_modules() if name]
+        names = [name for name, _ in (*model.named_modules(), *model.named_parameters()) if name]
         for entry in self.quantization_config.skip_modules:
             if entry != "lm_head" and not any(_skips(patterns, entry, name) for name in names):
                 raise ValueError(
@@ -140,9 +162,11 @@ class LowRankQuantizer(HfQuantizer):
         return Quantize(self)
 
     def get_weight_conversions(self):
-        from .transformers_load import deserializer
+        from .transformers_load import deserializer, stack_deserializers
 
-        return [deserializer(self.dtype, self.adapters)] if self.pre_quantized else []
+        if not self.pre_quantized:
+            return []
+        return [*stack_deserializers(self), deserializer(self.dtype, self.adapters)]
 
     # -- after loading -----------------------------------------------------------------------------
 
@@ -153,6 +177,7 @@ class LowRankQuantizer(HfQuantizer):
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
         for layer in layers.values():
             after_loading(layer)
+        stacks = self._put_experts(model)
         if self.pre_quantized:
             adapters_in_files.finish(model, config.adapters or [])
             self._warn_of_readers(layers)
@@ -160,10 +185,11 @@ class LowRankQuantizer(HfQuantizer):
             # What no file had was initialised: a new head, which is there to be trained.
             new = sorted(self.targets - layers.keys())
             self.skipped += [SkippedLayer(name, "not in the checkpoint") for name in new]
-            shapes = (layer.weight4bit.shape for layer in layers.values())
+            shapes = [layer.weight4bit.shape for layer in layers.values()]
+            shapes += [stack.shape for stack in stacks.values()]
             if message := warning_of_stacks(model, shapes):
                 warnings.warn(message, stacklevel=2)
-        names = [f"{name}.weight" for name in layers]
+        names = [*(f"{name}.weight" for name in layers), *stacks]
         # transformers undoes these when it saves. For packed bytes there is nothing to undo: such
         # layers are saved under the names that the model has for them.
         model._weight_conversions = [c for c in model._weight_conversions if reverts(c, names)]
@@ -174,6 +200,23 @@ class LowRankQuantizer(HfQuantizer):
         model.is_loaded_in_4bit = True
         self.model = model
         return model
+
+    def _put_experts(self, model) -> dict[str, Weight4bit]:
+        """Modules of experts whose stacks were read in 4 bits become Experts4bit; the stacks by their names."""
+        found = {name: w for name, w in self.stacks.items() if w is not None}
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in found):
+            own = {name: w for name, w in found.items() if name.rpartition(".")[0] == path}
+            stacks = {name.rpartition(".")[2]: w for name, w in own.items()}
+            _replace(model, path, Experts4bit.from_weights(model.get_submodule(path), stacks))
+        if found and not self.pre_quantized:
+            _log.warning(
+                "lowrank_kernels: %d stacks of experts are in 4 bits as well (%s, ...); routers stay dense; "
+                "skip_modules leaves experts out",
+                len(found),
+                next(iter(found)),
+            )
+        self.stacks = dict.fromkeys(self.stacks)  # of which the modules hold the weights now
+        return found
 
     def _warn_of_readers(self, layers) -> None:
         read = [name for name in layers if name in self.readers]
@@ -191,10 +234,13 @@ class LowRankQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Whether Trainer accepts the model without PEFT: if replace_linear gave it adapters."""
-        return any(isinstance(m, LoRALinear4bit) for m in self.model.modules())
+        return any(isinstance(m, NamedAdapters) for m in self.model.modules())
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, experts in list(model.named_modules()):
+            if isinstance(experts, Experts4bit):
+                _replace(model, name, experts.dequantized(dtype))
         layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
         for name, layer in layers.items():
             if isinstance(layer, LoRALinear4bit):
@@ -228,6 +274,8 @@ def _skips(patterns: BoundedPatterns, entry: str, name: str) -> bool:
     """transformers' rule (should_convert_module), in bounded time: a start of the name, or its end."""
     return name.endswith(entry) or patterns.matches_start(entry, name)
 
+
+_log = logging.getLogger(__name__)
 
 auto.register_quantization_config(METHOD)(LowRankConfig)
 auto.register_quantizer(METHOD)(LowRankQuantizer)
