@@ -8,6 +8,8 @@ transformers keeps the weights of all experts of a layer as 3-D parameters of on
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +38,22 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     stacks = [module._parameters.get(name) for name in names]
     return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
+
+
+class Factors(NamedTuple):
+    """The adapter of every expert: A ``[E, r, K]``, B ``[E, N, r]`` and the scaling of all."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+def joined(factors: Sequence[Factors]) -> Factors:
+    """Adapters that add up, as one of joined ranks."""
+    if len(factors) == 1:
+        return factors[0]
+    A = torch.cat([of.A for of in factors], 1)
+    return Factors(A, torch.cat([of.B * of.scaling for of in factors], 2), 1.0)
 
 
 class GroupedLinear4bit(NamedAdapters):
@@ -82,6 +100,9 @@ class GroupedLinear4bit(NamedAdapters):
         self.num_experts, rows, columns = w.shape
         N, K = (columns, rows) if self.transposed else (rows, columns)
         self.out_features, self.in_features = N, K
+        self.lent: list[
+            Factors
+        ] = []  # adapters that belong to others, in force while they are here
         super()._setup(w, bias)
 
     def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
@@ -92,42 +113,64 @@ class GroupedLinear4bit(NamedAdapters):
             )
         super()._add_adapter(name, settings)
 
-    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A ``[E, r, K]`` and B ``[E, N, r]`` of adapter ``name``: views of its parameters.
+    def factors_of(self, A: torch.Tensor, B: torch.Tensor, r: int, scaling: float) -> Factors:
+        """The parameters A ``[r E, K]`` and B ``[N, r E]`` of an adapter as factors, which are views.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> from lowrank_kernels.experts import GroupedLinear4bit
+            >>> layer = GroupedLinear4bit.from_weight(lk.quantize_4bit(torch.randn(4, 32, 64)))
+            >>> layer.factors_of(torch.zeros(8, 64), torch.zeros(32, 8), 2, 1.0).B.shape
+            torch.Size([4, 32, 2])
+        """
+        E = self.num_experts
+        a, b = A.reshape(E, r, self.in_features), B.reshape(self.out_features, r, E)
+        return Factors(a, b.permute(2, 0, 1), scaling)
+
+    def factors(self, name: str) -> Factors:
+        """A ``[E, r, K]``, B ``[E, N, r]`` and scaling of adapter ``name``: views of its parameters.
 
         Examples:
             >>> import torch, lowrank_kernels as lk
             >>> from lowrank_kernels.experts import GroupedLinear4bit
             >>> layer = GroupedLinear4bit.from_weight(lk.quantize_4bit(torch.randn(4, 32, 64)))
             >>> layer.add_adapter("default", r=8)
-            >>> [tuple(factor.shape) for factor in layer.factors("default")]
-            [(4, 8, 64), (4, 32, 8)]
+            >>> layer.factors("default").A.shape, layer.factors("default").B.shape
+            (torch.Size([4, 8, 64]), torch.Size([4, 32, 8]))
         """
-        A, B = self.adapter_parameters(name)
-        E, r = self.num_experts, self.r[name]
-        return A.view(E, r, self.in_features), B.view(self.out_features, r, E).permute(2, 0, 1)
+        return self.factors_of(*self.adapter_parameters(name), self.r[name], self.scaling[name])
 
     def _with_adapter(self, W: torch.Tensor, name: str) -> torch.Tensor:
-        A, B = (factor.float() for factor in self.factors(name))
-        scaling = self.scaling[name]
-        for e in range(self.num_experts):  # one temporary of the size of an expert
-            delta = B[e] @ A[e]
-            W[e].add_(delta.T if self.transposed else delta, alpha=scaling)
+        return self._with_factors(W, [self.factors(name)])
+
+    def _with_factors(self, W: torch.Tensor, factors: Sequence[Factors]) -> torch.Tensor:
+        for A, B, scaling in factors:
+            for e in range(self.num_experts):  # one temporary of the size of an expert
+                delta = B[e].float() @ A[e].float()
+                W[e].add_(delta.T if self.transposed else delta, alpha=scaling)
         return W
+
+    def merge_factors(self, factors: Sequence[Factors]) -> None:
+        """Quantizes ``W + Σ scaling · B A`` with the same settings and runs on that; keeps the bytes of W aside."""
+        self._merge_weight(lambda W: self._with_factors(W, factors))
+
+    def unmerge_factors(self) -> None:
+        """Restores the bytes before :meth:`merge_factors`."""
+        self._unmerge_weight()
 
     def forward(
         self, x: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """``[M, in_features] -> [M, out_features]``, x sorted by expert: see :func:`grouped_lora_linear_4bit`."""
-        w, name = self.weight4bit, self._active_adapter
+        w, name, factors = self.weight4bit, self._active_adapter, self.lent
         if self._disabled and self._unmerged is not None:
             w = self._unmerged
-        if self._disabled or self._unmerged is not None or name not in self.r:
+        elif not self._disabled and self._unmerged is None and name in self.r:
+            factors = [*factors, self.factors(name)]
+        if not factors:
             return grouped_linear_4bit(x, w, offsets, bias, self.transposed)
-        A, B = self.factors(name)
-        return grouped_lora_linear_4bit(
-            x, w, offsets, A, B, self.scaling[name], bias, self.transposed
-        )
+        A, B, scaling = joined(factors)
+        return grouped_lora_linear_4bit(x, w, offsets, A, B, scaling, bias, self.transposed)
 
 
 class Experts4bit(nn.Module):
@@ -144,6 +187,14 @@ class Experts4bit(nn.Module):
 
     Source: transformers' ``integrations/moe.py``.
     """
+
+    lists_stacks = 0  # above 0 while PEFT looks for the parameters that its config names
+
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if self.lists_stacks and not recurse:
+            start = f"{prefix}." if prefix else ""
+            yield from ((start + name, stack.weight) for name, stack in self.stacks.items())
 
     @classmethod
     def from_experts(

@@ -8,6 +8,8 @@ import warnings
 from types import ModuleType
 
 from .. import replace
+from ..experts import Experts4bit, GroupedLinear4bit
+from ..frozen4bit import Frozen4bit
 from ..linear4bit import Linear4bit
 from .on_import import on_import
 
@@ -53,19 +55,23 @@ def _watch_injection(tuners_utils: ModuleType) -> None:
 
     @functools.wraps(inject)
     def inject_adapter(self, model, *args, **kwargs):
-        if not any(isinstance(module, Linear4bit) for module in model.modules()):
+        if not any(isinstance(module, Frozen4bit) for module in model.modules()):
             return inject(self, model, *args, **kwargs)
+        from .peft_experts import stacks_as_parameters
         from .peft_methods import adopt_layers, check_target
 
         create = self._create_and_replace
 
         def create_and_replace(peft_config, adapter_name, target, *rest, **more):
+            if isinstance(target, GroupedLinear4bit):
+                return None  # a parameter, not a layer: target_parameters is for it
             check_target(peft_config, target)
             return create(peft_config, adapter_name, target, *rest, **more)
 
         self._create_and_replace = create_and_replace
         try:
-            result = inject(self, model, *args, **kwargs)
+            with stacks_as_parameters():
+                result = inject(self, model, *args, **kwargs)
         finally:
             del self._create_and_replace
         adopt_layers(model)
@@ -82,6 +88,10 @@ def _expected() -> str:
 def _before(default):
     def dispatch_default(target, adapter_name, **kwargs):
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        if kwargs.get("parameter_name") is not None and isinstance(base, Experts4bit):
+            from .peft_experts import dispatch as dispatch_experts
+
+            return dispatch_experts(target, adapter_name, **kwargs)
         if not isinstance(base, Linear4bit):
             return default(target, adapter_name, **kwargs)
         try:
@@ -101,7 +111,7 @@ def _refuse_copies(wrapper: type) -> None:
 
     def check(self) -> None:
         check_module(self)
-        if any(isinstance(module, Linear4bit) for module in self.original_module.modules()):
+        if any(isinstance(module, Frozen4bit) for module in self.original_module.modules()):
             raise TypeError(
                 "modules_to_save: expected modules with dense weights, got "
                 f"{type(self.original_module).__name__} in 4 bits, which cannot be trained; leave it out of "
