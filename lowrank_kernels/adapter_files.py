@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .adapter import AdapterLayer, check_adapter_name
-from .adapter_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter
-from .nn import PREFIX, LoRALinear4bit, lora_layers
+from .adapter_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, saved_paths
+from .experts import GroupedLinear4bit
+from .named_adapters import NamedAdapters, adapted_layers
+from .nn import PREFIX
 from .paths import named_modules, some, unwrap
-from .targets import matches
+from .targets import is_end, matches
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
@@ -54,10 +56,10 @@ def write_adapter(
     model: nn.Module,
     path: str | os.PathLike,
     name: str,
-    parameters: Callable[[LoRALinear4bit], tuple[torch.Tensor, torch.Tensor]],
+    parameters: Callable[[NamedAdapters], tuple[torch.Tensor, torch.Tensor]],
 ) -> None:
     """:func:`save_adapter` with A and B of each layer from ``parameters``."""
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
     everywhere = layers.values()
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
@@ -66,7 +68,9 @@ def write_adapter(
     config = _config_of(model, layers, name)
     _warn_of_the_rest(model, everywhere, name)
     tensors = {}
+    stacks = saved_paths(p for p, layer in layers.items() if isinstance(layer, GroupedLinear4bit))
     for layer_path, layer in layers.items():
+        saved = stacks.get(layer_path, layer_path)
         for part, parameter in zip(("lora_A", "lora_B"), parameters(layer), strict=True):
             if parameter.is_meta:
                 raise ValueError(
@@ -74,7 +78,7 @@ def write_adapter(
                     "model offloaded? Save it before, or after accelerate.hooks.remove_hook_from_submodules)"
                 )
             tensor = parameter.detach().to("cpu", copy=True).contiguous()
-            tensors[f"{PREFIX}{layer_path}.{part}.weight"] = tensor
+            tensors[f"{PREFIX}{saved}.{part}.weight"] = tensor
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
@@ -111,7 +115,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     ('again', {'policy': 8, 'again': 8})
     """
     check_adapter_name(name)
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     for layer_path, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"load_adapter: {layer_path} is merged; call unmerge() first")
@@ -145,7 +149,7 @@ def _write(target: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _warn_of_the_rest(model: nn.Module, layers: Iterable[LoRALinear4bit], name: str) -> None:
+def _warn_of_the_rest(model: nn.Module, layers: Iterable[NamedAdapters], name: str) -> None:
     """Names what trains and is in no adapter file, so that nobody takes the file for the whole model."""
     adapter_of = {
         id(part): adapter
@@ -173,7 +177,7 @@ def _warn_of_the_rest(model: nn.Module, layers: Iterable[LoRALinear4bit], name: 
         )
 
 
-def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -> dict:
+def _config_of(model: nn.Module, layers: dict[str, NamedAdapters], name: str) -> dict:
     def single(field: str):
         values = {getattr(layer, field)[name] for layer in layers.values()}
         if len(values) > 1:
@@ -202,7 +206,12 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -
         "alpha_pattern": alpha_pattern,
         "lora_dropout": single("lora_dropout"),
         "use_rslora": single("use_rslora"),
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(
+            model, [p for p, l in layers.items() if not isinstance(l, GroupedLinear4bit)]
+        ),
+        "target_parameters": _target_parameters(
+            model, [p for p, l in layers.items() if isinstance(l, GroupedLinear4bit)]
+        ),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_dora": False,
@@ -215,19 +224,32 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear4bit], name: str) -
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
     """Short names if they select just these layers of the plain model, else paths, else a regex."""
     wanted = set(layers)
-    inside = tuple(f"{path}." for path in lora_layers(model))
-    paths = {path for path, _ in named_modules(model) if not path.startswith(inside)}
+    known = adapted_layers(model)
+    inside = tuple(f"{path}." for path in known)
+    stacks = {path for path, layer in known.items() if isinstance(layer, GroupedLinear4bit)}
+    paths = {path for path, _ in named_modules(model) if not path.startswith(inside)} - stacks
     for names in (sorted({path.rpartition(".")[2] for path in wanted}), sorted(wanted)):
         if {path for path in paths if matches(path, names)} == wanted:
             return names
     return "|".join(re.escape(path) for path in sorted(wanted))
 
 
+def _target_parameters(model: nn.Module, stacks: list[str]) -> list[str] | None:
+    """Module and parameter, such as "experts.down_proj", if they select just these stacks, else paths."""
+    if not stacks:
+        return None
+    known = adapted_layers(model)
+    every = [path for path, layer in known.items() if isinstance(layer, GroupedLinear4bit)]
+    short = sorted({".".join(path.split(".")[-2:]) for path in stacks})
+    chosen = {path for path in every if any(is_end(path, name) for name in short)}
+    return short if chosen == set(stacks) else sorted(stacks)
+
+
 # -- loading ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _assign(layer: LoRALinear4bit, name: str, loaded: AdapterLayer) -> None:
+def _assign(layer: NamedAdapters, name: str, loaded: AdapterLayer) -> None:
     kept = None
     if name in layer.r:
         if layer.r[name] == loaded.r:

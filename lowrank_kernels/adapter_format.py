@@ -3,6 +3,9 @@
 Layer ``<path>`` of the model is saved as ``base_model.model.<path>.lora_A.weight [r, K]`` and
 ``base_model.model.<path>.lora_B.weight [N, r]``. The configuration gives r and lora_alpha, and for
 single layers, by regular expressions, ``rank_pattern`` and ``alpha_pattern``.
+
+Stacks of experts that ``target_parameters`` names are saved under the path of their module, A ``[r E, K]`` and B
+``[N, r E]``: the last one of a module as it is, and each one before with one more ``.base_layer`` behind the path.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .adapter import AdapterLayer
-from .nn import PREFIX, LoRALinear4bit
+from .experts import GroupedLinear4bit, no_dropout
+from .named_adapters import NamedAdapters
+from .nn import PREFIX
 from .paths import named_modules, without_marks
 from .schema import FLOAT_DTYPES
 from .targets import BoundedPatterns, is_end
@@ -48,7 +53,7 @@ _OTHER_KEYS = (
 
 
 def read_adapter(
-    layers: Mapping[str, LoRALinear4bit], path: str | os.PathLike, model: nn.Module | None = None
+    layers: Mapping[str, NamedAdapters], path: str | os.PathLike, model: nn.Module | None = None
 ) -> dict[str, AdapterLayer]:
     """The adapter in folder ``path`` by layer, all of it checked; ``model``, if given, for better messages.
 
@@ -85,7 +90,7 @@ def _check_header(file: Path) -> None:
 
 
 def read_state_dict(
-    layers: Mapping[str, LoRALinear4bit],
+    layers: Mapping[str, NamedAdapters],
     tensors: Mapping[str, torch.Tensor],
     lora_alpha: float | None,
     use_rslora: bool,
@@ -165,6 +170,11 @@ _FIELDS = {
     "rank_pattern": ({}, _is_pattern(_is_rank), "an object of integers >= 1"),
     "alpha_pattern": ({}, _is_pattern(_is_number), "an object of finite numbers"),
     "target_modules": (None, _is_targets, "a string, a list of strings or null"),
+    "target_parameters": (
+        None,
+        lambda v: v is None or (isinstance(v, list) and _is_targets(v)),
+        "a list of strings or null",
+    ),
     "bias": ("none", lambda v: v == "none", "'none' (trained biases are not supported)"),
     "init_lora_weights": (
         True,
@@ -239,7 +249,7 @@ def _is_targeted(path: str, config: dict) -> bool:
 
 def _match(
     model: nn.Module | None,
-    layers: Mapping[str, LoRALinear4bit],
+    layers: Mapping[str, NamedAdapters],
     config: dict,
     sizes: Mapping[str, _Size],
     read: Callable[[str], torch.Tensor],
@@ -247,8 +257,10 @@ def _match(
 ) -> dict[str, AdapterLayer]:
     """The adapter by layer, all checked; tensors are read last. ``r`` None in the configuration: as A has it."""
     keys: dict[str, dict[str, str]] = {}
-    for key in sizes:
-        path, part = _parse(key, source)
+    parsed = {key: _parse(key, source) for key in sizes}
+    stacks = _targeted_stacks(layers, config, {path for path, _ in parsed.values()})
+    for key, (path, part) in parsed.items():
+        path = stacks.get(path, path)
         parts = keys.setdefault(path, {})
         if part in parts:
             raise ValueError(f"{source}: {key}: expected one key for {path}, got {parts[part]} too")
@@ -264,7 +276,12 @@ def _match(
                 raise ValueError(
                     f"{source}: {PREFIX}{path}.lora_{part}.weight: expected it, got none"
                 )
-        r = _lookup(config, "rank_pattern", path, config["r"]) or _rank_of(sizes[parts["A"]])
+        experts = layers[path].num_experts
+        if isinstance(layers[path], GroupedLinear4bit) and config["lora_dropout"]:
+            raise ValueError(f"{source}: {no_dropout(config['lora_dropout'])}")
+        r = _lookup(config, "rank_pattern", path, config["r"]) or _rank_of(
+            sizes[parts["A"]], experts
+        )
         loaded[path] = AdapterLayer(
             r,
             _lookup(config, "alpha_pattern", path, config["lora_alpha"]),
@@ -294,17 +311,50 @@ def _parse(key: str, source: str) -> tuple[str, str]:
     raise ValueError(f"{source}: {key}: expected a key {expected}, got {got}")
 
 
-def _rank_of(A: _Size) -> int:
-    return max(1, A.shape[0]) if A.shape else 1
+def _rank_of(A: _Size, experts: int) -> int:
+    return max(1, A.shape[0] // experts) if A.shape else 1
+
+
+def saved_paths(stacks: Iterable[str]) -> dict[str, str]:
+    """Under which path each of these stacks of experts, in the order in which their modules have them, is saved."""
+    found: dict[str, str] = {}
+    of_module: dict[str, list[str]] = {}
+    for path in stacks:
+        of_module.setdefault(path.rpartition(".")[0], []).append(path)
+    for module, paths in of_module.items():
+        for i, path in enumerate(reversed(paths)):
+            found[path] = module + ".base_layer" * i
+    return found
+
+
+def _targeted_stacks(layers: Mapping, config: dict, saved: set[str]) -> dict[str, str]:
+    """The stack that each path of a file stands for, of those that are stacks of experts.
+
+    Without a configuration a module whose stacks are all in the file is known by the number of its paths.
+    """
+    stacks = [path for path, layer in layers.items() if isinstance(layer, GroupedLinear4bit)]
+    if config["target_parameters"] is None:
+        modules = {path.rpartition(".")[0] for path in stacks}
+        counts = {m: sum(p == m or p.startswith(f"{m}.base_layer") for p in saved) for m in modules}
+        of = {m: [p for p in stacks if p.rpartition(".")[0] == m] for m in modules}
+        stacks = [path for m in modules if counts[m] == len(of[m]) for path in of[m]]
+    else:
+        targets = config["target_parameters"]
+        stacks = [path for path in stacks if any(is_end(path, target) for target in targets)]
+    return {saved: path for path, saved in saved_paths(stacks).items()}
 
 
 def _check_size(
-    where: str, size: _Size, part: str, r: int, layer: LoRALinear4bit, known: str
+    where: str, size: _Size, part: str, r: int, layer: NamedAdapters, known: str
 ) -> None:
     if size.shape is None or len(size.shape) != 2:
         raise ValueError(f"{where}: expected a matrix, got {size.shape or size.dtype}")
-    shape = (r, layer.in_features) if part == "A" else (layer.out_features, r)
-    words = f"[r, in_features] = {shape}" if part == "A" else f"[out_features, r] = {shape}"
+    ranks = r * layer.num_experts
+    name = "r E" if isinstance(layer, GroupedLinear4bit) else "r"
+    shape = (ranks, layer.in_features) if part == "A" else (layer.out_features, ranks)
+    words = (
+        f"[{name}, in_features] = {shape}" if part == "A" else f"[out_features, {name}] = {shape}"
+    )
     if size.shape != shape:
         raise ValueError(f"{where}: expected shape {words} with {known}, got {size.shape}")
     if size.dtype not in FLOAT_DTYPES:
@@ -331,7 +381,7 @@ def _check_layer(where: str, model: nn.Module | None, layers: Mapping, path: str
         )
     if layers[path].weight.is_meta:
         raise ValueError(f"{where}: {path}: expected a layer with data, got one on the meta device")
-    if not _is_targeted(path, config):
+    if not isinstance(layers[path], GroupedLinear4bit) and not _is_targeted(path, config):
         raise ValueError(
             f"{where}: expected a layer of target_modules in {CONFIG_FILE} "
             f"({config['target_modules']!r}), got {path}"

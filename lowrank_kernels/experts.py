@@ -40,6 +40,10 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
 
 
+def no_dropout(lora_dropout: float) -> str:
+    return f"lora_dropout: expected 0 for adapters of experts, as PEFT has it for target_parameters, got {lora_dropout}"
+
+
 class Factors(NamedTuple):
     """The adapter of every expert: A ``[E, r, K]``, B ``[E, N, r]`` and the scaling of all."""
 
@@ -107,10 +111,7 @@ class GroupedLinear4bit(NamedAdapters):
 
     def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
         if settings.lora_dropout:
-            raise ValueError(
-                "lora_dropout: expected 0 for experts, whose rows have no place in the batch to draw a mask for, "
-                f"got {settings.lora_dropout!r}"
-            )
+            raise ValueError(no_dropout(settings.lora_dropout))
         super()._add_adapter(name, settings)
 
     def factors_of(self, A: torch.Tensor, B: torch.Tensor, r: int, scaling: float) -> Factors:

@@ -1,7 +1,7 @@
 """The adapters of a whole model: what ``LoRALinear4bit`` does for one layer, for all layers at once.
 
 Everything is checked on all layers before the first one changes. A model of PEFT has methods of its own; these
-functions are for layers that :func:`replace_linear` made.
+functions are for layers that :func:`replace_linear` made, stacks of experts among them.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import torch
 from torch import nn
 
 from .adapter import AdapterSettings, check_adapter_name
-from .nn import LoRALinear4bit, lora_layers
+from .experts import GroupedLinear4bit, no_dropout
+from .named_adapters import NamedAdapters, adapted_layers
 from .paths import some
-from .targets import matches, read_patterns
+from .targets import check_all_match, is_end, matches, read_parameters, read_patterns
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Adapter:
     """One adapter of a model: its layers by path, and A and B of each, which an optimizer takes."""
 
-    layers: dict[str, LoRALinear4bit]
+    layers: dict[str, NamedAdapters]
     parameters: list[nn.Parameter]
 
     def __repr__(self) -> str:
@@ -70,6 +71,7 @@ def add_adapter(
     init_lora_weights: bool | str = AdapterSettings.init_lora_weights,
     adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     target_modules: str | Iterable[str] = "all-linear",
+    target_parameters: str | Iterable[str] | None = None,
 ) -> None:
     """Adds adapter ``name`` to the model's :class:`LoRALinear4bit` layers: each then can compute
 
@@ -81,7 +83,10 @@ def add_adapter(
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype: see
             :meth:`LoRALinear4bit.add_adapter`.
         target_modules: which of these layers, by the rules of :func:`replace_linear`. Layers of other
-            types get their first adapter there.
+            types get their first adapter there. [] with ``target_parameters``: none.
+        target_parameters: which stacks of experts, by their paths or the ends of these, such as
+            ``"experts.gate_up_proj"``: each expert of them gets an adapter of its own, as PEFT's
+            ``target_parameters`` do. They have no dropout.
 
     Raises:
         ValueError, TypeError: naming the argument; also if a target matches no such layer, or a layer has the
@@ -97,11 +102,19 @@ def add_adapter(
     (['2'], 'policy')
     """
     layers = _layers(model)
-    targeted = _targeted(layers, target_modules)
+    linear = {p: l for p, l in layers.items() if not isinstance(l, GroupedLinear4bit)}
+    stacks = {p: l for p, l in layers.items() if isinstance(l, GroupedLinear4bit)}
+    names = read_parameters(target_parameters)
+    check_all_match("target_parameters", names, stacks, "stack of experts", stacks)
+    targeted = {p: l for p, l in stacks.items() if any(is_end(p, name) for name in names)}
+    if not (targeted and not isinstance(target_modules, str) and not list(target_modules)):
+        targeted |= _targeted(linear, target_modules)
     settings = AdapterSettings(
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype
     )
     check_adapter_name(name)
+    if lora_dropout and any(isinstance(layer, GroupedLinear4bit) for layer in targeted.values()):
+        raise ValueError(no_dropout(lora_dropout))
     if taken := [path for path, layer in targeted.items() if name in layer.r]:
         raise ValueError(f"name: expected a new adapter, got {name!r}, which {some(taken)} have")
     for layer in targeted.values():
@@ -180,7 +193,7 @@ class _Until(contextlib.AbstractContextManager):
 
     _entered: ClassVar[list[_Until]] = []
 
-    def __init__(self, layers: dict[str, LoRALinear4bit]) -> None:
+    def __init__(self, layers: dict[str, NamedAdapters]) -> None:
         self.layers = layers
         self.before = {
             layer: _State(
@@ -277,7 +290,7 @@ def merge_adapter(model: nn.Module) -> None:
     """
     layers = _layers(model)
     _require_unmerged("merge_adapter", layers)
-    merged: list[LoRALinear4bit] = []
+    merged: list[NamedAdapters] = []
     for path, layer in layers.items():
         try:
             layer.merge()
@@ -311,18 +324,18 @@ def unmerge_adapter(model: nn.Module) -> None:
 # -- checks ----------------------------------------------------------------------------------------
 
 
-def _layers(model: nn.Module) -> dict[str, LoRALinear4bit]:
+def _layers(model: nn.Module) -> dict[str, NamedAdapters]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not (layers := lora_layers(model)):
+    if not (layers := adapted_layers(model)):
         raise ValueError(
-            f"model: expected LoRALinear4bit layers (see replace_linear), got a "
+            f"model: expected LoRALinear4bit layers or Experts4bit (see replace_linear), got a "
             f"{type(model).__name__} without any"
         )
     return layers
 
 
-def _having(layers: dict[str, LoRALinear4bit], name: str) -> dict[str, LoRALinear4bit]:
+def _having(layers: dict[str, NamedAdapters], name: str) -> dict[str, NamedAdapters]:
     having = {path: layer for path, layer in layers.items() if name in layer.r}
     if not having:
         names = list(dict.fromkeys(n for layer in layers.values() for n in layer.r))
@@ -331,8 +344,8 @@ def _having(layers: dict[str, LoRALinear4bit], name: str) -> dict[str, LoRALinea
 
 
 def _targeted(
-    layers: dict[str, LoRALinear4bit], target_modules: str | Iterable[str]
-) -> dict[str, LoRALinear4bit]:
+    layers: dict[str, NamedAdapters], target_modules: str | Iterable[str]
+) -> dict[str, NamedAdapters]:
     targets = read_patterns("target_modules", target_modules)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return layers
@@ -349,6 +362,6 @@ def _targeted(
     return {p: l for p, l in layers.items() if any(matches(p, pattern) for pattern in patterns)}
 
 
-def _require_unmerged(action: str, layers: dict[str, LoRALinear4bit]) -> None:
+def _require_unmerged(action: str, layers: dict[str, NamedAdapters]) -> None:
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"{action}: {some(merged)}: merged; call unmerge_adapter() first")

@@ -11,6 +11,7 @@ from .adapter import AdapterSettings, check_adapter_name, is_bare, lora_scaling,
 from .frozen4bit import Frozen4bit, is_dtensor
 from .multi_lora.pages import ModulePages, save_plainly
 from .multi_lora.plan import Plan
+from .paths import named_modules
 
 
 def only_a_part() -> RuntimeError:
@@ -329,3 +330,10 @@ class NamedAdapters(Frozen4bit):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, active_adapter={self._active_adapter!r}"
+
+
+def adapted_layers(model: nn.Module) -> dict[str, NamedAdapters]:
+    """Every layer that can have adapters by its path in the model, not in a wrapper of the model or of its parts."""
+    return {
+        path: module for path, module in named_modules(model) if isinstance(module, NamedAdapters)
+    }

@@ -22,11 +22,12 @@ from .dense_layers import (
     stacks,
     warning_of_stacks,
 )
-from .experts import Experts4bit, stacked_parameters
+from .experts import Experts4bit, no_dropout, stacked_parameters
+from .named_adapters import NamedAdapters
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
 from .shared_input import share_known
-from .targets import check_all_match, matches, read_patterns
+from .targets import check_all_match, is_end, matches, read_parameters, read_patterns
 
 _HOOKS = (
     "_forward_hooks",
@@ -120,6 +121,7 @@ def replace_linear(
     quant_storage: torch.dtype = torch.uint8,
     adapter_dtype: torch.dtype | None = AdapterSettings.adapter_dtype,
     fuse: bool = False,
+    target_parameters: str | Iterable[str] | None = None,
 ) -> ReplaceReport:
     """Replaces linear layers by :class:`LoRALinear4bit`, or with r = 0 by :class:`Linear4bit`.
 
@@ -143,6 +145,8 @@ def replace_linear(
             see :meth:`LoRALinear4bit.add_adapter`.
         quant_type, blocksize, double_quant, quant_storage: see :func:`quantize_4bit`. Not used for
             a layer that is a :class:`Linear4bit` already: it gains an adapter and keeps its bytes.
+        target_parameters: of the stacks of experts, those whose experts get adapters, each of its own: see
+            :func:`add_adapter`. The other stacks are frozen.
         progress: show a progress bar.
         fuse: layers that read the same activations (queries, keys and values; gate and up) compute in one operator,
             see :func:`lora_linear_4bit_group`, in the models of transformers whose attention and MLP are known
@@ -201,17 +205,19 @@ def replace_linear(
     cls, arguments = (LoRALinear4bit, quant | adapter) if r > 0 else (Linear4bit, quant)
     cls(1, 1, device="meta", **arguments)  # raises for a bad argument before anything changes
     groups, skipped = _plan(model, target_modules, exclude_modules, r)
+    adapted = _adapted_stacks(model, groups, target_parameters, r, lora_dropout)
     if not groups:
         return _nothing_replaced(target_modules, skipped)
 
     replaced = []
     for names in tqdm(groups, desc="Quantizing", unit="layer", disable=not progress):
         if stacked_parameters(model.get_submodule(names[0])):
-            replaced += _replace_experts(model, names, quant)
+            replaced += _replace_experts(model, names, quant, adapter, adapted)
         else:
             replaced.append(_replace_one(model, names, cls, arguments))
     if r > 0:
-        kept = {id(p) for m in _lora_layers(model) for p in _adapter_parameters(m)}
+        layers = (m for m in model.modules() if isinstance(m, NamedAdapters))
+        kept = {id(p) for m in layers for p in _adapter_parameters(m)}
         for parameter in model.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
@@ -248,11 +254,7 @@ def _tell_transformers(model: nn.Module) -> None:
             module.config._is_quantized = True
 
 
-def _lora_layers(model: nn.Module) -> Iterator[LoRALinear4bit]:
-    return (m for m in model.modules() if isinstance(m, LoRALinear4bit))
-
-
-def _adapter_parameters(layer: LoRALinear4bit) -> Iterator[nn.Parameter]:
+def _adapter_parameters(layer: NamedAdapters) -> Iterator[nn.Parameter]:
     yield from layer.lora_A.parameters()
     yield from layer.lora_B.parameters()
 
@@ -285,7 +287,25 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
     return ReplacedLayer(names[0], shape, before, _nbytes(new) - adapter_bytes, adapter_bytes)
 
 
-def _replace_experts(model: nn.Module, names: list[str], quant: dict) -> list[ReplacedLayer]:
+def _adapted_stacks(model, groups, target_parameters, r: int, lora_dropout: float) -> set[str]:
+    """The paths of the stacks whose experts get adapters."""
+    wanted = read_parameters(target_parameters)
+    stacks = [
+        f"{name}.{key}"
+        for name, *_ in groups
+        for key in stacked_parameters(model.get_submodule(name))
+    ]
+    check_all_match("target_parameters", wanted, stacks, "stack of experts", stacks)
+    if wanted and r == 0:
+        raise ValueError("target_parameters: expected r > 0 for adapters, got r = 0")
+    if wanted and lora_dropout:
+        raise ValueError(no_dropout(lora_dropout))
+    return {path for path in stacks if any(is_end(path, name) for name in wanted)}
+
+
+def _replace_experts(
+    model: nn.Module, names: list[str], quant: dict, adapter: dict, adapted: set[str]
+) -> list[ReplacedLayer]:
     """A line for each stack; what it weighed before includes its bias."""
     old, found = model.get_submodule(names[0]), []
     try:
@@ -297,7 +317,13 @@ def _replace_experts(model: nn.Module, names: list[str], quant: dict) -> list[Re
         biases = 0 if bias is None else bias.numel() * bias.element_size()
         before, after = dense.numel() * dense.element_size() + biases, _nbytes(stack) + biases
         path = f"{names[0]}.{key}" if names[0] else key
-        found.append(ReplacedLayer(path, tuple(dense.shape), before, after, 0))
+        if path in adapted:
+            settings = {k: v for k, v in adapter.items() if k != "adapter_name"}
+            stack.add_adapter(adapter["adapter_name"], **settings)
+        elif adapter["r"] > 0:
+            stack.set_adapter(adapter["adapter_name"])
+        sizes = [p.numel() * p.element_size() for p in _adapter_parameters(stack)]
+        found.append(ReplacedLayer(path, tuple(dense.shape), before, after, sum(sizes)))
     move_accelerates_hook(old, new)
     for name in names:
         model.set_submodule(name, new)

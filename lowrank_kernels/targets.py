@@ -49,6 +49,14 @@ def read_patterns(argument: str, value: object) -> str | list[str]:
     return names
 
 
+def read_parameters(value: object) -> list[str]:
+    """``target_parameters``: paths of parameters, or the ends of some."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else read_patterns("target_parameters", value)
+    return list(dict.fromkeys(names))
+
+
 def check_all_match(
     argument: str,
     patterns: str | list[str],
