@@ -12,7 +12,7 @@ from .functional import linear_4bit, lora_linear, lora_linear_4bit
 from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
 from .groups import linear_4bit_group, lora_linear_4bit_group
 from .int8 import int8_activations
-from .interop import accelerate_hook, checkpoint_hook, peft_hook
+from .interop import accelerate_hook, checkpoint_hook, experts_hook, peft_hook
 from .interop import transformers_hook as _transformers
 from .interop.on_import import on_import as _on_import
 from .model_adapters import (
@@ -31,6 +31,7 @@ from .replace import replace_linear
 
 peft_hook.register()
 checkpoint_hook.register()
+experts_hook.register()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -32,16 +32,33 @@ CODES = {
 }  # fmt: skip
 BITSANDBYTES_CODES = ("nf4", "fp4")  # those that bitsandbytes reads as well
 QUANT_TYPES = tuple(CODES)
+# Types that are read, and that nothing is quantized to: their scales are not the absmax of a block.
+#
+# mxfp4  Sign, 2 exponent bits, 1 mantissa bit (E2M1), blocks of 32 under a power of two (OCP Microscaling Formats 1.0,
+#        2023). Every product of code and scale is exact.
+READ_CODES = {
+    "mxfp4": tuple(
+        sign * v for sign in (1.0, -1.0) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    )
+}
+READ_TYPES = (*QUANT_TYPES, *READ_CODES)
 DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 STORAGES = {"uint8": torch.uint8, **DTYPES}
 STORAGE_DTYPES = tuple(STORAGES.values())
 
 
 def code_of(quant_type: str, device: torch.device | str | None = None) -> torch.Tensor:
-    """The 16 float32 values of a 4-bit type; ValueError for a type that is not in ``CODES``."""
-    if not isinstance(quant_type, str) or quant_type not in CODES:
-        raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
-    return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
+    """The 16 float32 values of a 4-bit type; ValueError for a type that is in neither table."""
+    if quant_type not in READ_TYPES:
+        raise ValueError(f"quant_type: expected one of {READ_TYPES}, got {quant_type!r}")
+    return torch.tensor((CODES | READ_CODES)[quant_type], dtype=torch.float32, device=device)
+
+
+def check_quant_type(quant_type: object) -> None:
+    """Raises ValueError for a type that nothing can be quantized to."""
+    if quant_type not in QUANT_TYPES:
+        only = ", which is only loaded" if quant_type in READ_TYPES else ""
+        raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}{only}")
 
 
 def dynamic_code(device: torch.device | str | None = None) -> torch.Tensor:

@@ -40,6 +40,11 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
 
 
+def lies_transposed(experts: nn.Module, w: Weight4bit) -> bool:
+    """Whether a stack of these experts is ``[E, K, N]``. Those in MXFP4 never are, whatever their class says."""
+    return experts.is_transposed and w.quant_type != "mxfp4"
+
+
 def no_dropout(lora_dropout: float) -> str:
     return f"lora_dropout: expected 0 for adapters of experts, as PEFT has it for target_parameters, got {lora_dropout}"
 
@@ -232,9 +237,9 @@ class Experts4bit(nn.Module):
         new.__dict__ = experts.__dict__.copy()
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = experts.__dict__[kind].copy()
-        lies = experts.is_transposed if transposed is None else transposed
         for name, stack in stacks.items():
             new._parameters.pop(name, None)
+            lies = lies_transposed(experts, stack) if transposed is None else transposed
             layer = GroupedLinear4bit.from_weight(stack, lies)
             new._modules[name] = layer.train(experts.training)
         return new

@@ -15,6 +15,7 @@ from .codebooks import (
     DTYPES,
     STORAGE_DTYPES,
     check_blocksize,
+    check_quant_type,
     code_of,
     dynamic_code,
 )
@@ -255,6 +256,51 @@ class Weight4bit:
         weight._check_values(prefix)
         return weight
 
+    @classmethod
+    def from_mxfp4(
+        cls, blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> Weight4bit:
+        """A weight of an MXFP4 checkpoint (GPT-OSS's experts), exactly: nothing is quantized again.
+
+        ``W[..., n, 32 b + i] = code(blocks[..., n, b, i // 2]) * 2 ** (scales[..., n, b] - 127)``, the low nibble
+        first.
+
+        Args:
+            blocks: uint8 ``[N, K/32, 16]``, or of a stack ``[E, N, K/32, 16]``.
+            scales: uint8 ``[N, K/32]`` or ``[E, N, K/32]``.
+            dtype: that W counts as: float32, bfloat16 or float16.
+
+        Raises TypeError for other dtypes; ValueError for shapes that do not fit, or a scale of 255, which stands for
+        NaN. Source: OCP Microscaling Formats (MX) 1.0, 2023.
+
+        Examples:
+            >>> import torch, lowrank_kernels as lk
+            >>> blocks = torch.full((1, 1, 16), 0x72, dtype=torch.uint8)
+            >>> w = lk.Weight4bit.from_mxfp4(blocks, torch.full((1, 1), 128, dtype=torch.uint8))
+            >>> w.dequantize()[0, :4]
+            tensor([ 2., 12.,  2., 12.], dtype=torch.bfloat16)
+        """
+        for name, tensor in {"blocks": blocks, "scales": scales}.items():
+            if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.uint8:
+                raise TypeError(
+                    f"{name}: expected a uint8 tensor, got {getattr(tensor, 'dtype', tensor)}"
+                )
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+        if scales.dim() not in (2, 3) or tuple(blocks.shape) != (*scales.shape, 16):
+            raise ValueError(
+                "blocks, scales: expected shapes [N, K/32, 16] and [N, K/32], or those of a stack, got "
+                f"{tuple(blocks.shape)} and {tuple(scales.shape)}"
+            )
+        if not scales.is_meta and bool((scales == 255).any()):
+            raise ValueError("scales: expected exponents up to 254, got 255, which stands for NaN")
+        packed = ((blocks << 4) | (blocks >> 4)).reshape(-1, 1)
+        exponent = scales.flatten().to(torch.int32)
+        bits = torch.where(exponent > 0, exponent << 23, 1 << 22)  # of 2 ** (exponent - 127)
+        absmax = bits.view(torch.float32)
+        shape = torch.Size((*scales.shape[:-1], scales.shape[-1] * 32))
+        return cls(packed, absmax, code_of("mxfp4", blocks.device), shape, dtype, "mxfp4", 32)
+
     def validate(self, name: str = "weight") -> None:
         """Raises ValueError unless every tensor has the dtype, size and layout that shape and blocksize ask for.
 
@@ -342,6 +388,7 @@ def quantize_4bit(
     check_blocksize(blocksize)
     if quant_storage not in STORAGE_DTYPES:
         raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
+    check_quant_type(quant_type)
     code = code_of(quant_type, weight.device)
     weight = weight.detach()
     packed, absmax = ops.quantize_4bit(weight, code, blocksize)

@@ -8,12 +8,12 @@ import math
 import torch
 
 from .arguments import NESTED_BLOCKSIZE
-from .codebooks import BLOCKSIZES, DTYPES, QUANT_TYPES
+from .codebooks import BLOCKSIZES, DTYPES, READ_TYPES
 
 # The key of a quant state is the weight's key, "." and this; a type that bitsandbytes does not know has such a key too.
 KEY = "quant_state.bitsandbytes__"
-KEYS = tuple(KEY + quant_type for quant_type in QUANT_TYPES)
-KEYS_IN_WORDS = f"{KEY}<{'|'.join(QUANT_TYPES)}>"
+KEYS = tuple(KEY + quant_type for quant_type in READ_TYPES)
+KEYS_IN_WORDS = f"{KEY}<{'|'.join(READ_TYPES)}>"
 
 
 def kind_of(value: object) -> str:
@@ -47,7 +47,7 @@ def read_quant_state(key: str, blob: torch.Tensor) -> dict:
 
     nested = any(field.startswith("nested_") for field in state)
     fields = {
-        "quant_type": (lambda v: v in QUANT_TYPES, f"one of {QUANT_TYPES}"),
+        "quant_type": (lambda v: v in READ_TYPES, f"one of {READ_TYPES}"),
         "blocksize": (lambda v: type(v) is int and v in BLOCKSIZES, f"one of {BLOCKSIZES}"),
         "dtype": (lambda v: isinstance(v, str) and v in DTYPES, f"one of {tuple(DTYPES)}"),
         "shape": (is_shape, "sizes [N, K], or [E, N, K] of a stack"),

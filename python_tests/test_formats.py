@@ -350,7 +350,7 @@ MALFORMED = {
     "nested_quant_map has other values": (
         with_entry(nested_quant_map=lambda t: 2 * t), "w.nested_quant_map: expected the table"
     ),
-    "the state is missing": (without(STATE), "w.quant_state.bitsandbytes__<nf4|fp4|int4>, got []"),
+    "the state is missing": (without(STATE), "w.quant_state.bitsandbytes__<nf4|fp4|int4|mxfp4>, got []"),
     "the state is not nested": (without_nested_state, "w.nested_absmax"),
     "two states": (lambda e: e | {STATE[:-3] + "fp4": e[STATE]}, "bitsandbytes__fp4"),
     "state under the other name": (
@@ -375,7 +375,7 @@ MALFORMED = {
             "blocksize": (63, 0, -64, 16, 8192, 64.0, "64", True, [64], 2**70),
             "dtype": ("float64", "torch.float32", "int8", 1, []),
             "shape": (
-                [8], [8, 96, 1], [-8, -96], [-1, 96], [8, True], [8.0, 96], ["8", 96], "8x96", 768,
+                [8], [8, 96, 1, 1], [-8, -96], [-1, 96], [8, True], [8.0, 96], ["8", 96], "8x96", 768,
                 {"N": 8}, [[8], 96], [BIG, BIG], [2**64, 1], [10**400, 1],
             ),
             "nested_blocksize": (128, 255, 0, -256, "256"),

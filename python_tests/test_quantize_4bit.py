@@ -187,8 +187,14 @@ BAD_ARGUMENTS = {
         torch.zeros(2, 2).double(),
     ),
     "weight: expected float32, bfloat16 or float16, got torch.int8": (torch.zeros(2, 2).char(),),
-    "weight: expected a matrix [N, K], got shape (4,)": (torch.zeros(4),),
-    "weight: expected a matrix [N, K], got shape (1, 2, 3)": (torch.zeros(1, 2, 3),),
+    "weight: expected a matrix [N, K] or a stack [E, N, K], got shape (4,)": (torch.zeros(4),),
+    "weight: expected a matrix [N, K] or a stack [E, N, K], got shape (1, 2, 3, 4)": (
+        torch.zeros(1, 2, 3, 4),
+    ),
+    f"quant_type: expected one of {QUANT_TYPES}, got 'mxfp4', which is only loaded": (
+        torch.zeros(2, 2),
+        "mxfp4",
+    ),
     f"quant_type: expected one of {QUANT_TYPES}, got 'int3'": (torch.zeros(2, 2), "int3"),
     f"quant_type: expected one of {QUANT_TYPES}, got ['nf4']": (torch.zeros(2, 2), ["nf4"]),
     f"blocksize: expected one of {BLOCKSIZES}, got 63": (torch.zeros(2, 2), "nf4", 63),

@@ -55,8 +55,21 @@ def test_layers_and_weights(dense, name, tmp_path):
             assert torch.equal(getattr(layer.weight4bit, field), tensor), (key, field)
         source.weight.copy_(want.dequantize().view_as(weight) if weight is source.weight
                             else want.dequantize().T)  # fmt: skip
+    stacks = {
+        f"{path}.{key}": stack
+        for path, module in model.named_modules()
+        if isinstance(module, lk.Experts4bit)
+        for key, stack in module.stacks.items()
+    }
+    assert bool(stacks) == (name == "mixtral")  # which bitsandbytes leaves dense
+    for key, stack in stacks.items():
+        source, want = original.get_parameter(key), stack.weight4bit
+        assert torch.equal(lk.quantize_4bit(source).packed, want.packed)
+        source.copy_(want.dequantize())
     dense_there = {
-        n: p for n, p in original.named_parameters() if n.rpartition(".")[0] not in quantized
+        n: p
+        for n, p in original.named_parameters()
+        if n.rpartition(".")[0] not in quantized and n not in stacks
     }
     for key, parameter in dense_there.items():
         assert torch.equal(model.get_parameter(key), parameter), key

@@ -265,6 +265,9 @@ def test_families(name, tmp_path):
     assert found - {"lm_head"} == dense_names
     for key, layer in layers(model).items():
         twin.get_submodule(key).weight.copy_(layer.dequantize())
+    for key, experts in model.named_modules():
+        if isinstance(experts, lk.Experts4bit):
+            twin.set_submodule(key, experts.dequantized())
     torch.testing.assert_close(
         model(**inputs(model))[0], twin(**inputs(model))[0], rtol=1e-4, atol=1e-4
     )
@@ -281,11 +284,16 @@ def test_families(name, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_experts_are_told(dense):
-    with pytest.warns(UserWarning, match=r"most of this model stays dense: 4 stacks of experts"):
+def test_experts_are_told(dense, caplog):
+    with caplog.at_level("WARNING"):
         model = load(dense("mixtral"), "mixtral")
-    stacked = [x for x in model.hf_quantizer.skipped if "matrices of" in x.reason]
-    assert len(stacked) == 4 and all(".experts." in layer.name for layer in stacked)
+    assert "4 stacks of experts are in 4 bits as well (model.layers.0" in caplog.text
+    assert not any("experts" in layer.name for layer in model.hf_quantizer.skipped)
+    config = lk.LowRankConfig(skip_modules=["lm_head", "mlp.experts"])
+    with pytest.warns(UserWarning, match=r"most of this model stays dense: 4 stacks of experts"):
+        model = load(dense("mixtral"), "mixtral", config)
+    skipped = [x for x in model.hf_quantizer.skipped if x.reason == "in skip_modules"]
+    assert sum(".experts." in layer.name for layer in skipped) == 4
 
 
 @pytest.mark.parametrize("skip", [["lm_head", "vision_tower"], ["layers.7"], ["(lm_head)x"]])

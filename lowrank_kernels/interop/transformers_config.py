@@ -10,7 +10,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapter import AdapterSettings, check_adapter_name
-from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES, check_blocksize, code_of
+from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES, check_blocksize, check_quant_type
 
 METHOD = "lowrank_kernels"
 _SAVE_AS = (METHOD, "bitsandbytes")
@@ -44,6 +44,7 @@ class LowRankConfig(QuantizationConfigMixin):
         *,
         quant_method: str = METHOD,
         bitsandbytes: dict[str, Any] | None = None,
+        mxfp4: bool = False,
         adapters: list[dict[str, Any]] | None = None,
     ) -> None:
         if quant_method != METHOD:
@@ -56,7 +57,7 @@ class LowRankConfig(QuantizationConfigMixin):
                 theirs.llm_int8_skip_modules,
             )
             save_as = "bitsandbytes"
-        code_of(quant_type)
+        check_quant_type(quant_type)
         check_blocksize(blocksize)
         if type(double_quant) is not bool:
             raise ValueError(f"double_quant: expected True or False, got {double_quant!r}")
@@ -79,6 +80,7 @@ class LowRankConfig(QuantizationConfigMixin):
         self.quant_type, self.blocksize, self.double_quant = quant_type, blocksize, double_quant
         self.quant_storage, self.skip_modules, self.save_as = storage, skip_modules, save_as
         self.bitsandbytes = copy.deepcopy(bitsandbytes)
+        self.mxfp4 = bool(mxfp4)  # of a checkpoint whose experts are, until it is loaded
         if adapters is not None:
             check_adapters(adapters)
         self.adapters = adapters  # of a checkpoint that has some: transformers_adapters.py
@@ -111,7 +113,9 @@ class LowRankConfig(QuantizationConfigMixin):
             return {"quant_method": METHOD, "bitsandbytes": theirs, "adapters": self.adapters}
         fields = copy.deepcopy(self.__dict__)
         return {
-            k: v for k, v in fields.items() if k != "bitsandbytes" and (k, v) != ("adapters", None)
+            k: v
+            for k, v in fields.items()
+            if k not in ("bitsandbytes", "mxfp4") and (k, v) != ("adapters", None)
         }
 
 
@@ -140,6 +144,16 @@ def check_adapters(adapters: object) -> None:
             raise ValueError(f"adapters: {error}") from None
 
 
+def _method(quantization_config: object) -> object:
+    """Its quant_method, as a string where it is one of transformers' names."""
+    if isinstance(quantization_config, QuantizationConfigMixin):
+        quantization_config = quantization_config.to_dict()
+    method = (
+        quantization_config.get("quant_method") if isinstance(quantization_config, dict) else None
+    )
+    return getattr(method, "value", method)
+
+
 def _checked(quantization_config: object) -> BitsAndBytesConfig:
     """The config of a 4-bit bitsandbytes checkpoint; ValueError for anything else."""
     if isinstance(quantization_config, QuantizationConfigMixin):
@@ -165,12 +179,14 @@ def _checked(quantization_config: object) -> BitsAndBytesConfig:
 
 
 def pretrained_config(pretrained_model_name_or_path, **kwargs):
-    """``AutoConfig.from_pretrained`` for a 4-bit checkpoint of bitsandbytes, to load it with this library.
+    """``AutoConfig.from_pretrained`` for a 4-bit checkpoint of others, to load it with this library.
+
+    That is one of bitsandbytes, or one whose experts are in MXFP4 (GPT-OSS), which keep their values exactly.
 
     ``from_pretrained(path, config=pretrained_config(path))``. Takes AutoConfig's arguments
     (``revision``, ``local_files_only``, ``trust_remote_code``, ...). The config of a checkpoint
     that names lowrank_kernels already comes back as it is. Raises ValueError for a checkpoint that
-    is not quantized, or otherwise than to 4 bits by one of the two.
+    is not quantized, or in another way.
     """
     loaded = AutoConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
     config = loaded[0] if isinstance(loaded, tuple) else loaded  # return_unused_kwargs=True
@@ -184,6 +200,9 @@ def pretrained_config(pretrained_model_name_or_path, **kwargs):
             "pass quantization_config=LowRankConfig() to from_pretrained to quantize it"
         )
     if not (isinstance(found, dict) and found.get("quant_method") == METHOD):
+        if _method(found) == "mxfp4":
+            config.quantization_config = {"quant_method": METHOD, "mxfp4": True}
+            return loaded
         LowRankConfig(bitsandbytes=found)  # raises what there is to raise
         config.quantization_config = {"quant_method": METHOD, "bitsandbytes": found}
     return loaded

@@ -13,6 +13,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
+from ..experts import lies_transposed
 from ..formats import Weight4bit, quantize_4bit
 from ..nn import Linear4bit, LoRALinear4bit
 from ..packed import Params4bit
@@ -69,9 +70,11 @@ def _keep_stack(
     """
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    shape = tuple(module._parameters[key].shape)
-    if tuple(weight.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(weight.shape)}")
+    E, *shape = quantizer.stack_shapes[name]
+    if lies_transposed(module, weight) != module.is_transposed:
+        shape = shape[::-1]
+    if tuple(weight.shape) != (E, *shape):
+        raise ValueError(f"{name}: expected shape {(E, *shape)}, got {tuple(weight.shape)}")
     packed = Params4bit(weight.packed)
     module._parameters[key] = packed
     quantizer.stacks[name] = dataclasses.replace(weight, packed=packed)
@@ -169,9 +172,33 @@ class DeserializeStack(ConversionOps):
         return {tail: _keep_stack(self.quantizer, model, name, weight)}
 
 
+class DeserializeMxfp4(DeserializeStack):
+    """Takes blocks and scales of an MXFP4 checkpoint over as they are."""
+
+    def __deepcopy__(self, memo: dict) -> DeserializeMxfp4:
+        return DeserializeMxfp4(self.quantizer, self.tail)
+
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
+        parts = {key.removesuffix("$").rpartition("_")[2]: _one(v) for key, v in input_dict.items()}
+        if parts.keys() != {"blocks", "scales"}:
+            raise ValueError(f"{full_layer_name}: expected blocks and scales, got {list(parts)}")
+        try:
+            weight = Weight4bit.from_mxfp4(parts["blocks"], parts["scales"], self.quantizer.dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{full_layer_name}: {error}") from None
+        return {self.tail: _keep_stack(self.quantizer, model, full_layer_name, weight)}
+
+
 def stack_deserializers(quantizer: HfQuantizer) -> list[WeightConverter]:
     """One for each way in which the names of stacks end, such as "experts.down_proj"."""
     tails = dict.fromkeys(".".join(name.split(".")[-2:]) for name in quantizer.stacks)
+    if quantizer.quantization_config.mxfp4:
+        return [
+            WeightConverter(
+                [f"{tail}_blocks$", f"{tail}_scales$"], tail, [DeserializeMxfp4(quantizer, tail)]
+            )
+            for tail in tails
+        ]
     suffixes = [entry.removeprefix("weight") for entry in _ENTRIES]
     return [
         WeightConverter(

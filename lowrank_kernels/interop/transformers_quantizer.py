@@ -44,6 +44,7 @@ class LowRankQuantizer(HfQuantizer):
         self.stacks: dict[
             str, Weight4bit | None
         ] = {}  # by the name of the 3-D parameter; None: not read yet
+        self.stack_shapes: dict[str, tuple[int, int, int]] = {}
         self.dtype = torch.get_default_dtype()
         self.model: nn.Module | None = None
         self.skipped: list[SkippedLayer] = []
@@ -142,6 +143,9 @@ class LowRankQuantizer(HfQuantizer):
             why = "transformers reads no experts in bitsandbytes' 4 bits"
         if why is None:
             self.stacks |= dict.fromkeys(names)
+            self.stack_shapes |= {
+                n: tuple(module._parameters[k].shape) for n, k in zip(names, keys)
+            }
         else:
             self.skipped += [SkippedLayer(n, why) for n in names]
 
@@ -215,6 +219,7 @@ class LowRankQuantizer(HfQuantizer):
                 len(found),
                 next(iter(found)),
             )
+        self.quantization_config.mxfp4 = False  # what is saved is this library's own
         self.stacks = dict.fromkeys(self.stacks)  # of which the modules hold the weights now
         return found
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..experts import GroupedLinear4bit
+from ..frozen4bit import Frozen4bit
 from ..linear4bit import Linear4bit
 from ..nn import LoRALinear4bit
 from .transformers_adapters import adapters_of
@@ -31,7 +33,7 @@ def install(modeling_utils) -> None:
 
     @functools.wraps(count)
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        if any(isinstance(module, Linear4bit) for module in self.modules()):
+        if any(isinstance(module, Frozen4bit) for module in self.modules()):
             return _num_parameters(self, only_trainable, exclude_embeddings)
         return count(self, only_trainable, exclude_embeddings)
 
@@ -72,7 +74,7 @@ def _num_parameters(model: nn.Module, only_trainable: bool, exclude_embeddings: 
     """A 4-bit weight counts as the matrix that it stands for."""
     modules = list(model.modules())
     packed = {
-        id(m.weight): m.weight4bit.shape.numel() for m in modules if isinstance(m, Linear4bit)
+        id(m.weight): m.weight4bit.shape.numel() for m in modules if isinstance(m, Frozen4bit)
     }
     embeddings = {id(m.weight) for m in modules if isinstance(m, nn.Embedding)}
     return sum(
@@ -86,16 +88,24 @@ def _num_parameters(model: nn.Module, only_trainable: bool, exclude_embeddings: 
 def describe(model: nn.Module) -> None:
     """Puts into ``model.config`` what from_pretrained has to know of the model's 4-bit layers, if it has any.
 
-    Raises ValueError if another library's quantization_config is there, RuntimeError for a merged adapter.
+    Raises ValueError if another library's quantization_config is there or a stack of experts has adapters,
+    RuntimeError for a merged adapter.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    if not layers or getattr(
+    stacks = {n: m for n, m in model.named_modules() if isinstance(m, GroupedLinear4bit)}
+    if not (layers or stacks) or getattr(
         model, "_hf_peft_config_loaded", False
     ):  # PEFT saves the adapter alone
         return
+    for name, stack in stacks.items():
+        if stack.r:
+            raise ValueError(
+                f"save_pretrained: {name} has adapters {list(stack.r)}, which a checkpoint of the whole model has no "
+                "place for; use save_adapter, and delete_adapter before the model is saved"
+            )
     config = getattr(model.config, "quantization_config", None)
     if config is None:
-        first = next(iter(layers.values()))
+        first = next(iter((layers | stacks).values()))
         dense = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
         config = LowRankConfig(
             first.quant_type,
@@ -104,10 +114,10 @@ def describe(model: nn.Module) -> None:
             first.weight.dtype,
             skip_modules=[f"{re.escape(name)}$" for name in dense if ".lora_" not in name],
         )
-        _forget_conversions(model, layers)
+        _forget_conversions(model, [*(f"{name}.weight" for name in layers), *stacks])
     elif not isinstance(config, LowRankConfig):
         raise ValueError(
-            f"save_pretrained: {next(iter(layers))} is a Linear4bit of lowrank_kernels in a model with a "
+            f"save_pretrained: {next(iter(layers | stacks))} is in 4 bits of lowrank_kernels in a model with a "
             f"quantization_config of type {type(config).__name__}, and a checkpoint has one; save "
             "model.state_dict() instead"
         )
@@ -115,7 +125,7 @@ def describe(model: nn.Module) -> None:
     model.config.quantization_config = config
 
 
-def _forget_conversions(model: nn.Module, layers: Iterable[str]) -> None:
+def _forget_conversions(model: nn.Module, names: Iterable[str]) -> None:
     """transformers undoes its conversions as it saves, which packed bytes do not survive: see transformers_load."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import PrefixChange
@@ -124,5 +134,4 @@ def _forget_conversions(model: nn.Module, layers: Iterable[str]) -> None:
     if conversions is None:  # as transformers takes them for a model that it did not load
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
-    names = [f"{name}.weight" for name in layers]
     model._weight_conversions = [c for c in conversions if reverts(c, names)] or None
