@@ -17,15 +17,19 @@ from torch import nn
 from .adapter import AdapterLayer, check_fused, layer_of, train_only
 from .adapter_format import read_adapter, read_state_dict
 from .arguments import FLOAT_DTYPES, RANK_STEP
+from .experts import GroupedLinear4bit
+from .multi_lora.experts import StackPages
 from .multi_lora.pages import ModulePages, home_of
 from .multi_lora.plan import PageTable, Plan
-from .nn import LoRALinear4bit, lora_layers
+from .named_adapters import NamedAdapters, adapted_layers
+from .nn import lora_layers
+from .targets import check_all_match, is_end, read_parameters
 
 
 class _Layer:
     """A layer as the owner of pages: those of its adapters that were loaded without a source."""
 
-    def __init__(self, name: str, layer: LoRALinear4bit) -> None:
+    def __init__(self, name: str, layer: NamedAdapters) -> None:
         self.name, self.layer = name, layer
         self.own: dict[int, tuple[str, int]] = {}  # slot -> the adapter and its rank
 
@@ -70,7 +74,7 @@ class AdapterBank(PageTable):
 
     def __init__(
         self,
-        layers: Mapping[str, LoRALinear4bit],
+        layers: Mapping[str, NamedAdapters],
         num_pages: int,
         page_rank: int = 8,
         dtype: torch.dtype | None = None,
@@ -90,13 +94,14 @@ class AdapterBank(PageTable):
         super().__init__(num_pages, page_rank, devices.pop())
         self.dtype = dtype or _common_dtype(layers.values())
         self._layers = {name: _Layer(name, layer) for name, layer in layers.items()}
-        self._modules = {
-            name: ModulePages(
-                self, layer.out_features, layer.in_features, self._layers[name], _is_routed(name)
-            )
-            for name, layer in layers.items()
-        }
+        self._modules = {name: self._pages_of(name, layer) for name, layer in layers.items()}
         self.pages_of_layer = {id(layer): self._modules[name] for name, layer in layers.items()}
+
+    def _pages_of(self, name: str, layer: NamedAdapters) -> ModulePages:
+        N, K = layer.out_features, layer.in_features
+        if isinstance(layer, GroupedLinear4bit):
+            return StackPages(self, layer.num_experts, N, K)
+        return ModulePages(self, N, K, self._layers[name], _is_routed(name))
 
     @classmethod
     def for_model(
@@ -105,6 +110,7 @@ class AdapterBank(PageTable):
         num_pages: int,
         page_rank: int = 8,
         dtype: torch.dtype | None = None,
+        target_parameters: str | Iterable[str] | None = None,
     ) -> AdapterBank:
         """A bank for every :class:`LoRALinear4bit` of ``model``, on the model's device.
 
@@ -115,6 +121,9 @@ class AdapterBank(PageTable):
             dtype: of the pages; adapters from files and state dicts are rounded to it as they are loaded, the
                 model's own must have it. By default that of the layers' adapters if they have one in common, else
                 float32.
+            target_parameters: stacks of experts that adapters may cover too, see :func:`add_adapter`. Each of their
+                pages is as many as there are experts. Their adapters come from files and state dicts, and serve:
+                gradients reach x, not them.
 
         Raises ValueError or TypeError naming the argument, also for a model without such layers.
 
@@ -128,7 +137,16 @@ class AdapterBank(PageTable):
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        return cls(lora_layers(model), num_pages, page_rank, dtype)
+        layers: dict[str, NamedAdapters] = dict(lora_layers(model))
+        stacks = {
+            path: layer
+            for path, layer in adapted_layers(model).items()
+            if isinstance(layer, GroupedLinear4bit)
+        }
+        names = read_parameters(target_parameters)
+        check_all_match("target_parameters", names, stacks, "stack of experts", stacks)
+        layers |= {p: l for p, l in stacks.items() if any(is_end(p, name) for name in names)}
+        return cls(layers, num_pages, page_rank, dtype)
 
     # -- what is there -----------------------------------------------------------------------------
 
@@ -229,6 +247,11 @@ class AdapterBank(PageTable):
         """The model's own adapter ``name`` by module. Raises unless it can live in this bank."""
         layers = {module: owner.layer for module, owner in self._layers.items()}
         adapters = {m: layer_of(layer, name) for m, layer in layers.items() if name in layer.r}
+        if inside := [m for m in adapters if isinstance(layers[m], GroupedLinear4bit)]:
+            raise RuntimeError(
+                f"name: the model's own adapter {name!r} covers experts ({inside[0]}), which take adapters from files "
+                "and state dicts alone; save it and load the file under another name"
+            )
         if not adapters:
             known = sorted({adapter for layer in layers.values() for adapter in layer.r})
             raise ValueError(
@@ -354,6 +377,6 @@ def _is_routed(name: str) -> bool:
     return "experts" in name.split(".")
 
 
-def _common_dtype(layers: Iterable[LoRALinear4bit]) -> torch.dtype:
+def _common_dtype(layers: Iterable[NamedAdapters]) -> torch.dtype:
     dtypes = {part.weight.dtype for layer in layers for part in layer.lora_A.values()}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32

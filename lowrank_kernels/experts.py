@@ -17,6 +17,8 @@ from torch import nn
 from .adapter import AdapterSettings
 from .formats import Weight4bit, quantize_4bit
 from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
+from .multi_lora.experts import multi_grouped
+from .multi_lora.in_force import in_force
 from .named_adapters import NamedAdapters
 from .packed import Params4bit
 
@@ -165,10 +167,24 @@ class GroupedLinear4bit(NamedAdapters):
         self._unmerge_weight()
 
     def forward(
-        self, x: torch.Tensor, offsets: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``[M, in_features] -> [M, out_features]``, x sorted by expert: see :func:`grouped_lora_linear_4bit`."""
+        """``[M, in_features] -> [M, out_features]``, x sorted by expert: see :func:`grouped_lora_linear_4bit`.
+
+        ``tokens``: int64 ``[M]``, the row of the batch that each row of x is of. A plan of an AdapterBank needs them.
+        """
         w, name, factors = self.weight4bit, self._active_adapter, self.lent
+        under = self.in_force(entries) if (entries := in_force.entries) else None
+        if under is not None:
+            if self._unmerged is not None:
+                self._require_unmerged("forward under a plan")
+            if tokens is None:
+                raise ValueError("tokens: expected the token of each row under a plan, got None")
+            return multi_grouped(x, w, offsets, bias, self.transposed, tokens, *under)
         if self._disabled and self._unmerged is not None:
             w = self._unmerged
         elif not self._disabled and self._unmerged is None and name in self.r:
@@ -342,11 +358,15 @@ def experts_forward(
     top_k, E = top_k_index.shape[-1], next(iter(experts.stacks.values())).num_experts
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offsets = torch.searchsorted(chosen, torch.arange(E, device=chosen.device), right=True).int()
-    x = hidden_states[order // top_k]
+    tokens = order // top_k
+    x = hidden_states[tokens]
+    for entry in in_force.entries:
+        if not entry.records and any(id(stack) in entry.pages for stack in experts.stacks.values()):
+            entry.plan.check_rows(hidden_states)
 
     def project(name: str, rows: torch.Tensor) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        return experts._modules[name](rows, offsets, bias)
+        return experts._modules[name](rows, offsets, bias, tokens)
 
     if experts.has_gate:
         inner = experts._apply_gate(project("gate_up_proj", x))

@@ -37,18 +37,28 @@ class ModulePages:
     """
 
     def __init__(
-        self, table: PageTable, N: int, K: int, owner: Owner | None = None, routed: bool = False
+        self,
+        table: PageTable,
+        N: int,
+        K: int,
+        owner: Owner | None = None,
+        routed: bool = False,
+        parts: int = 1,
     ) -> None:
-        """``routed``: the module's rows come in an order of their own, as those of an expert do."""
+        """``routed``: the module's rows come in an order of their own, as those of an expert do.
+
+        ``parts``: how many pages, and entries of the tables, the module has for each one: see experts.py.
+        """
         self.table, self.shape, self.owner, self.routed = table, (N, K), owner, routed
-        num_pages, page_rank = table.num_pages, table.page_rank
+        self.parts = parts
+        num_pages, page_rank = table.num_pages * parts, table.page_rank
         options = {"dtype": table.dtype, "device": table.device}
         # Not initialised: no kernel reads past an adapter's rank.
         self.A = torch.empty(num_pages, page_rank, K, **options)
         self.B = torch.empty(num_pages, page_rank, N, **options)
         self.device = self.A.device
-        self._ranks = [0] * num_pages
-        self._dropout = [0.0] * num_pages
+        self._ranks = [0] * table.num_pages
+        self._dropout = [0.0] * table.num_pages
         self._tables = (
             torch.zeros(num_pages, dtype=torch.int32, device=table.device),
             torch.zeros(num_pages, dtype=torch.float32, device=table.device),
@@ -96,7 +106,7 @@ class ModulePages:
         """What the adapter in ``slot`` is in this module; rank 0: it does not cover it."""
         self._ranks[slot], self._dropout[slot] = rank, dropout_p
         for table, value in zip(self._tables, (rank, scaling, dropout_p)):
-            table[slot] = value
+            table[slot * self.parts : (slot + 1) * self.parts] = value
         self._grad_rows.clear()
 
     @torch.no_grad()

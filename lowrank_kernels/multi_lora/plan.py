@@ -149,6 +149,14 @@ class Plan:
             self._step = self.bank.plan(self.names)
         return self._step
 
+    def check_rows(self, x: torch.Tensor) -> None:
+        """Raises ValueError unless x ``[M, K]`` has the rows of this plan, as experts get them."""
+        if x.shape[0] != self.args.tile_of_row.shape[0]:
+            raise ValueError(
+                f"x: expected {self.tokens} rows, the tokens of the plan, in a layer of experts, got {x.shape[0]}; "
+                "make a plan of just these: bank.plan(names, tokens_per_sequence)"
+            )
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Within the block, in this context, the plan is in force and its adapters cannot be evicted.
