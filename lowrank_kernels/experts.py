@@ -378,7 +378,7 @@ def experts_forward(
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     back = torch.empty_like(order)
     back[order] = torch.arange(order.shape[0], device=order.device)
-    y = y[back].view(*top_k_index.shape, -1).sum(1)
+    y = y[back].view(*top_k_index.shape, y.shape[-1]).sum(1)
     return y.to(hidden_states.dtype)
 
 

@@ -121,7 +121,8 @@ class LowRankQuantizer(HfQuantizer):
                 self.targets.add(name)
             else:
                 self.skipped.append(SkippedLayer(name, why))
-        self.skipped += [layer for layer in stacks(model) if layer.name not in self.stacks]
+        known = self.stacks.keys() | {layer.name for layer in self.skipped}
+        self.skipped += [layer for layer in stacks(model) if layer.name not in known]
         self.conv1d = {n for n, m in model.named_modules() if type(m) is Conv1D}
         self.readers = rule.readers
         if self.pre_quantized and config.adapters is not None:

@@ -134,4 +134,4 @@ def _forget_conversions(model: nn.Module, names: Iterable[str]) -> None:
     if conversions is None:  # as transformers takes them for a model that it did not load
         conversions = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [c for c in conversions if not isinstance(c, PrefixChange)]
-    model._weight_conversions = [c for c in conversions if reverts(c, names)] or None
+    model._weight_conversions = [c for c in conversions if reverts(c, names)]
