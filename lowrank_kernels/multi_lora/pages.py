@@ -211,7 +211,7 @@ class ModulePages:
         """:meth:`grad_layout` as the operators take it."""
         if slots in self._grad_rows:
             return self._grad_rows[slots]
-        rows = [-1] * len(self._ranks)
+        rows = [-1] * (len(self._ranks) * self.parts)
         for slot, first in self.grad_layout(slots)[0].items():
             rows[slot] = first
         made = torch.tensor(rows, dtype=torch.int32, device=self.device)
