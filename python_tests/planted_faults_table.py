@@ -25,6 +25,8 @@ DX = ("test_linear_4bit_dx.py::test_backward",)
 LORA = ("test_lora_linear_4bit.py::test_forward",)
 LORA_BACKWARD = ("test_lora_linear_4bit_backward.py::test_backward",)
 MULTI = ("test_multi_lora_.py",)
+GROUPED = ("test_grouped_linear_4bit.py",)
+GROUPED_BACKWARD = ("test_grouped_lora_linear_4bit_backward.py",)
 MULTI_BACKWARD = ("test_multi_lora_backward.py",)
 KERNELS = "csrc/cpu/kernels/"
 CUDA = "csrc/cuda/kernels/"
@@ -239,6 +241,45 @@ CPU = [
         "0 * panel.scale_stride",
         "AMX: bytes of the second tile of columns take the scales of the first",
         ("test_int8_activations.py",),
+    ),
+    Fault(
+        f"{KERNELS}dequant.inl",
+        "    first += w.first_block;\n",
+        "",
+        "every expert has the nested scales of the first",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}dequant.inl",
+        "int64_t i = w.first + r * w.K + begin;",
+        "int64_t i = r * w.K + begin;",
+        "an expert that begins within a block begins with that block",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}linear.inl",
+        "  prepare(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {\n"
+        "    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)\n"
+        "      interleave(a.x",
+        "  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {\n"
+        "    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)\n"
+        "      interleave(a.x",
+        "a share of an expert lays out its share of x, and multiplies by all of it",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}grouped.inl",
+        "first[runs] = count;",
+        "first[runs] = count - 1;",
+        "the last share of the last expert is not computed",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}grouped.inl",
+        "zero_rest(x, a.dx);",
+        "(void)0;",
+        "dx of rows that belong to no expert is what memory held",
+        GROUPED_BACKWARD,
     ),
 ]  # fmt: skip
 
