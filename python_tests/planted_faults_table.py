@@ -340,6 +340,20 @@ GPU = [
         "the last rows, fewer than a tile, are left out of the adapter's products",
         LORA,
     ),
+    Fault(
+        f"{CUDA}grouped.cuh",
+        "const int64_t begin = size ? expert * size : first_row;",
+        "const int64_t begin = first_row;",
+        "every expert reads the stack from the row on that its rows of the batch begin with",
+        GROUPED,
+    ),
+    Fault(
+        f"{CUDA}grouped.cuh",
+        "return {before.end, end < before.end ? before.end : end};",
+        "return {before.end, end};",
+        "an offset that descends gives rows to two experts",
+        ("test_cuda_grouped.py",),
+    ),
 ]  # fmt: skip
 
 HOST = [
