@@ -354,7 +354,8 @@ def multi_lora_linear_4bit_group_backward(
 
 def _each_expert(w: WeightArgs, offsets: torch.Tensor, transposed: bool):
     """(e, rows, W [N, K]) of every expert that has rows."""
-    stack = dequantize_4bit(*w).double().view(offsets.numel(), -1, w.K)
+    experts = offsets.numel()
+    stack = dequantize_4bit(*w).double().view(experts, w.N // experts, w.K)
     start = 0
     for e, end in enumerate(offsets.tolist()):
         if end > start:

@@ -179,6 +179,8 @@ def family(op: str, case: Case, backend: str = "cpu") -> str:
     fits = "4bit" in op and case.K > 0 and case.K % case.blocksize == 0
     if backend in ("emulator", "cuda"):
         return _gpu_family(op, case, fits)
+    if backend == "triton" and op.startswith("grouped"):  # lowrank_kernels/triton/grouped_linear.py
+        return f"tile of {16 if case.M <= 16 * EXPERTS else 32} rows"
     if backend == "triton":  # as in lowrank_kernels/triton/matmul.py
         return (
             f"tile of up to {min(limit for limit in (16, 32, 64, 2**31) if limit >= case.M)} rows"
@@ -198,6 +200,8 @@ def _gpu_family(op: str, case: Case, fits: bool) -> str:
 
     The dense product ("matmul") promises nothing: its family is the number of rows itself.
     """
+    if op.startswith("grouped"):  # csrc/cuda/launch/grouped.cu
+        return "simt"
     backward = "dx" in op or "backward" in op
     rows, columns = case.M, case.N if backward else case.K  # of what meets the weight
     on_tensor_cores = fits and case.dtype != F32 and columns % 8 == 0

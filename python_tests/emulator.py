@@ -19,12 +19,26 @@ def library() -> ctypes.CDLL:
 TABLE = (
     "quantize", "double_quantize_workspace", "double_quantize", "dequantize",
     "plan_linear", "linear", "plan_linear_backward", "linear_backward",
-    "plan_multi", "multi", "plan_multi_backward", "multi_backward", "failure",
+    "plan_multi", "multi", "plan_multi_backward", "multi_backward",
+    "grouped", "grouped_backward", "failure",
 )  # fmt: skip
 
 
 class Table(ctypes.Structure):
     _fields_ = [("size", ctypes.c_int64), *((name, ctypes.c_void_p) for name in TABLE)]
+
+
+class Weight4(ctypes.Structure):
+    """lk::Weight4 of csrc/common/params.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("packed", "absmax", "absmax_u8")),
+        *((name, ctypes.c_void_p) for name in ("nested_absmax", "nested_code", "nested_offset")),
+        ("code", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in "NK"),
+        ("block_shift", ctypes.c_int),
+        *((name, ctypes.c_int64) for name in ("first_block", "first")),
+    ]
 
 
 def launcher(name: str, result: type, *arguments: type) -> Callable:

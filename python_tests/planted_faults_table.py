@@ -25,6 +25,8 @@ DX = ("test_linear_4bit_dx.py::test_backward",)
 LORA = ("test_lora_linear_4bit.py::test_forward",)
 LORA_BACKWARD = ("test_lora_linear_4bit_backward.py::test_backward",)
 MULTI = ("test_multi_lora_.py",)
+GROUPED = ("test_grouped_linear_4bit.py",)
+GROUPED_BACKWARD = ("test_grouped_lora_linear_4bit_backward.py",)
 MULTI_BACKWARD = ("test_multi_lora_backward.py",)
 KERNELS = "csrc/cpu/kernels/"
 CUDA = "csrc/cuda/kernels/"
@@ -240,6 +242,45 @@ CPU = [
         "AMX: bytes of the second tile of columns take the scales of the first",
         ("test_int8_activations.py",),
     ),
+    Fault(
+        f"{KERNELS}dequant.inl",
+        "    first += w.first_block;\n",
+        "",
+        "every expert has the nested scales of the first",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}dequant.inl",
+        "int64_t i = w.first + r * w.K + begin;",
+        "int64_t i = r * w.K + begin;",
+        "an expert that begins within a block begins with that block",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}linear.inl",
+        "  prepare(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {\n"
+        "    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)\n"
+        "      interleave(a.x",
+        "  parallel(pool, ceil_div(K, kStage), [&](int64_t begin, int64_t end) {\n"
+        "    for (int64_t k = begin * kStage; k < min64(K, end * kStage); k += kStage)\n"
+        "      interleave(a.x",
+        "a share of an expert lays out its share of x, and multiplies by all of it",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}grouped.inl",
+        "first[runs] = count;",
+        "first[runs] = count - 1;",
+        "the last share of the last expert is not computed",
+        GROUPED,
+    ),
+    Fault(
+        f"{KERNELS}grouped.inl",
+        "zero_rest(x, a.dx);",
+        "(void)0;",
+        "dx of rows that belong to no expert is what memory held",
+        GROUPED_BACKWARD,
+    ),
 ]  # fmt: skip
 
 GPU = [
@@ -298,6 +339,20 @@ GPU = [
         "const int steps = (end - row0) / kLoraRows;",
         "the last rows, fewer than a tile, are left out of the adapter's products",
         LORA,
+    ),
+    Fault(
+        f"{CUDA}grouped.cuh",
+        "const int64_t begin = size ? expert * size : first_row;",
+        "const int64_t begin = first_row;",
+        "every expert reads the stack from the row on that its rows of the batch begin with",
+        GROUPED,
+    ),
+    Fault(
+        f"{CUDA}grouped.cuh",
+        "return {before.end, end < before.end ? before.end : end};",
+        "return {before.end, end};",
+        "an offset that descends gives rows to two experts",
+        ("test_cuda_grouped.py",),
     ),
 ]  # fmt: skip
 

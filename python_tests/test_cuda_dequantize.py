@@ -11,7 +11,7 @@ import torch
 import cases
 import conftest
 import tolerance
-from emulator import launcher
+from emulator import Weight4, launcher
 from lowrank_kernels import reference
 
 pytestmark = pytest.mark.skipif("emulator" not in conftest.KERNELS, reason="needs the emulator")
@@ -22,13 +22,6 @@ def structure(**fields):
     return type("Structure", (ctypes.Structure,), members)
 
 
-NESTED = ("nested_absmax", "nested_code", "nested_offset")
-POINTERS = ("packed", "absmax", "absmax_u8", *NESTED, "code")
-Weight4 = structure(
-    **dict.fromkeys(POINTERS, ctypes.c_void_p),
-    **dict.fromkeys("NK", ctypes.c_int64),
-    block_shift=ctypes.c_int,
-)
 MutMatrix = structure(
     data=ctypes.c_void_p,
     dtype=ctypes.c_int,

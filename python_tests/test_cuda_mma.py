@@ -13,7 +13,7 @@ import cases
 import conftest
 import tolerance
 from cases import BF16, F16, F32
-from emulator import launcher, thread_order
+from emulator import Weight4, launcher, thread_order
 from lowrank_kernels.schema import ops
 
 pytestmark = pytest.mark.skipif(
@@ -238,15 +238,6 @@ class Vector(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int)]
 
 
-class Weight4(ctypes.Structure):
-    _fields_ = [
-        *((f"pointer{i}", ctypes.c_void_p) for i in range(7)),
-        ("N", ctypes.c_int64),
-        ("K", ctypes.c_int64),
-        ("block_shift", ctypes.c_int),
-    ]
-
-
 class Dropout(ctypes.Structure):
     _fields_ = [
         ("threshold", ctypes.c_uint32),
@@ -268,6 +259,7 @@ class LinearArgs(ctypes.Structure):
         ("bias", Vector),
         ("y", Matrix),
         ("s", ctypes.c_void_p),
+        ("arithmetic", ctypes.c_int),
     ]
 
 
@@ -284,7 +276,7 @@ MMA = 2
 
 def plan(M, N, K, shift=6, dtype=1, data=4096, stride=None, packed=4096):
     plan_linear = launcher("plan_linear", LaunchPlan, ctypes.c_void_p, ctypes.c_int)
-    w = Weight4(pointer0=packed, N=N, K=K, block_shift=shift)
+    w = Weight4(packed=packed, N=N, K=K, block_shift=shift)
     x, y = Matrix(data, dtype, M, K, stride or K), Matrix(4096, dtype, M, N, N)
     args = LinearArgs(x=x, quantized=ctypes.pointer(w), y=y)
     return plan_linear(ctypes.byref(args), 0)

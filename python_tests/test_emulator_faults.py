@@ -78,7 +78,7 @@ def build_mutant(folder: pathlib.Path, mutant: str | None, flags: list[str]) -> 
     return library
 
 
-UNITS = ("library", "quantize", "simt", "linear", "multi", "none")
+UNITS = ("library", "quantize", "simt", "linear", "multi", "grouped", "none")
 NO_FAST_KERNELS = """
 #include "cuda/launchers.h"
 namespace lk::cuda {

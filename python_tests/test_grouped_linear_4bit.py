@@ -66,6 +66,25 @@ def test_rows_have_the_bits_of_their_expert_alone(case, backend):
         tolerance.assert_same_bits(f"expert {e}", y[rows], getattr(ops, op)(*of))
 
 
+def test_int8_activations(backend):
+    """Rows are rounded as with their expert alone; there is no product of bytes of the other direction."""
+    if not backend.startswith("cpu-") or lk.backends.report()["int8"] is None:
+        pytest.skip("no products of int8 here")
+    # the weight is the same matrix [E N, K] in both
+    args = with_offsets(
+        cases.make(OP, STACKS[0]._replace(K=256, N=256, double_quant=False)), 1, 5, 30, 40
+    )
+    natural, transposed = (*args[:11], False, None), (*args[:11], True, None)
+    with lk.int8_activations():
+        y = ops.grouped_linear_4bit(*natural)
+        for e in range(cases.EXPERTS):
+            rows, op, of = of_expert(natural, e)
+            tolerance.assert_same_bits(f"expert {e}", y[rows], getattr(ops, op)(*of))
+        with pytest.raises(RuntimeError, match="int8_activations: expected experts"):
+            ops.grouped_linear_4bit(*transposed)
+    assert not torch.equal(y, ops.grouped_linear_4bit(*natural))
+
+
 @pytest.mark.parametrize("case", STACKS)
 def test_a_row_has_the_same_bits_in_any_batch(case, backend):
     args = with_offsets(cases.make(OP, case), 6, 14, 14, 30)

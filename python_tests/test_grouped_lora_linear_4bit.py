@@ -5,6 +5,7 @@ import torch
 
 import cases
 import edges
+import lowrank_kernels as lk
 import tolerance
 from cases import BF16, F16, F32, Case
 from conftest import each_case
@@ -47,6 +48,21 @@ def test_a_row_has_the_same_bits_in_any_batch(case, backend):
     y, s = ops.grouped_lora_linear_4bit(*args)
     fewer = with_offsets((args[0][6:30], *args[1:]), 0, 8, 8, 24)
     tolerance.assert_same_bits("y", ops.grouped_lora_linear_4bit(*fewer), (y[6:30], s[6:30]))
+
+
+@pytest.mark.parametrize("shape", [(5, 33, 0), (5, 0, 64), (0, 33, 64), (0, 0, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_empty_dimensions(shape, transposed, backend):
+    """S is an output of its own: where its sums have no terms it is zero, not what lay in memory."""
+    M, N, K = shape
+    w = lk.quantize_4bit(torch.randn(3, K, N) if transposed else torch.randn(3, N, K))
+    offsets, bias = torch.tensor([M // 2, M // 2, M], dtype=torch.int32), torch.randn(3, N)
+    args = (offsets, transposed, torch.randn(3, 8, K), torch.randn(3, N, 8), 2.0, bias)
+    for _ in range(8):  # what S may lie in next
+        torch.full((M, 8), torch.nan)
+    y, s = ops.grouped_lora_linear_4bit(torch.randn(M, K), *w.op_args(), *args)
+    assert s.shape == (M, 8) and (K > 0 or not s.any())
+    assert torch.equal(y, bias[[0] * (M // 2) + [2] * (M - M // 2)])
 
 
 def test_factors_of_any_strides(backend):

@@ -135,6 +135,8 @@ ANY_HEIGHT = {
     "lora_linear_4bit": "x",
     "lora_linear": "x",
     "lora_linear_4bit_group": "x",
+    "grouped_linear_4bit": "x",  # more rows belong to no expert
+    "grouped_lora_linear_4bit": "x",
 }
 SPOILT = {
     "N": [34, -33], "K": [97, -96], "blocksize": [48, 8192], "tile_rows": [7], "max_rank": [-1, 2**24],
@@ -170,6 +172,8 @@ def spoilt(op, name, value):
 def _spoilt(op, name, value):
     if name in SPOILT:
         return SPOILT[name]
+    if isinstance(value, bool):  # N and K of an expert change places
+        return [not value]
     if isinstance(value, float):
         return [-0.25, 1.0, float("nan")]
     wrong = [value.to(torch.int16 if value.dtype != torch.int16 else torch.int32)]

@@ -241,8 +241,8 @@ struct Experts {
 struct GroupedArgs {
   Matrix x;
   Experts experts;
-  Matrix A, B, Bt;  // A.data null: no adapters
-  int64_t rank = 0;
+  Matrix A, B, Bt;
+  int64_t rank = 0;  // 0: no adapters
   float scaling = 1.0f;
   Vector bias;  // [E, N]
   MutMatrix y;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/api.h"
+#include "cpu/selftest_grouped.h"
 #include "cpu/selftest_problem.h"
 #include "cpu/table.h"
 
@@ -18,18 +19,6 @@ namespace lk {
 namespace {
 
 const uint64_t kSeed = uint64_t{2} << 32 | 1;
-
-// expected(sum, i, j) puts together what element [i, j] of the output should be.
-template <class Expected>
-void expect_all(const Case& c, const char* output, const Values& actual, int64_t rows,
-                int64_t columns, const Expected& expected) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      Sum sum;
-      expected(sum, i, j);
-      expect(c, output, actual, i * columns + j, sum);
-    }
-}
 
 void check_linear(const Case& c, bool dense_base) {
   Problem p(c);
@@ -385,12 +374,15 @@ void check_all() {
     check_linear(c, false);
     check_linear(c, true);
     check_int8(c);
+    check_grouped(c, false);
+    check_grouped(c, true);
   }
   int i = 0;
   for (const Case& c : random_cases()) {
     if (lk_kernel_set(c.kernel) != 0) ++failures;
     check_linear(c, ++i % 8 == 0);
     if (i % 2) check_multi(c);
+    check_grouped(c, i % 2);
     if (i % 3 == 0) check_int8(c);
   }
   lk_kernel_set(nullptr);

@@ -130,6 +130,18 @@ void expect(const Case& c, const char* output, const Values& actual, int64_t i, 
                 static_cast<long long>(i), sum.value, actual.get(i), bound);
 }
 
+// expected(sum, i, j) puts together what element [i, j] of the output should be.
+template <class Expected>
+void expect_all(const Case& c, const char* output, const Values& actual, int64_t rows,
+                int64_t columns, const Expected& expected) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      Sum sum;
+      expected(sum, i, j);
+      expect(c, output, actual, i * columns + j, sum);
+    }
+}
+
 struct Problem {
   Case c;
   std::mt19937 random{7};

@@ -127,6 +127,7 @@ struct Cpu {
   }
   // The kernels of a transposed stack read the factors of its adapters the other way round.
   static constexpr bool kTransposesFactors = true;
+  static constexpr bool kReadsOffsets = true;
   void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
     GroupedArgs with = a;
     with.arithmetic = arithmetic(&a.experts.base, a.x.dtype);

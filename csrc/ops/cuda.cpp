@@ -169,6 +169,8 @@ class Cuda {
   }
 
   static constexpr bool kTransposesFactors = false;
+  // They stay on the device; the kernels cut what leads out of x.
+  static constexpr bool kReadsOffsets = false;
   void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
     check(kernels_.grouped(a, launch_), "grouped_linear", a.x.rows, a.y.cols, a.x.cols);
   }

@@ -138,8 +138,10 @@ def _gradient(
     pid = tl.program_id(0)
     c, r = pid % tiles_c * BC + tl.arange(0, BC), pid // tiles_c % tiles_r * BR + tl.arange(0, BR)
     expert = pid // tiles_c // tiles_r
-    end = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), M)
-    start = tl.minimum(tl.maximum(tl.load(offsets + expert - 1, expert > 0, 0), 0), end)
+    start, end = M * 0, M * 0
+    for e in range(0, expert + 1):
+        start = end
+        end = tl.minimum(tl.maximum(tl.load(offsets + e), start), M)
     acc = tl.zeros((BC, BR), tl.float32)
     for m0 in range(start, end, BM):
         m = m0 + tl.arange(0, BM)

@@ -30,27 +30,35 @@ inline Vector row_at(const Vector& v, int64_t row, int64_t cols) {
 }
 
 // Calls body(e, pool) for every share of every expert that has rows, or of every expert; the pool
-// is one that does that share. `columns`: how wide an output is.
+// is one that does that share. `columns`: how wide an output is. What the threads take in turn are
+// runs of shares of equal work: experts that have most of the rows may follow one another.
 template <class Body>
 void for_shares(const Experts& x, int64_t columns, bool all, const Parallel& pool,
                 const Body& body) {
-  int64_t total = 0, count = 0;
+  const int64_t parts = 4 * pool.threads;
+  int64_t total = 0, count = 0, runs = 0, before = 0;  // total and before: in rows
   for (int64_t e = 0; e < x.count; ++e)
     if (all || row_count(x, e) > 0) total += kExpertCost + row_count(x, e);
-  const int64_t part = ceil_div(total, 4 * pool.threads);  // in rows
-  const int64_t most = pool.threads > 1 ? ceil_div(columns, kStripWidth) : 1;
-  Share* shares = static_cast<Share*>(
-      scratch(Buffer::shares, (x.count + 4 * pool.threads + 1) * sizeof(Share)));
+  const int64_t part = ceil_div(total, parts);
+  int64_t* first = static_cast<int64_t*>(
+      scratch(Buffer::shares, (parts + 1) * sizeof(int64_t) + (x.count + parts) * sizeof(Share)));
+  Share* shares = reinterpret_cast<Share*>(first + parts + 1);
   for (int64_t e = 0; e < x.count; ++e) {
-    if (!all && row_count(x, e) == 0) continue;
-    const int64_t wanted = (kExpertCost + row_count(x, e)) / part;
-    const int64_t of = wanted < 1 ? 1 : min64(wanted, most);
-    for (int64_t i = 0; i < of; ++i)
+    const int64_t rows = row_count(x, e), work = kExpertCost + rows;
+    if (!all && rows == 0) continue;
+    const int64_t most =
+        pool.threads > 1 ? ceil_div(columns, kStripWidth) * ceil_div(rows, kWhole) : 1;
+    const int64_t of = min64(work / part, most) < 1 ? 1 : min64(work / part, most);
+    for (int64_t i = 0; i < of; ++i) {
+      if ((before + work * i / of) * parts >= runs * total) first[runs++] = count;
       shares[count++] = {static_cast<int32_t>(e), static_cast<int32_t>(i),
                          static_cast<int32_t>(of)};
+    }
+    before += work;
   }
-  parallel(pool, count, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t)
+  first[runs] = count;
+  parallel(pool, runs, [&](int64_t begin, int64_t end) {
+    for (int64_t t = first[begin]; t < first[end]; ++t)
       body(shares[t].expert, Parallel{nullptr, shares[t].of, shares[t].number});
   });
 }
@@ -79,7 +87,7 @@ inline LinearArgs linear_of(const GroupedArgs& a, int64_t e, const Weight4& w) {
   of.bias = row_at(a.bias, e, N);
   of.y = rows_at(a.y, begin, rows);
   of.arithmetic = a.arithmetic;
-  if (!a.A.data) return of;
+  if (R == 0) return of;
   of.lora.A = rows_at(a.A, e * R, R);
   if (a.B.data) of.lora.B = rows_at(a.B, e * N, N);
   of.lora.scaling = a.scaling;
@@ -96,7 +104,7 @@ inline BackwardArgs transposed_of(const GroupedArgs& a, int64_t e, const Weight4
   of.dx = rows_at(a.y, begin, rows);
   of.added = row_at(a.bias, e, a.y.cols);
   of.arithmetic = a.arithmetic;
-  if (!a.A.data) return of;
+  if (R == 0) return of;
   of.lora.A = rows_at(a.Bt, e * R, R);
   of.ds = a.ds + begin * R;
   return of;
@@ -105,7 +113,7 @@ inline BackwardArgs transposed_of(const GroupedArgs& a, int64_t e, const Weight4
 void grouped(const GroupedArgs& a, const Parallel& pool) {
   const Experts& x = a.experts;
   zero_rest(x, a.y);
-  if (a.A.data) {
+  if (a.rank > 0) {
     zero_rest(x, MutMatrix{a.s, DType::f32, a.x.rows, a.rank, a.rank});
     for_shares(x, a.rank, false, pool, [&](int64_t e, const Parallel& share) {
       lora_shrink(linear_of(a, e, x.base), share);

@@ -167,7 +167,7 @@ inline void linear_outputs(const LinearArgs& a, const Expansion* many, const Par
 
 inline void linear(const LinearArgs& a, const Expansion* many, const Parallel& pool) {
   if (a.x.rows == 0) return;
-  if (a.lora.A.data) lora_shrink(a, pool);
+  if (a.lora.A.rows > 0) lora_shrink(a, pool);  // also where K is 0, for S is an output
   linear_outputs(a, many, pool);
 }
 

@@ -36,23 +36,21 @@ struct GroupedProducts {
   float scale = 1.0f;
   Vector bias;  // [E, columns]
   MutMatrix out;
-  int64_t out_size =
-      0;  // rows of `out` that an expert has; 0: its rows of the batch, the depth not
+  // Rows of `out` that an expert has, and the depth is its rows of the batch; 0: the other way round.
+  int64_t out_size = 0;
 };
 
-// Rows [begin, end) of expert e; of e = experts, the rows that belong to none. Offsets that lie are
-// cut to what there is.
-struct RowsOfExpert {
-  int64_t begin, end;
+// Rows [begin, end) of the batch.
+struct RowRange {
+  int64_t begin = 0, end = 0;
 };
-__device__ inline RowsOfExpert rows_of_expert(const GroupedProducts& p, int64_t e) {
-  const auto clamped = [&](int64_t i) {
-    if (i < 0) return int64_t{0};
-    const int64_t row = i < p.experts ? p.offsets[i] : p.rows;
-    return row < 0 ? 0 : min64(row, p.rows);
-  };
-  const int64_t begin = clamped(e - 1), end = clamped(e);
-  return {begin, end < begin ? begin : end};
+
+// The rows of expert e, which begin where those of e - 1 end; of e = experts, the rows that belong
+// to none. Offsets that descend or lead out of the batch are cut to what there is, so that every
+// row belongs to one expert at most.
+__device__ inline RowRange rows_after(const GroupedProducts& p, const RowRange& before, int64_t e) {
+  const int64_t end = e < p.experts ? min64(p.offsets[e], p.rows) : p.rows;
+  return {before.end, end < before.end ? before.end : end};
 }
 
 __device__ inline Product product_of(const GroupedProduct& p, int64_t e, int64_t begin,
@@ -65,16 +63,16 @@ __global__ void __launch_bounds__(kSimtThreads, 2) grouped_product(GroupedProduc
   const int64_t tiles_j = ceil_div(p.out.cols, kSimtTile);
   const int64_t j0 = blockIdx.x % tiles_j * kSimtTile;
   int64_t tile = blockIdx.x / tiles_j, e = 0;
-  RowsOfExpert own{0, 0};
+  RowRange own;
   if (p.out_size) {
     const int64_t tiles_i = ceil_div(p.out_size, kSimtTile);
     e = tile / tiles_i;
     tile %= tiles_i;
-    own = rows_of_expert(p, e);
+    for (int64_t i = 0; i <= e; ++i) own = rows_after(p, own, i);
   } else {
     for (;; ++e) {
       if (e > p.experts) return;  // there are fewer tiles than blocks
-      own = rows_of_expert(p, e);
+      own = rows_after(p, own, e);
       const int64_t tiles = ceil_div(own.end - own.begin, kSimtTile);
       if (tile < tiles) break;
       tile -= tiles;

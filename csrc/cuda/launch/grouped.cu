@@ -53,7 +53,7 @@ int grouped(const GroupedArgs& a, const Launch& on) {
   const Experts& x = a.experts;
   const int64_t M = a.x.rows, N = a.y.cols, K = a.x.cols, R = a.rank;
   const Matrix s{a.s, DType::f32, M, R, R};
-  if (a.A.data) {
+  if (R > 0) {
     GroupedProducts p = products(x, M, {a.s, DType::f32, M, R, R});
     p.second = {rows(a.x), stacked(a.A, R, true), K};
     LK_TRY(run("grouped_product (S)", p, on));
