@@ -385,15 +385,38 @@ def quantize_4bit(
         raise ValueError(
             f"weight: expected a matrix [N, K] or a stack [E, N, K], got shape {tuple(weight.shape)}"
         )
+    code = check_quantization(quant_type, blocksize, quant_storage, weight.device)
+    weight = weight.detach()
+    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
+    if not weight.is_meta:
+        check_finite(weight, absmax, blocksize, weight.shape)
+    args = weight.shape, weight.dtype, quant_type, blocksize
+    return finished(packed, absmax, code, *args, double_quant, quant_storage)
+
+
+def check_quantization(
+    quant_type: str, blocksize: int, quant_storage: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """The code of ``quant_type``. Raises ValueError for settings that nothing can be quantized with."""
     check_blocksize(blocksize)
     if quant_storage not in STORAGE_DTYPES:
         raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
     check_quant_type(quant_type)
-    code = code_of(quant_type, weight.device)
-    weight = weight.detach()
-    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
-    if not weight.is_meta:
-        _check_finite(weight, absmax, blocksize)
+    return code_of(quant_type, device)
+
+
+def finished(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    quant_type: str,
+    blocksize: int,
+    double_quant: bool,
+    quant_storage: torch.dtype,
+) -> Weight4bit:
+    """The weight of packed bytes and float32 absmax, which are double-quantized where that is wanted."""
     if quant_storage.itemsize > 1:
         flat = torch.nn.functional.pad(
             packed.flatten(), (0, -packed.numel() % quant_storage.itemsize)
@@ -401,28 +424,32 @@ def quantize_4bit(
         packed = flat.view(quant_storage)[:, None]
     nested = {}
     if double_quant:
-        nested_code = dynamic_code(weight.device)
+        nested_code = dynamic_code(absmax.device)
         absmax, nested_absmax, offset = ops.double_quantize(absmax, nested_code)
         nested = {
             "nested_absmax": nested_absmax,
             "nested_code": nested_code,
             "nested_offset": offset,
         }
-    return Weight4bit(
-        packed, absmax, code, weight.shape, weight.dtype, quant_type, blocksize, **nested
-    )
+    return Weight4bit(packed, absmax, code, shape, dtype, quant_type, blocksize, **nested)
 
 
-def _check_finite(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
-    """The quantizer carries a NaN or infinity of a block into its absmax, so only the absmax need be read."""
+def check_finite(
+    weight: torch.Tensor, absmax: torch.Tensor, blocksize: int, shape: torch.Size, before: int = 0
+) -> None:
+    """The quantizer carries a NaN or infinity of a block into its absmax, so only the absmax need be read.
+
+    ``weight`` are elements of a tensor of ``shape``, from the one on that ``before`` others precede.
+    """
     bad = (~torch.isfinite(absmax)).nonzero()
     if bad.numel():
         start = int(bad[0]) * blocksize
         block = weight.flatten()[start : start + blocksize]
-        flat = start + int((~torch.isfinite(block)).nonzero()[0])
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), weight.shape))
+        inside = int((~torch.isfinite(block)).nonzero()[0])
+        flat = torch.tensor(before + start + inside)
+        index = tuple(int(i) for i in torch.unravel_index(flat, shape))
         raise ValueError(
-            f"weight: expected finite values, got {float(weight[index])} at index {index}"
+            f"weight: expected finite values, got {float(block[inside])} at index {index}"
         )
 
 
