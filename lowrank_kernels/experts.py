@@ -25,6 +25,9 @@ from .packed import Params4bit
 # What transformers' `use_experts_implementation` gives a class of experts, or its __init__.
 _OF_TRANSFORMERS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 
+# What accelerate's hook puts into a module, bound to it: no other module may have it.
+_OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")
+
 
 def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     """The parameters of a transformers' module of experts that hold their weights; () for any other module.
@@ -40,6 +43,18 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     stacks = [module._parameters.get(name) for name in names]
     return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
+
+
+def stack_names(module: nn.Module) -> tuple[str, ...]:
+    """As :func:`stacked_parameters`; also of an :class:`Experts4bit`, for which they are 4-bit ones."""
+    return tuple(module.stacks) if isinstance(module, Experts4bit) else stacked_parameters(module)
+
+
+def count_of_experts(module: nn.Module) -> int:
+    """How many experts a module with :func:`stack_names` has."""
+    if isinstance(module, Experts4bit):
+        return next(iter(module.stacks.values())).num_experts
+    return module._parameters[stacked_parameters(module)[0]].shape[0]
 
 
 def lies_transposed(experts: nn.Module, w: Weight4bit) -> bool:
@@ -148,6 +163,14 @@ class GroupedLinear4bit(NamedAdapters):
         """
         return self.factors_of(*self.adapter_parameters(name), self.r[name], self.scaling[name])
 
+    def extra_repr(self) -> str:
+        w = self._weight4bit
+        return (
+            f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+            f"{super().extra_repr()}, transposed={self.transposed}, quant_type={w.quant_type}, "
+            f"blocksize={w.blocksize}, double_quant={w.double_quant}, dtype={w.dtype}"
+        )
+
     def _with_adapter(self, W: torch.Tensor, name: str) -> torch.Tensor:
         return self._with_factors(W, [self.factors(name)])
 
@@ -250,7 +273,7 @@ class Experts4bit(nn.Module):
     ) -> Experts4bit:
         """``experts`` with these stacks for its 3-D parameters; ``transposed``: unless given, as its class says."""
         new = _class_of(type(experts)).__new__(_class_of(type(experts)))
-        new.__dict__ = experts.__dict__.copy()
+        new.__dict__ = {k: v for k, v in experts.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = experts.__dict__[kind].copy()
         for name, stack in stacks.items():
@@ -272,7 +295,7 @@ class Experts4bit(nn.Module):
         """
         family = type(self).__mro__[2]
         new = family.__new__(family)
-        new.__dict__ = self.__dict__.copy()
+        new.__dict__ = {k: v for k, v in self.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = self.__dict__[kind].copy()
         for name, stack in self.stacks.items():

@@ -270,8 +270,9 @@ class Weight4bit:
             scales: uint8 ``[N, K/32]`` or ``[E, N, K/32]``.
             dtype: that W counts as: float32, bfloat16 or float16.
 
-        Raises TypeError for other dtypes; ValueError for shapes that do not fit, or a scale of 255, which stands for
-        NaN. Source: OCP Microscaling Formats (MX) 1.0, 2023.
+        Raises TypeError for other dtypes; ValueError for shapes that do not fit, a scale of 255, which stands for
+        NaN, or values of 2 ** 128 and more, which float32 does not hold.
+        Source: OCP Microscaling Formats (MX) 1.0, 2023.
 
         Examples:
             >>> import torch, lowrank_kernels as lk
@@ -292,8 +293,8 @@ class Weight4bit:
                 "blocks, scales: expected shapes [N, K/32, 16] and [N, K/32], or those of a stack, got "
                 f"{tuple(blocks.shape)} and {tuple(scales.shape)}"
             )
-        if not scales.is_meta and bool((scales == 255).any()):
-            raise ValueError("scales: expected exponents up to 254, got 255, which stands for NaN")
+        if not scales.is_meta:
+            _check_mxfp4(blocks, scales)
         packed = ((blocks << 4) | (blocks >> 4)).reshape(-1, 1)
         exponent = scales.flatten().to(torch.int32)
         bits = torch.where(exponent > 0, exponent << 23, 1 << 22)  # of 2 ** (exponent - 127)
@@ -451,6 +452,21 @@ def check_finite(
         raise ValueError(
             f"weight: expected finite values, got {float(block[inside])} at index {index}"
         )
+
+
+def _check_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+    """That every value is finite in float32. Only blocks under the largest scales have others."""
+    if bool((scales == 255).any()):
+        raise ValueError("scales: expected exponents up to 254, got 255, which stands for NaN")
+    for exponent, least in (
+        (253, 6),
+        (254, 4),
+    ):  # the magnitude from which on 2 ** 128 is reached: 4 and 2
+        found = blocks[scales == exponent]
+        if bool((((found & 7) >= least) | ((found >> 4 & 7) >= least)).any()):
+            raise ValueError(
+                f"scales: expected values below 2 ** 128, got larger ones under the exponent {exponent}"
+            )
 
 
 # -- slices --------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ class LowRankQuantizer(HfQuantizer):
         names = [f"{name}.{key}" for key in keys]
         if why is None and any(_skips(patterns, e, n) for e in skipped for n in (name, *names)):
             why = "in skip_modules"
-        if why is None and self.quantization_config.save_as == "bitsandbytes":
+        if why is None and not self.pre_quantized and self.quantization_config.save_as != METHOD:
             why = "transformers reads no experts in bitsandbytes' 4 bits"
         if why is None:
             self.stacks |= dict.fromkeys(names)
@@ -220,7 +220,11 @@ class LowRankQuantizer(HfQuantizer):
                 len(found),
                 next(iter(found)),
             )
-        self.quantization_config.mxfp4 = False  # what is saved is this library's own
+        if (
+            found
+        ):  # so what is saved is this library's own: transformers gives bitsandbytes no experts
+            self.quantization_config.bitsandbytes, self.quantization_config.save_as = None, METHOD
+        self.quantization_config.mxfp4 = False
         self.stacks = dict.fromkeys(self.stacks)  # of which the modules hold the weights now
         return found
 
