@@ -14,26 +14,18 @@ import lowrank_kernels as lk
 
 transformers = pytest.importorskip("transformers", reason="the experts are those of its models")
 
-from tiny_experts import dense, logits, stacks, twin_of  # noqa: E402 (needs transformers)
+from tiny_experts import (  # noqa: E402 (needs transformers)
+    dense,
+    logits,
+    mxfp4,
+    mxfp4_by_transformers,
+    save_gpt_oss,
+    stacks,
+    twin_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-
-
-def mxfp4(
-    E: int, N: int, K: int, low: int = 110, high: int = 130
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random blocks and scales."""
-    g = torch.Generator().manual_seed(E * N + K)
-    blocks = torch.randint(0, 256, (E, N, K // 32, 16), dtype=torch.uint8, generator=g)
-    return blocks, torch.randint(low, high, (E, N, K // 32), dtype=torch.uint8, generator=g)
-
-
-def by_transformers(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[E, K, N], as GPT-OSS's class has it."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    return convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=dtype)
 
 
 # -- the format --------------------------------------------------------------------------------------
@@ -45,7 +37,7 @@ def test_mxfp4_has_the_values_of_transformers(dtype, exponents):
     blocks, scales = mxfp4(3, 64, 128, *exponents)
     w = lk.Weight4bit.from_mxfp4(blocks, scales, dtype)
     w.validate()
-    expected = by_transformers(blocks, scales, dtype).transpose(1, 2)
+    expected = mxfp4_by_transformers(blocks, scales, dtype).transpose(1, 2)
     assert w.shape == (3, 64, 128) and w.dtype == dtype and w.blocksize == 32
     assert torch.equal(w.dequantize(), expected)
 
@@ -123,21 +115,7 @@ def test_what_is_no_mxfp4(change, error, message):
 
 @pytest.fixture
 def published(tmp_path):
-    """A GPT-OSS whose experts are in MXFP4; its twin in float32, dequantized by transformers."""
-    dense("gpt_oss").save_pretrained(tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    tensors, twin = load_file(path), dense("gpt_oss")
-    for key in [k for k in tensors if k.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        E, K, N = tensors.pop(key).shape
-        blocks, scales = mxfp4(E, N, K, 120, 126)
-        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
-        twin.get_parameter(key).data.copy_(by_transformers(blocks, scales, torch.float32))
-    save_file(tensors, path, {"format": "pt"})
-    config = json.loads((tmp_path / "model/config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]
-    }  # fmt: skip
-    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    twin = save_gpt_oss(tmp_path / "model")
     return tmp_path / "model", twin
 
 

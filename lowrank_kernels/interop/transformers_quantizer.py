@@ -133,6 +133,10 @@ class LowRankQuantizer(HfQuantizer):
             for name in self.targets:
                 module = model.get_submodule(name)
                 module.weight = nn.Parameter(module.weight.to(storage), requires_grad=False)
+            for name in self.stacks:
+                path, _, key = name.rpartition(".")
+                stack = nn.Parameter(model.get_parameter(name).to(storage), requires_grad=False)
+                model.get_submodule(path)._parameters[key] = stack
 
     def _take_experts(self, name, module, keys, rule, patterns, skipped) -> None:
         """The stacks of a module of experts that become 4 bits, or why not."""
