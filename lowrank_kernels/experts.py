@@ -40,9 +40,13 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     """
     if not all(hasattr(module, name) for name in _OF_TRANSFORMERS):
         return ()
-    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    names = _projections(module)
     stacks = [module._parameters.get(name) for name in names]
     return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
+
+
+def _projections(experts: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
 def stack_names(module: nn.Module) -> tuple[str, ...]:
@@ -231,6 +235,17 @@ class Experts4bit(nn.Module):
     that another process has) add nothing.
 
     Source: transformers' ``integrations/moe.py``.
+
+    Examples:
+        >>> import torch, transformers, lowrank_kernels as lk
+        >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+        >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+        >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+        >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+        >>> experts = lk.Experts4bit.from_experts(dense)
+        >>> index, weights = torch.tensor([[0, 3], [3, 1]]), torch.full((2, 2), 0.5)
+        >>> experts(torch.randn(2, 64), index, weights).shape
+        torch.Size([2, 64])
     """
 
     lists_stacks = 0  # above 0 while PEFT looks for the parameters that its config names
@@ -253,6 +268,16 @@ class Experts4bit(nn.Module):
         """``experts`` with its weights quantized; everything else is shared with it.
 
         Raises TypeError if ``experts`` is no module of experts of transformers; ValueError for a NaN or infinity.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+            >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+            >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+            >>> experts = lk.Experts4bit.from_experts(dense)
+            >>> list(experts.stacks)
+            ['gate_up_proj', 'down_proj']
         """
         names = stacked_parameters(experts)
         if not names:
@@ -271,7 +296,22 @@ class Experts4bit(nn.Module):
         stacks: dict[str, Weight4bit],
         transposed: bool | None = None,
     ) -> Experts4bit:
-        """``experts`` with these stacks for its 3-D parameters; ``transposed``: unless given, as its class says."""
+        """``experts`` with these stacks for its 3-D parameters; ``transposed``: unless given, as its class says.
+
+        Raises ValueError unless there is one for each projection.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+            >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+            >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+            >>> stacks = {name: lk.quantize_4bit(W, "int4") for name, W in dense.named_parameters()}
+            >>> lk.Experts4bit.from_weights(dense, stacks).down_proj.weight4bit.quant_type
+            'int4'
+        """
+        if stacks.keys() != set(_projections(experts)):
+            raise ValueError(f"stacks: expected {_projections(experts)}, got {tuple(stacks)}")
         new = _class_of(type(experts)).__new__(_class_of(type(experts)))
         new.__dict__ = {k: v for k, v in experts.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -292,6 +332,16 @@ class Experts4bit(nn.Module):
         """A module of the family's own class with dense weights, everything else shared with this one.
 
         Raises ValueError where a stack has adapters.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+            >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+            >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+            >>> experts = lk.Experts4bit.from_experts(dense)
+            >>> type(experts.dequantized()).__name__
+            'Qwen3MoeExperts'
         """
         family = type(self).__mro__[2]
         new = family.__new__(family)

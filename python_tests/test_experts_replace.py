@@ -136,6 +136,13 @@ def test_the_repr_says_what_a_stack_is():
     assert "num_experts=4, in_features=64, out_features=128, " in text and "transposed=True" in text
 
 
+def test_both_projections_are_in_4_bits_or_none():
+    experts = dense("qwen3_moe").model.layers[0].mlp.experts
+    one = {"down_proj": lk.quantize_4bit(experts.down_proj)}
+    with pytest.raises(ValueError, match=r"stacks: expected \('gate_up_proj', 'down_proj'\), got"):
+        lk.Experts4bit.from_weights(experts, one)
+
+
 _MEMORY = """
 import re, torch, transformers, lowrank_kernels as lk
 def kib(name):
