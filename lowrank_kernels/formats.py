@@ -387,10 +387,7 @@ def quantize_4bit(
             f"weight: expected a matrix [N, K] or a stack [E, N, K], got shape {tuple(weight.shape)}"
         )
     code = check_quantization(quant_type, blocksize, quant_storage, weight.device)
-    weight = weight.detach()
-    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
-    if not weight.is_meta:
-        check_finite(weight, absmax, blocksize, weight.shape)
+    packed, absmax = packed_and_absmax(weight, code, blocksize, weight.shape)
     args = weight.shape, weight.dtype, quant_type, blocksize
     return finished(packed, absmax, code, *args, double_quant, quant_storage)
 
@@ -435,13 +432,24 @@ def finished(
     return Weight4bit(packed, absmax, code, shape, dtype, quant_type, blocksize, **nested)
 
 
-def check_finite(
-    weight: torch.Tensor, absmax: torch.Tensor, blocksize: int, shape: torch.Size, before: int = 0
-) -> None:
-    """The quantizer carries a NaN or infinity of a block into its absmax, so only the absmax need be read.
+def packed_and_absmax(
+    weight: torch.Tensor, code: torch.Tensor, blocksize: int, shape: torch.Size, before: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of ``weight``: elements of a tensor of ``shape``, from the one on that ``before`` others precede.
 
-    ``weight`` are elements of a tensor of ``shape``, from the one on that ``before`` others precede.
+    Raises ValueError for a NaN or infinity, naming its index in the whole.
     """
+    weight = weight.detach()
+    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
+    if not weight.is_meta:
+        _check_finite(weight, absmax, blocksize, shape, before)
+    return packed, absmax
+
+
+def _check_finite(
+    weight: torch.Tensor, absmax: torch.Tensor, blocksize: int, shape: torch.Size, before: int
+) -> None:
+    """The quantizer carries a NaN or infinity of a block into its absmax, so only the absmax need be read."""
     bad = (~torch.isfinite(absmax)).nonzero()
     if bad.numel():
         start = int(bad[0]) * blocksize

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from .arguments import ceil_div
-from .formats import Weight4bit, check_finite, check_quantization, finished
-from .schema import ops
+from .formats import Weight4bit, check_quantization, finished, packed_and_absmax
 
 
 def quantize_pieces(
@@ -46,8 +45,7 @@ def quantize_pieces(
         size = flat.numel()
         if size == 0:
             return
-        bytes_, scales = ops.quantize_4bit(flat[None], code, blocksize)
-        check_finite(flat, scales, blocksize, shape, done)
+        bytes_, scales = packed_and_absmax(flat[None], code, blocksize, shape, done)
         packed[done // 2 :][: ceil_div(size, 2)] = bytes_.flatten()
         absmax[done // blocksize :][: scales.numel()] = scales
         done += size
