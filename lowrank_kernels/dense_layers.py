@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from .experts import stacked_parameters
+from .experts import count_of_experts, stack_names, stacked_parameters
 from .linear4bit import Linear4bit
 from .packed import Params4bit
 from .schema import FLOAT_DTYPES
@@ -73,14 +73,7 @@ class DenseLayers:
             return _ROUTER
         if name in self.readers:
             return f"{_READ} {self.readers[name]}"
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None and _offloads(hook):
-            return "offloaded by accelerate"
-        # accelerate leaves the class's own forward there as it removes a hook.
-        own = getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
-        if hook is None and "forward" in vars(module) and not own:
-            return "its forward has been replaced"
-        return None
+        return _why_forward(module)
 
     def why_experts(self, name: str, experts: nn.Module) -> str | None:
         """Why the stacks of a transformers' module of experts stay dense; None if they need not."""
@@ -95,8 +88,7 @@ class DenseLayers:
                 return _FLOAT32
         if name.endswith("base_layer"):
             return "the base of an adapter; call replace_linear before adapters are added"
-        hook = getattr(experts, "_hf_hook", None)
-        return "offloaded by accelerate" if hook is not None and _offloads(hook) else None
+        return _why_forward(experts)
 
     def keeps_in_float32(self, parameter: str) -> bool:
         """Whether the model wants the parameter of that name in float32 in a model of 16 bits."""
@@ -157,6 +149,17 @@ def _parts_of_adapters(model: nn.Module) -> Iterable[tuple[str, str]]:
                     yield prefix + part, f"{name} is in modules_to_save, which trains a copy"
 
 
+def _why_forward(module: nn.Module) -> str | None:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and _offloads(hook):
+        return "offloaded by accelerate"
+    # accelerate leaves the class's own forward there as it removes a hook.
+    own = getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
+    if hook is None and "forward" in vars(module) and not own:
+        return "its forward has been replaced"
+    return None
+
+
 def _offloads(hook) -> bool:
     inner = getattr(hook, "hooks", ())  # accelerate's SequentialHook
     return bool(getattr(hook, "offload", False)) or any(map(_offloads, inner))
@@ -165,9 +168,9 @@ def _offloads(hook) -> bool:
 def _routers(model: nn.Module) -> Iterable[str]:
     """Linear layers beside experts that have an output for each of them."""
     for name, module in model.named_modules():
-        if not (keys := stacked_parameters(module)):
+        if not stack_names(module):
             continue
-        count = module._parameters[keys[0]].shape[0]
+        count = count_of_experts(module)
         parent = name.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
         for path, layer in model.get_submodule(parent).named_modules():

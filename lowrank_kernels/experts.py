@@ -25,6 +25,9 @@ from .packed import Params4bit
 # What transformers' `use_experts_implementation` gives a class of experts, or its __init__.
 _OF_TRANSFORMERS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 
+# What accelerate's hook puts into a module, bound to it: no other module may have it.
+_OF_ACCELERATE = ("forward", "_old_forward", "_hf_hook")
+
 
 def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     """The parameters of a transformers' module of experts that hold their weights; () for any other module.
@@ -37,9 +40,25 @@ def stacked_parameters(module: nn.Module) -> tuple[str, ...]:
     """
     if not all(hasattr(module, name) for name in _OF_TRANSFORMERS):
         return ()
-    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    names = _projections(module)
     stacks = [module._parameters.get(name) for name in names]
     return names if all(stack is not None and stack.dim() == 3 for stack in stacks) else ()
+
+
+def _projections(experts: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+def stack_names(module: nn.Module) -> tuple[str, ...]:
+    """As :func:`stacked_parameters`; also of an :class:`Experts4bit`, for which they are 4-bit ones."""
+    return tuple(module.stacks) if isinstance(module, Experts4bit) else stacked_parameters(module)
+
+
+def count_of_experts(module: nn.Module) -> int:
+    """How many experts a module with :func:`stack_names` has."""
+    if isinstance(module, Experts4bit):
+        return next(iter(module.stacks.values())).num_experts
+    return module._parameters[stacked_parameters(module)[0]].shape[0]
 
 
 def lies_transposed(experts: nn.Module, w: Weight4bit) -> bool:
@@ -148,6 +167,14 @@ class GroupedLinear4bit(NamedAdapters):
         """
         return self.factors_of(*self.adapter_parameters(name), self.r[name], self.scaling[name])
 
+    def extra_repr(self) -> str:
+        w = self._weight4bit
+        return (
+            f"num_experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+            f"{super().extra_repr()}, transposed={self.transposed}, quant_type={w.quant_type}, "
+            f"blocksize={w.blocksize}, double_quant={w.double_quant}, dtype={w.dtype}"
+        )
+
     def _with_adapter(self, W: torch.Tensor, name: str) -> torch.Tensor:
         return self._with_factors(W, [self.factors(name)])
 
@@ -208,6 +235,17 @@ class Experts4bit(nn.Module):
     that another process has) add nothing.
 
     Source: transformers' ``integrations/moe.py``.
+
+    Examples:
+        >>> import torch, transformers, lowrank_kernels as lk
+        >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+        >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+        >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+        >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+        >>> experts = lk.Experts4bit.from_experts(dense)
+        >>> index, weights = torch.tensor([[0, 3], [3, 1]]), torch.full((2, 2), 0.5)
+        >>> experts(torch.randn(2, 64), index, weights).shape
+        torch.Size([2, 64])
     """
 
     lists_stacks = 0  # above 0 while PEFT looks for the parameters that its config names
@@ -230,6 +268,16 @@ class Experts4bit(nn.Module):
         """``experts`` with its weights quantized; everything else is shared with it.
 
         Raises TypeError if ``experts`` is no module of experts of transformers; ValueError for a NaN or infinity.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+            >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+            >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+            >>> experts = lk.Experts4bit.from_experts(dense)
+            >>> list(experts.stacks)
+            ['gate_up_proj', 'down_proj']
         """
         names = stacked_parameters(experts)
         if not names:
@@ -248,9 +296,24 @@ class Experts4bit(nn.Module):
         stacks: dict[str, Weight4bit],
         transposed: bool | None = None,
     ) -> Experts4bit:
-        """``experts`` with these stacks for its 3-D parameters; ``transposed``: unless given, as its class says."""
+        """``experts`` with these stacks for its 3-D parameters; ``transposed``: unless given, as its class says.
+
+        Raises ValueError unless there is one for each projection.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+            >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+            >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+            >>> stacks = {name: lk.quantize_4bit(W, "int4") for name, W in dense.named_parameters()}
+            >>> lk.Experts4bit.from_weights(dense, stacks).down_proj.weight4bit.quant_type
+            'int4'
+        """
+        if stacks.keys() != set(_projections(experts)):
+            raise ValueError(f"stacks: expected {_projections(experts)}, got {tuple(stacks)}")
         new = _class_of(type(experts)).__new__(_class_of(type(experts)))
-        new.__dict__ = experts.__dict__.copy()
+        new.__dict__ = {k: v for k, v in experts.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = experts.__dict__[kind].copy()
         for name, stack in stacks.items():
@@ -269,10 +332,20 @@ class Experts4bit(nn.Module):
         """A module of the family's own class with dense weights, everything else shared with this one.
 
         Raises ValueError where a stack has adapters.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+            >>> sizes = dict(hidden_size=64, moe_intermediate_size=64, num_experts=4)
+            >>> dense = Qwen3MoeExperts(transformers.Qwen3MoeConfig(**sizes))
+            >>> _ = [torch.nn.init.normal_(parameter) for parameter in dense.parameters()]
+            >>> experts = lk.Experts4bit.from_experts(dense)
+            >>> type(experts.dequantized()).__name__
+            'Qwen3MoeExperts'
         """
         family = type(self).__mro__[2]
         new = family.__new__(family)
-        new.__dict__ = self.__dict__.copy()
+        new.__dict__ = {k: v for k, v in self.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = self.__dict__[kind].copy()
         for name, stack in self.stacks.items():

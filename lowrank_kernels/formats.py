@@ -270,8 +270,9 @@ class Weight4bit:
             scales: uint8 ``[N, K/32]`` or ``[E, N, K/32]``.
             dtype: that W counts as: float32, bfloat16 or float16.
 
-        Raises TypeError for other dtypes; ValueError for shapes that do not fit, or a scale of 255, which stands for
-        NaN. Source: OCP Microscaling Formats (MX) 1.0, 2023.
+        Raises TypeError for other dtypes; ValueError for shapes that do not fit, a scale of 255, which stands for
+        NaN, or values of 2 ** 128 and more, which float32 does not hold.
+        Source: OCP Microscaling Formats (MX) 1.0, 2023.
 
         Examples:
             >>> import torch, lowrank_kernels as lk
@@ -292,8 +293,8 @@ class Weight4bit:
                 "blocks, scales: expected shapes [N, K/32, 16] and [N, K/32], or those of a stack, got "
                 f"{tuple(blocks.shape)} and {tuple(scales.shape)}"
             )
-        if not scales.is_meta and bool((scales == 255).any()):
-            raise ValueError("scales: expected exponents up to 254, got 255, which stands for NaN")
+        if not scales.is_meta:
+            _check_mxfp4(blocks, scales)
         packed = ((blocks << 4) | (blocks >> 4)).reshape(-1, 1)
         exponent = scales.flatten().to(torch.int32)
         bits = torch.where(exponent > 0, exponent << 23, 1 << 22)  # of 2 ** (exponent - 127)
@@ -385,15 +386,35 @@ def quantize_4bit(
         raise ValueError(
             f"weight: expected a matrix [N, K] or a stack [E, N, K], got shape {tuple(weight.shape)}"
         )
+    code = check_quantization(quant_type, blocksize, quant_storage, weight.device)
+    packed, absmax = packed_and_absmax(weight, code, blocksize, weight.shape)
+    args = weight.shape, weight.dtype, quant_type, blocksize
+    return finished(packed, absmax, code, *args, double_quant, quant_storage)
+
+
+def check_quantization(
+    quant_type: str, blocksize: int, quant_storage: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """The code of ``quant_type``. Raises ValueError for settings that nothing can be quantized with."""
     check_blocksize(blocksize)
     if quant_storage not in STORAGE_DTYPES:
         raise ValueError(f"quant_storage: expected one of {STORAGE_DTYPES}, got {quant_storage}")
     check_quant_type(quant_type)
-    code = code_of(quant_type, weight.device)
-    weight = weight.detach()
-    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
-    if not weight.is_meta:
-        _check_finite(weight, absmax, blocksize)
+    return code_of(quant_type, device)
+
+
+def finished(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    code: torch.Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    quant_type: str,
+    blocksize: int,
+    double_quant: bool,
+    quant_storage: torch.dtype,
+) -> Weight4bit:
+    """The weight of packed bytes and float32 absmax, which are double-quantized where that is wanted."""
     if quant_storage.itemsize > 1:
         flat = torch.nn.functional.pad(
             packed.flatten(), (0, -packed.numel() % quant_storage.itemsize)
@@ -401,29 +422,59 @@ def quantize_4bit(
         packed = flat.view(quant_storage)[:, None]
     nested = {}
     if double_quant:
-        nested_code = dynamic_code(weight.device)
+        nested_code = dynamic_code(absmax.device)
         absmax, nested_absmax, offset = ops.double_quantize(absmax, nested_code)
         nested = {
             "nested_absmax": nested_absmax,
             "nested_code": nested_code,
             "nested_offset": offset,
         }
-    return Weight4bit(
-        packed, absmax, code, weight.shape, weight.dtype, quant_type, blocksize, **nested
-    )
+    return Weight4bit(packed, absmax, code, shape, dtype, quant_type, blocksize, **nested)
 
 
-def _check_finite(weight: torch.Tensor, absmax: torch.Tensor, blocksize: int) -> None:
+def packed_and_absmax(
+    weight: torch.Tensor, code: torch.Tensor, blocksize: int, shape: torch.Size, before: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bytes of ``weight``: elements of a tensor of ``shape``, from the one on that ``before`` others precede.
+
+    Raises ValueError for a NaN or infinity, naming its index in the whole.
+    """
+    weight = weight.detach()
+    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
+    if not weight.is_meta:
+        _check_finite(weight, absmax, blocksize, shape, before)
+    return packed, absmax
+
+
+def _check_finite(
+    weight: torch.Tensor, absmax: torch.Tensor, blocksize: int, shape: torch.Size, before: int
+) -> None:
     """The quantizer carries a NaN or infinity of a block into its absmax, so only the absmax need be read."""
     bad = (~torch.isfinite(absmax)).nonzero()
     if bad.numel():
         start = int(bad[0]) * blocksize
         block = weight.flatten()[start : start + blocksize]
-        flat = start + int((~torch.isfinite(block)).nonzero()[0])
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), weight.shape))
+        inside = int((~torch.isfinite(block)).nonzero()[0])
+        flat = torch.tensor(before + start + inside)
+        index = tuple(int(i) for i in torch.unravel_index(flat, shape))
         raise ValueError(
-            f"weight: expected finite values, got {float(weight[index])} at index {index}"
+            f"weight: expected finite values, got {float(block[inside])} at index {index}"
         )
+
+
+def _check_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> None:
+    """That every value is finite in float32. Only blocks under the largest scales have others."""
+    if bool((scales == 255).any()):
+        raise ValueError("scales: expected exponents up to 254, got 255, which stands for NaN")
+    for exponent, least in (
+        (253, 6),
+        (254, 4),
+    ):  # the magnitude from which on 2 ** 128 is reached: 4 and 2
+        found = blocks[scales == exponent]
+        if bool((((found & 7) >= least) | ((found >> 4 & 7) >= least)).any()):
+            raise ValueError(
+                f"scales: expected values below 2 ** 128, got larger ones under the exponent {exponent}"
+            )
 
 
 # -- slices --------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from .dense_layers import (
     stacks,
     warning_of_stacks,
 )
-from .experts import Experts4bit, no_dropout, stacked_parameters
+from .experts import Experts4bit, no_dropout, stack_names
+from .formats import quantize_4bit
 from .named_adapters import NamedAdapters
 from .nn import Linear4bit, LoRALinear4bit
 from .schema import FLOAT_DTYPES
@@ -40,7 +41,7 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 _MIB = 2**20
-_UNTARGETED = "not in target_modules"
+_UNTARGETED, _ALREADY = "not in target_modules", "in 4 bits already"
 DEFAULT_EXCLUDED = ("lm_head",)
 
 
@@ -211,7 +212,7 @@ def replace_linear(
 
     replaced = []
     for names in tqdm(groups, desc="Quantizing", unit="layer", disable=not progress):
-        if stacked_parameters(model.get_submodule(names[0])):
+        if stack_names(model.get_submodule(names[0])):
             replaced += _replace_experts(model, names, quant, adapter, adapted)
         else:
             replaced.append(_replace_one(model, names, cls, arguments))
@@ -290,44 +291,86 @@ def _replace_one(model: nn.Module, names: list[str], cls: type, arguments: dict)
 def _adapted_stacks(model, groups, target_parameters, r: int, lora_dropout: float) -> set[str]:
     """The paths of the stacks whose experts get adapters."""
     wanted = read_parameters(target_parameters)
-    stacks = [
-        f"{name}.{key}"
-        for name, *_ in groups
-        for key in stacked_parameters(model.get_submodule(name))
-    ]
+    experts = {name: model.get_submodule(name) for name, *_ in groups}
+    stacks = {
+        _path(name, key): (module, key)
+        for name, module in experts.items()
+        for key in stack_names(module)
+    }
     check_all_match("target_parameters", wanted, stacks, "stack of experts", stacks)
     if wanted and r == 0:
         raise ValueError("target_parameters: expected r > 0 for adapters, got r = 0")
     if wanted and lora_dropout:
         raise ValueError(no_dropout(lora_dropout))
-    return {path for path in stacks if any(is_end(path, name) for name in wanted)}
+    adapted = {path for path in stacks if any(is_end(path, name) for name in wanted)}
+    for path in adapted:
+        module, key = stacks[path]
+        if isinstance(module, Experts4bit) and module.stacks[key].r:
+            raise ValueError(
+                f"target_parameters: {path} has adapters already; add_adapter adds another"
+            )
+    return adapted
+
+
+def _path(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
 
 
 def _replace_experts(
     model: nn.Module, names: list[str], quant: dict, adapter: dict, adapted: set[str]
 ) -> list[ReplacedLayer]:
-    """A line for each stack; what it weighed before includes its bias."""
-    old, found = model.get_submodule(names[0]), []
-    try:
-        new = Experts4bit.from_experts(old, **quant)
-    except ValueError as error:
-        raise ValueError(f"{names[0]}: {error}") from error
-    for key, stack in new.stacks.items():
-        dense, bias = old._parameters[key], old._parameters.get(f"{key}_bias")
-        biases = 0 if bias is None else bias.numel() * bias.element_size()
-        before, after = dense.numel() * dense.element_size() + biases, _nbytes(stack) + biases
-        path = f"{names[0]}.{key}" if names[0] else key
+    """A line for each stack; what it weighs includes its bias."""
+    experts = model.get_submodule(names[0])
+    lines, before = [], {key: _stack_nbytes(experts, key) for key in stack_names(experts)}
+    if not isinstance(experts, Experts4bit):  # which keeps its bytes
+        experts = _quantize_experts(model, names, quant)
+    for key, stack in experts.stacks.items():
+        after, path = _stack_nbytes(experts, key), _path(names[0], key)
         if path in adapted:
             settings = {k: v for k, v in adapter.items() if k != "adapter_name"}
             stack.add_adapter(adapter["adapter_name"], **settings)
-        elif adapter["r"] > 0:
+        elif adapter["r"] > 0 and not stack.r:
             stack.set_adapter(adapter["adapter_name"])
-        sizes = [p.numel() * p.element_size() for p in _adapter_parameters(stack)]
-        found.append(ReplacedLayer(path, tuple(dense.shape), before, after, sum(sizes)))
+        size = sum(p.numel() * p.element_size() for p in _adapter_parameters(stack))
+        shape = tuple(stack.weight4bit.shape)
+        lines.append(ReplacedLayer(path, shape, before[key], after, size))
+    return lines
+
+
+def _quantize_experts(model: nn.Module, names: list[str], quant: dict) -> Experts4bit:
+    """Each dense stack is dropped as soon as it is in 4 bits."""
+    old, stacks = model.get_submodule(names[0]), {}
+    keys = stack_names(old)
+    try:
+        for key in keys:  # nothing is dropped of experts that cannot be quantized
+            if not _all_finite(old._parameters[key]):
+                quantize_4bit(old._parameters[key], **quant)  # says where
+    except ValueError as error:
+        raise ValueError(f"{names[0]}: {error}") from error
+    for key in keys:
+        stacks[key] = quantize_4bit(old._parameters[key], **quant)
+        del old._parameters[key]
+    new = Experts4bit.from_weights(old, stacks)
     move_accelerates_hook(old, new)
     for name in names:
         model.set_submodule(name, new)
-    return found
+    return new
+
+
+def _all_finite(parameter: nn.Parameter) -> bool:
+    """Without a temporary of its size."""
+    return parameter.is_meta or all(bool(x.isfinite()) for x in parameter.detach().aminmax())
+
+
+def _stack_nbytes(experts: nn.Module, key: str) -> int:
+    """Of a dense or 4-bit stack without its adapters, and of its bias."""
+    stack = experts.stacks[key] if isinstance(experts, Experts4bit) else experts._parameters[key]
+    bias = experts._parameters.get(f"{key}_bias")
+    size = 0 if bias is None else bias.numel() * bias.element_size()
+    if isinstance(stack, nn.Parameter):
+        return size + stack.numel() * stack.element_size()
+    adapters = sum(p.numel() * p.element_size() for p in _adapter_parameters(stack))
+    return size + _nbytes(stack) - adapters
 
 
 def move_accelerates_hook(old: nn.Module, new: nn.Module) -> None:
@@ -378,7 +421,7 @@ def _why_wrapped(wrapper: nn.Module, r: int) -> str | None:
 
 
 def _unique_modules(model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, list[str]]]:
-    """The modules but for parts of LoRALinear4bit, and all the names that each goes by."""
+    """The modules but for parts of LoRALinear4bit and Experts4bit, and all the names that each goes by."""
     modules: dict[int, nn.Module] = {}
     names_of: dict[int, list[str]] = {}
     inside: set[int] = set()
@@ -389,6 +432,8 @@ def _unique_modules(model: nn.Module) -> tuple[dict[int, nn.Module], dict[int, l
         names_of.setdefault(id(module), []).append(name)
         if isinstance(module, LoRALinear4bit):
             inside |= {id(part) for part in module.modules()} - {id(module)}
+        if isinstance(module, Experts4bit):
+            inside |= {id(part) for stack in module.stacks.values() for part in stack.modules()}
     return modules, names_of
 
 
@@ -409,10 +454,10 @@ def _plan(
 
     named = {key: _without_base(names) for key, names in names_of.items()}
     for key, module in modules.items():  # who writes "experts.down_proj" means those experts
-        named[key] += [f"{n}.{p}" for n in named[key] for p in stacked_parameters(module)]
+        named[key] += [_path(n, p) for n in named[key] for p in stack_names(module)]
 
     def is_layer(module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) or bool(stacked_parameters(module))
+        return isinstance(module, nn.Linear) or bool(stack_names(module))
 
     linears = [n for key, m in modules.items() if is_layer(m) for n in named[key]]
     if not everything:
@@ -426,7 +471,7 @@ def _plan(
     for key, module in modules.items():
         names = names_of[key]
         known = named[key]
-        experts = bool(stacked_parameters(module))
+        experts = bool(stack_names(module))
         why = (rule.why_experts if experts else rule.why)(names[0], module)
         if why == PART:
             continue
@@ -435,11 +480,12 @@ def _plan(
         elif any(matches(name, excluded) for name in known):
             why = "in exclude_modules"
         elif experts:
-            pass
+            if why is None and r == 0 and isinstance(module, Experts4bit):
+                why = _ALREADY
         elif type(module) not in rule.linear and not (module._parameters or module._buffers):
             why = ""  # a container
         elif why is None and type(module) is Linear4bit and r == 0:
-            why = "in 4 bits already"
+            why = _ALREADY
         elif why is None and (wrapper := _wrapper(model, names[0])) is not None:
             why = _why_wrapped(wrapper, r)
         if why:

@@ -23,6 +23,7 @@ bnb = pytest.importorskip("bitsandbytes", reason="what is compared with")
 safetensors = pytest.importorskip("safetensors.torch")
 
 import markdown_blocks  # noqa: E402
+import tiny_experts  # noqa: E402
 import tiny_models  # noqa: E402
 from lowrank_kernels.interop import transformers_load  # noqa: E402
 from tiny_models import MODELS, auto, files, layers, load, logits, save  # noqa: E402
@@ -267,9 +268,9 @@ def test_a_field_of_another_version():
 def test_the_page(dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load(dense("llama"), config=lk.LowRankConfig(save_as="bitsandbytes")).save_pretrained("theirs")
-    names = markdown_blocks.run(
-        "docs/transformers.md", {"path": dense("llama"), "bnb_path": "theirs"}
-    )
+    tiny_experts.save_gpt_oss(tmp_path / "gpt-oss")
+    paths = {"path": dense("llama"), "bnb_path": "theirs", "gpt_oss_path": tmp_path / "gpt-oss"}
+    names = markdown_blocks.run("docs/transformers.md", paths)
     assert len(layers(names["model"])) == 14
     assert files(tmp_path / "out") == files(tmp_path / "theirs")
 
@@ -340,7 +341,8 @@ def test_the_oldest_version():
         "PYTHONPATH": os.pathsep.join([OLDEST, str(HERE.parent)]),
         "LOWRANK_TRANSFORMERS_OLDEST": "",
     }
-    names = [path.name for path in HERE.glob("test_transformers*.py")]
+    kinds = "test_transformers*.py", "test_experts*.py"
+    names = [path.name for kind in kinds for path in sorted(HERE.glob(kind))]
     command = [
         sys.executable,
         "-m",

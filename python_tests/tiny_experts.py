@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import pathlib
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lowrank_kernels as lk
 
@@ -99,3 +102,40 @@ def stacks(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 def logits(model: torch.nn.Module, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     return model(input_ids=tokens, use_cache=False).logits
+
+
+def mxfp4(
+    E: int, N: int, K: int, low: int = 110, high: int = 130
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random blocks and scales of a stack."""
+    g = torch.Generator().manual_seed(E * N + K)
+    blocks = torch.randint(0, 256, (E, N, K // 32, 16), dtype=torch.uint8, generator=g)
+    return blocks, torch.randint(low, high, (E, N, K // 32), dtype=torch.uint8, generator=g)
+
+
+def mxfp4_by_transformers(
+    blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """[E, K, N], as GPT-OSS's class has it."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=dtype)
+
+
+def save_gpt_oss(folder: pathlib.Path) -> torch.nn.Module:
+    """A GPT-OSS as it is published, its experts in MXFP4; its twin, dequantized by transformers to float32."""
+    dense("gpt_oss").save_pretrained(folder)
+    path = folder / "model.safetensors"
+    tensors, twin = load_file(path), dense("gpt_oss")
+    for key in [k for k in tensors if k.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, K, N = tensors.pop(key).shape
+        blocks, scales = mxfp4(E, N, K, 120, 126)
+        tensors |= {f"{key}_blocks": blocks, f"{key}_scales": scales}
+        twin.get_parameter(key).data.copy_(mxfp4_by_transformers(blocks, scales, torch.float32))
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "mxfp4", "modules_to_not_convert": ["model.embed_tokens", "lm_head"]
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return twin

@@ -175,6 +175,16 @@ class Source:
                     yield entry, file.get_tensor(entry.key)
             start = stop
 
+    def matrices(self, entry: Entry) -> Iterator[torch.Tensor]:
+        """The matrices of a stack, one at a time."""
+        count = entry.shape[0]
+        step = max(1, _REOPEN_BYTES * count // max(1, entry.nbytes))
+        for start in range(0, count, step):
+            with self._opened(entry.file) as file:
+                part = file.get_slice(entry.key)
+                for number in range(start, min(start + step, count)):
+                    yield part[number]
+
     def fingerprint(self) -> list:
         """What tells that the files are still the same: names, sizes and times of change."""
         stats = [(name, (self.folder / name).stat()) for name in ["config.json", *self.files]]

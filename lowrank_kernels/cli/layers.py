@@ -16,16 +16,18 @@ from ..dense_layers import DenseLayers, SkippedLayer
 from ..replace import DEFAULT_EXCLUDED
 from ..schema import FLOAT_DTYPES
 from ..targets import check_all_match, matches
-from . import UserError, models
+from . import UserError, models, stacks
 from .checkpoint import Entry, Source
 
 _COUNTS = re.compile(r"(layers?|blocks?|experts?|stages?|heads?|labels?|groups?|depths?|states?)$")
-_CONVERTED = "converted when it is loaded"
+_UNTARGETED, _EXCLUDED = _ASKED = ("not in --target-modules", "in --exclude")
 
 
 @dataclasses.dataclass
 class Plan:
     """``quantized``: key of a weight -> name of its layer; ``skipped``: linear layers left as they are, and why.
+
+    ``stacks``: key of a tensor -> the stack of experts that it is a part of.
 
     ``dense``: the names that keep transformers from making them 4-bit; ``uncast``: keys that stay float32.
     """
@@ -34,6 +36,7 @@ class Plan:
     skipped: list[SkippedLayer]
     dense: list[str]
     uncast: set[str]
+    stacks: dict[str, stacks.Stack] = dataclasses.field(default_factory=dict)
     warning: str | None = None
 
 
@@ -144,13 +147,49 @@ def _kept_in_float32(model: nn.Module) -> list[str]:
     )
 
 
+@dataclasses.dataclass
+class _Reasons:
+    """Why layers and experts stay dense; None for those that need not."""
+
+    model: nn.Module
+    entries: Mapping[str, Entry]
+    plain: Mapping[str, str]
+    converted: Mapping[str, str]
+    targets: str | list[str] | None
+    excluded: list[str]
+
+    def __post_init__(self):
+        self.rule = DenseLayers(self.model, (nn.Linear,))
+
+    def _asked(self, *names: str) -> str | None:
+        if self.targets is not None and not any(matches(name, self.targets) for name in names):
+            return _UNTARGETED
+        return _EXCLUDED if any(matches(name, self.excluded) for name in names) else None
+
+    def layer(self, name: str, module: nn.Module) -> str | None:
+        weight = f"{name}.weight"
+        if type(module) is not nn.Linear:
+            return f"of type {type(module).__name__}"
+        if (why := self._asked(name) or self.rule.why(name, module)) is not None:
+            return why
+        if weight not in self.plain:
+            return stacks.CONVERTED if weight in self.converted.values() else stacks.MISSING
+        dtype = self.entries[self.plain[weight]].dtype
+        return None if dtype in FLOAT_DTYPES else stacks.stored_as(dtype)
+
+    def experts(self, path: str, found: dict[str, stacks.Stack | str]) -> str | None:
+        why = self._asked(path, *found)
+        why = why or self.rule.why_experts(path, self.model.get_submodule(path))
+        return why or next((w for w in found.values() if isinstance(w, str)), None)
+
+
 def plan(
     model: nn.Module,
     entries: Mapping[str, Entry],
     targets: str | list[str] | None,
     excluded: list[str],
 ) -> Plan:
-    """What :func:`quantize <.quantize.run>` does with each linear layer. ``targets`` None: all of them.
+    """What :func:`quantize <.quantize.run>` does with each linear layer, and with experts. ``targets`` None: all.
 
     Raises UserError if the tensors are not those of the model, a target matches nothing, or nothing is left.
     """
@@ -163,50 +202,36 @@ def plan(
             raise UserError(
                 f"{key}: expected shape {tuple(sizes[name].shape)} by config.json, got {entries[key].shape}"
             )
-    rule = DenseLayers(model, (nn.Linear,))
-    fp32 = _kept_in_float32(model)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
+    experts = stacks.find(model, entries, plain, converted)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    known = [*layers, *experts, *(name for found in experts.values() for name in found)]
     try:
-        check_all_match("--target-modules", targets or [], layers, "linear layer")
+        check_all_match("--target-modules", targets or [], known, "linear layer")
         silent = excluded if tuple(excluded) == DEFAULT_EXCLUDED else ()
-        check_all_match("--exclude", excluded, layers, "linear layer", silent=silent)
+        check_all_match("--exclude", excluded, known, "linear layer", silent=silent)
     except ValueError as error:
         raise UserError(str(error)) from None
 
-    def reason(name: str, module: nn.Module) -> str | None:
-        """Why a layer stays dense; None if it need not."""
-        weight = f"{name}.weight"
-        if type(module) is not nn.Linear:
-            return f"of type {type(module).__name__}"
-        if targets is not None and not matches(name, targets):
-            return "not in --target-modules"
-        if matches(name, excluded):
-            return "in --exclude"
-        if (why := rule.why(name, module)) is not None:
-            return why
-        if weight not in plain:
-            made = weight in converted.values()
-            return _CONVERTED if made else "not in the checkpoint"
-        if entries[plain[weight]].dtype not in FLOAT_DTYPES:
-            return f"stored as {str(entries[plain[weight]].dtype).removeprefix('torch.')}"
-        return None
-
-    reasons = {name: reason(name, module) for name, module in layers.items()}
-    _heed_loader(reasons, fp32)
-    quantized = {plain[f"{name}.weight"]: name for name, why in reasons.items() if why is None}
-    skipped = [SkippedLayer(name, why) for name, why in reasons.items() if why is not None]
-    others = list(_other_tensors(entries, plain, converted, layers))
-    skipped += [SkippedLayer(key.removesuffix(".weight"), why) for key, why in others]
-    if not quantized:
+    why = _Reasons(model, entries, plain, converted, targets, excluded)
+    reasons = {name: why.layer(name, module) for name, module in layers.items()}
+    reasons |= {path: why.experts(path, found) for path, found in experts.items()}
+    _heed_loader(reasons, _kept_in_float32(model))
+    quantized = {plain[f"{n}.weight"]: n for n in layers if reasons[n] is None}
+    taken = stacks.by_key(found for path, found in experts.items() if reasons[path] is None)
+    asked = stacks.by_key(found for path, found in experts.items() if reasons[path] in _ASKED)
+    others = [  # experts that someone wants dense are named by their module
+        (key, reason)
+        for key, reason in _other_tensors(entries, plain, converted, layers)
+        if key not in taken and key not in asked
+    ]
+    skipped = [SkippedLayer(name, reason) for name, reason in reasons.items() if reason]
+    skipped += [SkippedLayer(key.removesuffix(".weight"), reason) for key, reason in others]
+    if not quantized and not taken:
         few = "; ".join(f"{layer.name}: {layer.reason}" for layer in skipped[:5])
         raise UserError(f"nothing to quantize: {few or 'the model has no linear layer'}")
-    uncast = {key for name, key in plain.items() if rule.keeps_in_float32(name)}
-    warning = _warning(entries, quantized, [key for key, _ in others])
-    return Plan(quantized, skipped, _patterns(reasons), uncast, warning)
+    uncast = {key for name, key in plain.items() if why.rule.keeps_in_float32(name)}
+    warning = _warning(entries, [*quantized, *taken], [key for key, _ in others])
+    return Plan(quantized, skipped, _patterns(reasons), uncast, taken, warning)
 
 
 def _warning(
@@ -233,7 +258,7 @@ def _other_tensors(
     for key, name in converted.items():
         module = name.removesuffix(".weight")
         if len(entries[key].shape) >= 2 and module not in layers:
-            yield key, _CONVERTED
+            yield key, stacks.CONVERTED
     for key in plain.values():
         if len(entries[key].shape) > 2:
             yield key, "not a matrix"

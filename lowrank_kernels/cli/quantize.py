@@ -13,24 +13,28 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from tqdm import tqdm
 
 from .. import __version__, files
-from ..codebooks import BITSANDBYTES_CODES, DTYPES, STORAGES
+from ..codebooks import BLOCKSIZES, DTYPES, STORAGES
 from ..formats import Weight4bit, quantize_4bit
+from ..pieces import quantize_pieces
 from ..quant_state import KEYS
 from ..schema import FLOAT_DTYPES
 from . import UserError, layers
 from .checkpoint import INDEX, SINGLE, Entry, Source, Writer, read_json
+from .quantize_config import config_of
 from .quantize_report import MIB, QuantizedLayer, Report
+from .stacks import Stack
 
 STATE = ".quantize.json"  # in the partial folder: options, source, finished shards
 _BLOB_BYTES = 512  # room for a quant state's JSON, in sizes that are told beforehand
@@ -50,21 +54,28 @@ class Options:
     max_shard_size: int
     errors: bool
 
-    def weight(self, tensor: torch.Tensor) -> Weight4bit:
+    @property
+    def quant(self) -> tuple:
+        """The arguments of quantize_4bit after the weight."""
         storage = STORAGES[self.quant_storage]
-        return quantize_4bit(tensor, self.quant_type, self.blocksize, self.double_quant, storage)
+        return self.quant_type, self.blocksize, self.double_quant, storage
 
     def stored(self, entry: Entry, plan: layers.Plan) -> torch.dtype:
         """The dtype that a tensor has before it is quantized, or in the result."""
         casts = self.dtype and entry.dtype in FLOAT_DTYPES and entry.key not in plan.uncast
         return DTYPES[self.dtype] if casts else entry.dtype
 
-    def nbytes(self, entry: Entry, plan: layers.Plan) -> int:
+    def nbytes(self, unit: Entry | Stack, plan: layers.Plan) -> int:
         """Bytes in the result, nearly."""
-        if entry.key not in plan.quantized:
-            return torch.Size(entry.shape).numel() * self.stored(entry, plan).itemsize
-        shape = torch.empty(entry.shape, dtype=self.stored(entry, plan), device="meta")
-        return self.weight(shape).nbytes + _BLOB_BYTES
+        dtype = self.stored(_first(unit), plan)
+        if isinstance(unit, Entry) and unit.key not in plan.quantized:
+            return torch.Size(unit.shape).numel() * dtype.itemsize
+        shape = torch.empty(unit.shape, dtype=dtype, device="meta")
+        return quantize_4bit(shape, *self.quant).nbytes + _BLOB_BYTES
+
+
+def _first(unit: Entry | Stack) -> Entry:
+    return unit.entries[0] if isinstance(unit, Stack) else unit
 
 
 def run(args: argparse.Namespace) -> int:
@@ -183,16 +194,17 @@ class _Run:
             "shards": {},
         }
 
-    def _split(self) -> dict[str, list[Entry]]:
-        """The tensors of each shard of the result, in the source's order."""
-        shards: list[list[Entry]] = [[]]
+    def _split(self) -> dict[str, list[Entry | Stack]]:
+        """What each shard of the result holds, in the source's order; a stack is where its first part was."""
+        shards: list[list[Entry | Stack]] = [[]]
         size = 0
-        for entry in self.source.entries.values():
-            nbytes = self.options.nbytes(entry, self.plan)
+        units = (self.plan.stacks.get(e.key, e) for e in self.source.entries.values())
+        for unit in {unit.key: unit for unit in units}.values():
+            nbytes = self.options.nbytes(unit, self.plan)
             if shards[-1] and size + nbytes > self.options.max_shard_size:
                 shards.append([])
                 size = 0
-            shards[-1].append(entry)
+            shards[-1].append(unit)
             size += nbytes
         if len(shards) == 1:
             return {SINGLE: shards[0]}
@@ -203,8 +215,8 @@ class _Run:
         }
 
     def check_space(self) -> None:
-        entries = itertools.chain(*self.names.values())
-        needed = sum(self.options.nbytes(entry, self.plan) for entry in entries)
+        units = itertools.chain(*self.names.values())
+        needed = sum(self.options.nbytes(unit, self.plan) for unit in units)
         there = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
         free = shutil.disk_usage(self.folder.parent).free
         if needed - there > free:
@@ -253,34 +265,31 @@ class _Run:
             total=total, desc="Quantizing", unit="B", unit_scale=True, disable=self.quiet or None
         )
         with bar:
-            for name, entries in self.names.items():
+            for name, units in self.names.items():
                 if name in self.state["shards"]:
-                    bar.update(sum(entry.nbytes for entry in entries))
+                    bar.update(sum(unit.nbytes for unit in units))
                     continue
-                self._write_shard(name, entries, bar)
+                self._write_shard(name, units, bar)
         rows = [row for name in self.names for row in self.state["shards"][name]["layers"]]
         return [QuantizedLayer(**row | {"shape": tuple(row["shape"])}) for row in rows]
 
-    def _write_shard(self, name: str, entries: list[Entry], bar: tqdm) -> None:
+    def _write_shard(self, name: str, units: list[Entry | Stack], bar: tqdm) -> None:
         rows, keys = [], []
-        room = [e.key for e in entries]
+        room = [unit.key for unit in units]
         # A quantized weight becomes up to six tensors.
-        room += [f"{e.key}.{max(KEYS, key=len)}" for e in entries for _ in range(5)]
+        room += [f"{unit.key}.{max(KEYS, key=len)}" for unit in units for _ in range(5)]
         with files.written(self.folder / name) as file:
             writer = Writer(file, room)
-            for entry, tensor in self.source.tensors(entries):
-                bar.set_postfix_str(entry.key[-40:], refresh=False)
-                tensor = tensor.to(self.options.stored(entry, self.plan))
-                if entry.key not in self.plan.quantized:
-                    writer.add(entry.key, tensor)
-                    keys.append(entry.key)
-                else:
-                    weight, row = self._quantize(entry, tensor)
-                    rows.append(row)
-                    for key, part in weight.to_bitsandbytes(entry.key).items():
-                        writer.add(key, part)
-                        keys.append(key)
-                bar.update(entry.nbytes)
+            for unit, found in self._results(units, bar):
+                if isinstance(found, torch.Tensor):
+                    writer.add(unit.key, found)
+                    keys.append(unit.key)
+                    continue
+                weight, row = found
+                rows.append(row)
+                for key, part in weight.to_bitsandbytes(unit.key).items():
+                    writer.add(key, part)
+                    keys.append(key)
             writer.finish()
         self.state["shards"][name] = {
             "bytes": (self.folder / name).stat().st_size,
@@ -290,26 +299,59 @@ class _Run:
         }
         files.write_json(self.state, self.folder / STATE)
 
+    def _results(self, units: list[Entry | Stack], bar: tqdm) -> Iterator[tuple]:
+        """Each of ``units`` with the tensor that it stays, or its 4-bit weight and the row of that in the report."""
+        for stacked, run in itertools.groupby(units, lambda unit: isinstance(unit, Stack)):
+            if stacked:
+                for stack in run:
+                    bar.set_postfix_str(stack.name[-40:], refresh=False)
+                    yield stack, self._quantize_stack(stack, bar)
+                continue
+            for entry, tensor in self.source.tensors(list(run)):
+                bar.set_postfix_str(entry.key[-40:], refresh=False)
+                tensor = tensor.to(self.options.stored(entry, self.plan))
+                if entry.key in self.plan.quantized:
+                    yield entry, self._quantize(entry, tensor)
+                else:
+                    yield entry, tensor
+                bar.update(entry.nbytes)
+
     def _quantize(self, entry: Entry, tensor: torch.Tensor) -> tuple[Weight4bit, QuantizedLayer]:
         try:
-            weight = self.options.weight(tensor)
+            weight = quantize_4bit(tensor, *self.options.quant)
         except ValueError as error:
             raise UserError(f"{self.source.folder / entry.file}: {entry.key}: {error}") from None
         error = None
         if self.options.errors:
-            exact = tensor.float()
-            norm = float(exact.norm())
-            error = float((weight.dequantize(torch.float32) - exact).norm()) / norm if norm else 0.0
-        size = sum(t.numel() * t.element_size() for t in weight.to_bitsandbytes().values())
-        row = QuantizedLayer(
-            name=self.plan.quantized[entry.key],
-            shape=tuple(entry.shape),
-            bytes_before=entry.nbytes,
-            bytes_after=size,
+            error = _error([tensor], [weight.dequantize(torch.float32)])
+        return weight, self._row(self.plan.quantized[entry.key], entry, weight, error)
+
+    def _quantize_stack(self, stack: Stack, bar: tqdm) -> tuple[Weight4bit, QuantizedLayer]:
+        """Expert by expert: of the dense stack one is in memory, of the 4-bit one all."""
+        first = stack.entries[0]
+        dtype = self.options.stored(first, self.plan)
+        try:
+            pieces = stack.pieces(self.source, dtype, bar.update)
+            weight = quantize_pieces(pieces, stack.shape, dtype, *self.options.quant)
+        except ValueError as error:
+            raise UserError(f"{self.source.folder / first.file}: {stack.name}: {error}") from None
+        error = None
+        if self.options.errors:
+            again = stack.pieces(self.source, dtype, lambda _: None)
+            error = _error(again, _experts(weight))
+        return weight, self._row(stack.name, stack, weight, error)
+
+    def _row(self, name: str, unit: Entry | Stack, weight: Weight4bit, error) -> QuantizedLayer:
+        return QuantizedLayer(
+            name=name,
+            shape=tuple(unit.shape),
+            bytes_before=unit.nbytes,
+            bytes_after=sum(
+                t.numel() * t.element_size() for t in weight.to_bitsandbytes().values()
+            ),
             bits_per_weight=weight.bits_per_weight,
             error=error,
         )
-        return weight, row
 
     def finish(self) -> None:
         """The index, config.json, and the small files of the source."""
@@ -324,43 +366,24 @@ class _Run:
             target.parent.mkdir(parents=True, exist_ok=True)
             with files.written(target) as file, open(path, "rb") as original:
                 shutil.copyfileobj(original, file)
-        files.write_json(self._config(), self.folder / "config.json")
+        files.write_json(
+            config_of(self.source, self.plan, self.options), self.folder / "config.json"
+        )
 
-    def _config(self) -> dict:
-        """The source's config.json with what BitsAndBytesConfig writes, or LowRankConfig for a code of ours alone."""
-        config = dict(self.source.config)
-        field = "torch_dtype" if "torch_dtype" in config else "dtype"
-        if self.options.dtype:
-            config[field] = self.options.dtype
-        first = next(iter(self.plan.quantized))
-        stored = self.options.stored(self.source.entries[first], self.plan)
-        compute = config.get(field)
-        if self.options.quant_type not in BITSANDBYTES_CODES:
-            config["quantization_config"] = {
-                "quant_method": "lowrank_kernels",
-                "quant_type": self.options.quant_type,
-                "blocksize": self.options.blocksize,
-                "double_quant": self.options.double_quant,
-                "quant_storage": self.options.quant_storage,
-                "skip_modules": self.plan.dense,
-                "save_as": "lowrank_kernels",
-            }
-            return config
-        config["quantization_config"] = {  # it has no blocksize: quant states do
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
-            "bnb_4bit_compute_dtype": compute
-            if isinstance(compute, str) and compute in DTYPES
-            else str(stored).removeprefix("torch."),
-            "bnb_4bit_quant_storage": self.options.quant_storage,
-            "bnb_4bit_quant_type": self.options.quant_type,
-            "bnb_4bit_use_double_quant": self.options.double_quant,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": self.plan.dense,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "quant_method": "bitsandbytes",
-        }
-        return config
+
+def _error(exact: Iterable[torch.Tensor], found: Iterable[torch.Tensor]) -> float:
+    """|W - W4| / |W|, of matrices that come one after the other."""
+    difference = norm = 0.0
+    for a, b in zip(exact, found):
+        a = a.float()
+        difference += float((b - a).norm()) ** 2
+        norm += float(a.norm()) ** 2
+    return math.sqrt(difference / norm) if norm else 0.0
+
+
+def _experts(weight: Weight4bit) -> Iterable[torch.Tensor]:
+    """The matrices of a stack, dense: one at a time, but where blocks cross from one to the next."""
+    E, N, K = weight.shape
+    if N * K % BLOCKSIZES[0]:
+        return weight.dequantize(torch.float32)
+    return (weight.narrow(0, e, 1).dequantize(torch.float32)[0] for e in range(E))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 from collections.abc import Iterator
 
@@ -15,10 +16,13 @@ MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedLayer:
-    """One row of the report. ``error``: |W - W4| / |W| in the Frobenius norm, where it was asked for."""
+    """One row of the report: a layer, or a stack of experts.
+
+    ``error``: |W - W4| / |W| in the Frobenius norm, where it was asked for.
+    """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
     bits_per_weight: float
@@ -69,10 +73,10 @@ def _table(rows: list[QuantizedLayer]) -> str:
     head = ("quantized", "shape", "before MiB", "after MiB", "bits/weight")
     lines = [(*head, *(["error"] if with_errors else []))]
     for row in rows:
-        shape = f"{row.shape[0]} x {row.shape[1]}"
+        shape = " x ".join(map(str, row.shape))
         sizes = row.bytes_before, row.bytes_after, row.bits_per_weight
         lines.append(cells(row.name, shape, *sizes, row.error))
-    elements = [row.shape[0] * row.shape[1] for row in rows]
+    elements = [math.prod(row.shape) for row in rows]
 
     def mean(values: list[float]) -> float:
         return sum(n * v for n, v in zip(elements, values)) / max(1, sum(elements))

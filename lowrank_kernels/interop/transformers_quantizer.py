@@ -133,6 +133,10 @@ class LowRankQuantizer(HfQuantizer):
             for name in self.targets:
                 module = model.get_submodule(name)
                 module.weight = nn.Parameter(module.weight.to(storage), requires_grad=False)
+            for name in self.stacks:
+                path, _, key = name.rpartition(".")
+                stack = nn.Parameter(model.get_parameter(name).to(storage), requires_grad=False)
+                model.get_submodule(path)._parameters[key] = stack
 
     def _take_experts(self, name, module, keys, rule, patterns, skipped) -> None:
         """The stacks of a module of experts that become 4 bits, or why not."""
@@ -140,7 +144,7 @@ class LowRankQuantizer(HfQuantizer):
         names = [f"{name}.{key}" for key in keys]
         if why is None and any(_skips(patterns, e, n) for e in skipped for n in (name, *names)):
             why = "in skip_modules"
-        if why is None and self.quantization_config.save_as == "bitsandbytes":
+        if why is None and not self.pre_quantized and self.quantization_config.save_as != METHOD:
             why = "transformers reads no experts in bitsandbytes' 4 bits"
         if why is None:
             self.stacks |= dict.fromkeys(names)
@@ -220,7 +224,11 @@ class LowRankQuantizer(HfQuantizer):
                 len(found),
                 next(iter(found)),
             )
-        self.quantization_config.mxfp4 = False  # what is saved is this library's own
+        if (
+            found
+        ):  # so what is saved is this library's own: transformers gives bitsandbytes no experts
+            self.quantization_config.bitsandbytes, self.quantization_config.save_as = None, METHOD
+        self.quantization_config.mxfp4 = False
         self.stacks = dict.fromkeys(self.stacks)  # of which the modules hold the weights now
         return found
 
