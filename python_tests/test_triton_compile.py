@@ -100,6 +100,21 @@ def compile_all(op: str, dtype: torch.dtype, shapes: list[tuple[int, int, int]] 
 def test_compiles_without_spills(op, dtype, target, compiled, tmp_path, record_property):
     one = zlib.crc32(f"{op} {dtype} {target}".encode()) % len(SHAPES)
     compile_all(op, dtype, SHAPES if conftest.FULL else SHAPES[one : one + 1])
+    check_usage(compiled, dtype, tmp_path, record_property)
+
+
+@pytest.mark.skipif(conftest.ON_GPU, reason="LOWRANK_TEST_DEVICE=cuda: the kernels run there")
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("grouped")])
+def test_tiles_of_stacked_experts_compile_without_spills(
+    op, target, compiled, tmp_path, record_property
+):
+    """In float32, where registers are few: few and many rows, of a stack and of a transposed one."""
+    compile_all(op, cases.F32, [(M, 33, 66) for M in (7, 8, 300, 301)])
+    check_usage(compiled, cases.F32, tmp_path, record_property)
+
+
+def check_usage(compiled, dtype, tmp_path, record_property):
     assert compiled
     for kernel, options in compiled.values():
         used = usage(kernel, tmp_path)

@@ -204,9 +204,10 @@ def _product(
         return out
     kind = kind_of(call.weight, w.K, w.blocksize)
     left = pairs(x) if kind == "runs" and not transposed else x
-    few, depth = call.M <= 16 * call.E, 32
-    rows, warps = (16, 4) if few else (32, 4)
-    columns = 64 if few or (kind == "runs" and x.dtype != torch.float32) else 32
+    few, exact = call.M <= 16 * call.E, x.dtype == torch.float32
+    rows, columns = (16, 64) if few else (32, 64 if kind == "runs" and not exact else 32)
+    if exact and kind == "elements":  # more of them do not fit into the registers of a program
+        rows, columns = 16, 32
     if kind == "runs" and transposed:
         columns = min(columns, w.blocksize)
     launch(
@@ -215,7 +216,7 @@ def _product(
         dtype=DTYPES[x.dtype], BASE=kind, TRANSPOSED=transposed, SHIFT=w.blocksize.bit_length() - 1,
         PRECISION=precision_of(x.dtype),
         PRMT=kind == "runs" and not transposed and x.dtype != torch.float32 and on_nvidia(),
-        BM=rows, BJ=columns, BD=depth, num_warps=warps, num_stages=2,
+        BM=rows, BJ=columns, BD=32, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 

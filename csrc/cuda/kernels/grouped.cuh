@@ -36,7 +36,8 @@ struct GroupedProducts {
   float scale = 1.0f;
   Vector bias;  // [E, columns]
   MutMatrix out;
-  // Rows of `out` that an expert has, and the depth is its rows of the batch; 0: the other way round.
+  // Rows of `out` that an expert has, whose rows of the batch are the depth; 0: those rows are of
+  // `out`.
   int64_t out_size = 0;
 };
 
