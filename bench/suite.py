@@ -72,6 +72,8 @@ class Sizes:
                 "experts_training_tokens",
             )
             changes |= dict.fromkeys(names, tuple(tokens))
+        if shapes:  # experts have shapes of their own
+            changes |= {"experts_tokens": (), "experts_training_tokens": ()}
         return dataclasses.replace(self, **changes)
 
     def cases(self, op: str, tokens: tuple[int, ...] | None = None, R: int = 0) -> list[Case]:
