@@ -235,10 +235,14 @@ def test_peft_files_both_ways(tmp_path):
     assert torch.equal(logits(again), expected)
 
 
-def test_all_linear_leaves_the_stacks_alone():
-    model, _ = pair("qwen3_moe")
-    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
-    assert not any("experts" in name and "lora_" in name for name, _ in model.named_parameters())
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_peft_adapts_what_it_does_in_the_dense_model(targets):
+    """A stack is a parameter, whatever the module that holds it is called."""
+    names = []
+    for model in pair("olmoe"):
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets))
+        names.append({name for name, _ in model.named_parameters() if "lora_" in name})
+    assert names[0] == names[1] and names[0]
 
 
 def test_steps_of_training_give_equal_losses():
