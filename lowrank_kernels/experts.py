@@ -199,19 +199,25 @@ class GroupedLinear4bit(NamedAdapters):
         offsets: torch.Tensor,
         bias: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
+        num_tokens: int | None = None,
     ) -> torch.Tensor:
         """``[M, in_features] -> [M, out_features]``, x sorted by expert: see :func:`grouped_lora_linear_4bit`.
 
-        ``tokens``: int64 ``[M]``, the row of the batch that each row of x is of. A plan of an AdapterBank needs them.
+        ``tokens``: int64 ``[M]``, which of the batch's ``num_tokens`` tokens each row of x is of. A plan of an
+        AdapterBank needs both.
         """
         w, name, factors = self.weight4bit, self._active_adapter, self.lent
         under = self.in_force(entries) if (entries := in_force.entries) else None
         if under is not None:
             if self._unmerged is not None:
                 self._require_unmerged("forward under a plan")
-            if tokens is None:
-                raise ValueError("tokens: expected the token of each row under a plan, got None")
-            return multi_grouped(x, w, offsets, bias, self.transposed, tokens, *under)
+            if tokens is None or num_tokens is None:
+                raise ValueError(
+                    "tokens, num_tokens: expected the token of each row and their number under a plan, got None"
+                )
+            plan, pages = under
+            plan = plan.for_tokens(num_tokens)
+            return multi_grouped(x, w, offsets, bias, self.transposed, tokens, plan, pages)
         if self._disabled and self._unmerged is not None:
             w = self._unmerged
         elif not self._disabled and self._unmerged is None and name in self.r:
@@ -433,13 +439,10 @@ def experts_forward(
     offsets = torch.searchsorted(chosen, torch.arange(E, device=chosen.device), right=True).int()
     tokens = order // top_k
     x = hidden_states[tokens]
-    for entry in in_force.entries:
-        if not entry.records and any(id(stack) in entry.pages for stack in experts.stacks.values()):
-            entry.plan.check_rows(hidden_states)
 
     def project(name: str, rows: torch.Tensor) -> torch.Tensor:
         bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        return experts._modules[name](rows, offsets, bias, tokens)
+        return experts._modules[name](rows, offsets, bias, tokens, hidden_states.shape[0])
 
     if experts.has_gate:
         inner = experts._apply_gate(project("gate_up_proj", x))

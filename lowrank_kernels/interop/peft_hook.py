@@ -60,20 +60,23 @@ def _watch_injection(tuners_utils: ModuleType) -> None:
         from .peft_experts import stacks_as_parameters
         from .peft_methods import adopt_layers, check_target
 
-        create = self._create_and_replace
+        create, exists = self._create_and_replace, self._check_target_module_exists
+        # Parameters, not layers: target_parameters is for them.
+        stacks = {n for n, m in model.named_modules() if isinstance(m, GroupedLinear4bit)}
 
         def create_and_replace(peft_config, adapter_name, target, *rest, **more):
-            if isinstance(target, GroupedLinear4bit):
-                return None  # a parameter, not a layer: target_parameters is for it
             check_target(peft_config, target)
             return create(peft_config, adapter_name, target, *rest, **more)
 
         self._create_and_replace = create_and_replace
+        self._check_target_module_exists = lambda config, key: (
+            False if key in stacks else exists(config, key)
+        )
         try:
             with stacks_as_parameters():
                 result = inject(self, model, *args, **kwargs)
         finally:
-            del self._create_and_replace
+            del self._create_and_replace, self._check_target_module_exists
         adopt_layers(model)
         return result
 

@@ -149,13 +149,22 @@ class Plan:
             self._step = self.bank.plan(self.names)
         return self._step
 
-    def check_rows(self, x: torch.Tensor) -> None:
-        """Raises ValueError unless x ``[M, K]`` has the rows of this plan, as experts get them."""
-        if x.shape[0] != self.args.tile_of_row.shape[0]:
-            raise ValueError(
-                f"x: expected {self.tokens} rows, the tokens of the plan, in a layer of experts, got {x.shape[0]}; "
-                "make a plan of just these: bank.plan(names, tokens_per_sequence)"
-            )
+    def for_tokens(self, tokens: int) -> Plan:
+        """The plan for a layer of experts that gets a matrix of so many tokens.
+
+        It is this plan where they are its tokens. One token of each sequence is a decode step only where a layer before
+        has seen that step in its shape: see :meth:`for_shape`.
+
+        Raises ValueError for any other number.
+        """
+        if tokens == self.args.tile_of_row.shape[0]:
+            return self
+        if tokens == len(self.names) and self._step is not None:
+            return self._step
+        raise ValueError(
+            f"x: expected {self.tokens} rows, the tokens of the plan, in a layer of experts, got {tokens}; "
+            "make a plan of just these: bank.plan(names, tokens_per_sequence)"
+        )
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
