@@ -100,7 +100,7 @@ class AdapterBank(PageTable):
     def _pages_of(self, name: str, layer: NamedAdapters) -> ModulePages:
         N, K = layer.out_features, layer.in_features
         if isinstance(layer, GroupedLinear4bit):
-            return StackPages(self, layer.num_experts, N, K)
+            return StackPages(self, layer.num_experts, N, K, self._layers[name])
         return ModulePages(self, N, K, self._layers[name], _is_routed(name))
 
     @classmethod
@@ -122,8 +122,7 @@ class AdapterBank(PageTable):
                 model's own must have it. By default that of the layers' adapters if they have one in common, else
                 float32.
             target_parameters: stacks of experts that adapters may cover too, see :func:`add_adapter`. Each of their
-                pages is as many as there are experts. Their adapters come from files and state dicts, and serve:
-                gradients reach x, not them.
+                pages is as many as there are experts.
 
         Raises ValueError or TypeError naming the argument, also for a model without such layers.
 
@@ -191,8 +190,9 @@ class AdapterBank(PageTable):
             source: a folder in PEFT's format (see :func:`load_adapter`); or a state dict with PEFT's keys,
                 ``[base_model.model.]<module>.lora_A.weight [r, K]`` and ``.lora_B.weight [N, r]``; or None:
                 the model's own adapter ``name``. Its parameters then live in the pages: they are the same objects,
-                for an optimizer too, but views of the pages, B a transposed one, until it is evicted. Under a plan
-                gradients reach those that require some. State dicts, copies and pickles of the model have plain
+                for an optimizer too, but views of the pages, B a transposed one, until it is evicted. Of stacks of
+                experts the pages have copies, which :meth:`using` and changes of the parameters make anew. Under a
+                plan gradients reach those that require some. State dicts, copies and pickles of the model have plain
                 tensors. It needs pages side by side.
             lora_alpha, use_rslora: for a state dict, which does not say; scaling is ``lora_alpha / r``, or
                 ``/ sqrt(r)`` for rsLoRA, and 1 where ``lora_alpha`` is None.
@@ -247,11 +247,6 @@ class AdapterBank(PageTable):
         """The model's own adapter ``name`` by module. Raises unless it can live in this bank."""
         layers = {module: owner.layer for module, owner in self._layers.items()}
         adapters = {m: layer_of(layer, name) for m, layer in layers.items() if name in layer.r}
-        if inside := [m for m in adapters if isinstance(layers[m], GroupedLinear4bit)]:
-            raise RuntimeError(
-                f"name: the model's own adapter {name!r} covers experts ({inside[0]}), which take adapters from files "
-                "and state dicts alone; save it and load the file under another name"
-            )
         if not adapters:
             known = sorted({adapter for layer in layers.values() for adapter in layer.r})
             raise ValueError(
@@ -368,7 +363,7 @@ class AdapterBank(PageTable):
             for owner, pages in zip(self._layers.values(), self._modules.values(), strict=True):
                 for slot in owner.own.keys() & set(plan.slots):
                     check_fused(owner.layer, owner.own[slot][0])
-                pages.parameters(plan)
+                pages.refresh(plan)
             yield plan
 
 

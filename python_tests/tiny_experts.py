@@ -20,6 +20,7 @@ _DEEPSEEK = {
     "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CONFIGS = {
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
         **_SIZES, intermediate_size=128, moe_intermediate_size=64, num_experts=8, num_experts_per_tok=2
@@ -139,3 +140,19 @@ def save_gpt_oss(folder: pathlib.Path) -> torch.nn.Module:
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     return twin
+
+
+def randomize(model, seed=0, words="lora_"):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if words in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def adapted(name, parameters, r=4, adapter="default", seed=0):
+    model = dense(name)
+    lk.replace_linear(
+        model, r=r, lora_alpha=8, adapter_name=adapter, target_parameters=parameters, progress=False
+    )
+    return randomize(model, seed)

@@ -3,6 +3,9 @@
 An adapter has a part for every expert. Page p of a stack is E pages, one for each expert: page ``p E + e`` of A and B,
 so that the ids of pages are the same in all modules of a model. A pair of adapter u and expert e is a slot of its
 own, ``u E + e``, and the rows of a call that share one make tiles, as in :class:`Plan`.
+
+PEFT's A and B of a stack are no views of such pages. Where they are the model's own, the pages hold copies, which are
+made again when the parameters have changed.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ..arguments import PlanArgs, ceil_div
 from ..formats import Weight4bit
@@ -17,7 +21,7 @@ from ..functional import wants_grad
 from ..grouped import grouped_linear_4bit
 from ..schema import ops
 from .functional import _MultiLoRA
-from .pages import ModulePages
+from .pages import ModulePages, Owner
 from .plan import PageTable, Plan
 
 _TILE_ROWS = 16
@@ -29,9 +33,13 @@ class StackPages(ModulePages):
     ``A [pages E, page_rank, K]`` and ``B [pages E, page_rank, N]``; tables by adapter and expert.
     """
 
-    def __init__(self, table: PageTable, experts: int, N: int, K: int) -> None:
+    def __init__(
+        self, table: PageTable, experts: int, N: int, K: int, owner: Owner | None = None
+    ) -> None:
         self.experts = experts
-        super().__init__(table, N, K, parts=experts)
+        super().__init__(table, N, K, owner, parts=experts)
+        self.own: dict[int, range] = {}  # by slot: the pages of the owner's adapters
+        self._copied: dict[int, tuple] = {}  # by slot: which parameters, and their versions
 
     @torch.no_grad()
     def fill(self, pages: Sequence[int], A: torch.Tensor, B: torch.Tensor) -> None:
@@ -45,6 +53,64 @@ class StackPages(ModulePages):
             count = ranks.stop - ranks.start
             self.A[own, :count].copy_(a[:, ranks])
             self.B[own, :count].copy_(b[:, ranks])
+
+    # -- copies of the owner's adapters ------------------------------------------------------------
+
+    def adopt(self, slot: int, first_page: int) -> None:
+        """Has the pages from ``first_page`` on hold the owner's adapter of ``slot``.
+
+        Raises as :meth:`check_fits`.
+        """
+        pages = ceil_div(self.rank(slot), self.table.page_rank)
+        self.own[slot] = range(first_page, first_page + pages)
+        self._copy(slot)
+
+    def release(self, slot: int) -> None:
+        self.own.pop(slot, None)
+        self._copied.pop(slot, None)
+
+    def _copy(self, slot: int) -> tuple[nn.Parameter, nn.Parameter]:
+        A, B = self.owner.adapter(slot)
+        self.check_fits(slot, A, B)
+        self.fill(self.own[slot], A, B)
+        if self._copied.get(slot) != (now := _versions(A, B)):
+            self.moves[slot] = self.moves.get(slot, 0) + 1
+            self._copied[slot] = now
+        return A, B
+
+    def refresh(self, plan: Plan) -> None:
+        # Whatever the versions say: `parameter.data` may be written without a trace.
+        for slot in plan.slots:
+            if slot in self.own:
+                self._copy(slot)
+
+    def parameters(self, plan: Plan) -> tuple[list[int], list[nn.Parameter]]:
+        """Slots of the plan's adapters that are the owner's, and A and B of each; none where no gradients are recorded.
+
+        Those that have changed since the last time are copied again. Raises RuntimeError if they do not fit.
+        """
+        slots: list[int] = []
+        parameters: list[nn.Parameter] = []
+        for slot in plan.slots:
+            if slot not in self.own:
+                continue
+            A, B = self.owner.adapter(slot)
+            if not torch.compiler.is_compiling() and self._copied[slot] != _versions(A, B):
+                self._copy(slot)
+            slots.append(slot)
+            parameters += A, B
+        return (slots, parameters) if torch.is_grad_enabled() else ([], [])
+
+    def gradients(
+        self, slot: int, first: int, dA: torch.Tensor, dB: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        E, r, (N, _) = self.experts, self.rank(slot), self.shape
+        rows = slice(first, first + r * E)
+        return dA[rows], dB[rows].view(E, r, N).permute(2, 1, 0).reshape(N, r * E)
+
+
+def _versions(A: nn.Parameter, B: nn.Parameter) -> tuple:
+    return tuple((id(part), part.data_ptr(), part._version) for part in (A, B))
 
 
 class _OfCall:
@@ -121,14 +187,16 @@ def multi_grouped(
 ) -> torch.Tensor:
     """``y[m] = W_e x[m] + bias_e``, rounded, ``+ scaling_u B_ue A_ue x[m]`` for row m of expert e and adapter u.
 
-    Differentiable in x and bias. The adapters are the bank's own.
+    Differentiable in x, bias and those parameters of the model's own adapters in the bank that require a gradient.
     """
     y = grouped_linear_4bit(x, w, offsets, bias, transposed)
     if plan.is_base_only or not pages.covers(plan):
         return y
     call = _OfCall(plan, plan_of_call(plan.args, pages, offsets, tokens))
     x = x.to(y.dtype)  # under autocast
-    if wants_grad(x, w, y):
-        return _MultiLoRA.apply(y, x, None, (call, pages, [], plan.version, ()))
+    slots, parameters = pages.parameters(plan)
+    if wants_grad(x, None, y, *parameters):
+        read = call, pages, slots, plan.version, tuple(map(pages.moves.get, slots))
+        return _MultiLoRA.apply(y, x, None, read, *parameters)
     ops.multi_lora_(y, x, *call.args, *pages.op_args(), None)
     return y

@@ -59,10 +59,12 @@ class Gradients:
     def of_parameters(self, dA, dB, parameters) -> list[torch.Tensor | None]:
         gradients: list[torch.Tensor | None] = []
         for (slot, need_A, need_B), A, B in zip(self.pairs, parameters[::2], parameters[1::2]):
-            first = self.first.get(slot, 0)
-            rows = slice(first, first + self.pages.rank(slot))
-            gradients.append(dA[rows].to(A.dtype) if need_A else None)
-            gradients.append(dB[rows].T.to(B.dtype) if need_B else None)
+            if slot not in self.first:
+                gradients += None, None
+                continue
+            of_A, of_B = self.pages.gradients(slot, self.first[slot], dA, dB)
+            gradients.append(of_A.to(A.dtype) if need_A else None)
+            gradients.append(of_B.to(B.dtype) if need_B else None)
         return gradients
 
 

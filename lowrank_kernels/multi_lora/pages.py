@@ -141,7 +141,7 @@ class ModulePages:
 
     def check_fits(self, slot: int, A: torch.Tensor, B: torch.Tensor) -> None:
         """Raises RuntimeError if A and B cannot live in the pages of ``slot``, whose rank was described."""
-        (N, K), rank = self.shape, self._ranks[slot]
+        (N, K), rank = self.shape, self._ranks[slot] * self.parts
         for name, tensor, shape in (("A", A, (rank, K)), ("B", B, (N, rank))):
             expected = f"{name} of an adapter that lives in pages: expected a parameter"
             if type(tensor) is not nn.Parameter:
@@ -199,13 +199,24 @@ class ModulePages:
             parameters += A, B
         return (slots, parameters) if torch.is_grad_enabled() else ([], [])
 
+    def refresh(self, plan: Plan) -> None:
+        """Has the pages hold the values that the plan's adapters that live here have now."""
+        self.parameters(plan)
+
     def grad_layout(self, slots: tuple[int, ...]) -> tuple[dict[int, int], int]:
         """The first row of each slot's gradients among those of all ``slots``, and the number of rows."""
         first, rows = {}, 0
         for slot in slots:
             first[slot] = rows
-            rows += self._ranks[slot]
+            rows += self._ranks[slot] * self.parts
         return first, rows
+
+    def gradients(
+        self, slot: int, first: int, dA: torch.Tensor, dB: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of A and B of ``slot``, which begin in row ``first`` of all."""
+        rows = slice(first, first + self._ranks[slot])
+        return dA[rows], dB[rows].T
 
     def grad_rows(self, slots: tuple[int, ...]) -> torch.Tensor:
         """:meth:`grad_layout` as the operators take it."""
@@ -213,7 +224,8 @@ class ModulePages:
             return self._grad_rows[slots]
         rows = [-1] * (len(self._ranks) * self.parts)
         for slot, first in self.grad_layout(slots)[0].items():
-            rows[slot] = first
+            for part in range(self.parts):
+                rows[slot * self.parts + part] = first + part * self._ranks[slot]
         made = torch.tensor(rows, dtype=torch.int32, device=self.device)
         if not torch.compiler.is_compiling():  # which may write to nothing in a backward
             self._grad_rows[slots] = made
