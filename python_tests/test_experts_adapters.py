@@ -202,6 +202,7 @@ def test_peft_merges_and_unmerges_exactly(name):
     assert torch.equal(logits(ours), expected)
     unloaded = copy.deepcopy(ours).merge_and_unload()
     assert torch.equal(logits(unloaded), merged)
+    assert not any(stack.merged for stack in stacks(unloaded).values())  # no bytes are kept aside
     assert torch.equal(logits(ours.unload()), logits(pair(name)[0]))
 
 
@@ -232,6 +233,13 @@ def test_stacks_alone_are_no_targets_of_target_modules():
     for model in pair("gpt_oss"):
         with pytest.raises(ValueError, match="not found in the base model"):
             peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["down_proj"]))
+
+
+def test_peft_refuses_stacks_with_adapters_of_their_own():
+    model = adapted("qwen3_moe", BOTH)
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=BOTH[1:])
+    with pytest.raises(ValueError, match=r"target_parameters: .*down_proj.*\['default'\]"):
+        peft.get_peft_model(model, config)
 
 
 def test_steps_of_training_give_equal_losses():

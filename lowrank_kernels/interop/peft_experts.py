@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.lora import layer as peft_lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 
 from ..experts import Experts4bit, Factors, GroupedLinear4bit
 
@@ -75,12 +75,31 @@ class PeftExperts4bit(peft_lora.ParamWrapper):
         self.merged_adapters.clear()
         self.stack.unmerge_factors()
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> Experts4bit:
+        """The experts without this layer and those inside it, for PEFT's ``unload`` and ``merge_and_unload``."""
+        experts = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for stack in experts.stacks.values():
+            stack._unmerged = None  # nobody is left to restore it
+        return experts
+
 
 # PEFT finds the wrapper of a parameter that a further adapter is for by the name of its class.
 PeftExperts4bit.__name__ = "ParamWrapper"
 
 
 def dispatch(target, adapter_name: str, parameter_name: str, config, **kwargs) -> PeftExperts4bit:
+    """The layer for the stack ``parameter_name`` of ``target``, whose base is an Experts4bit.
+
+    Raises ValueError for a stack that has adapters of its own, and as PEFT's ``ParamWrapper``.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if own := list(base.stacks[parameter_name].r):
+        raise ValueError(
+            f"target_parameters: expected stacks without adapters, got {parameter_name}, which has adapters of its "
+            f"own: {own}; delete them (delete_adapter), or leave PEFT out"
+        )
     return PeftExperts4bit(
         target, adapter_name, parameter_name=parameter_name, config=config, **kwargs
     )
