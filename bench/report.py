@@ -8,6 +8,7 @@ written by hand and left alone.
 from __future__ import annotations
 
 import pathlib
+import re
 
 from lowrank_kernels import files
 from lowrank_kernels.benchmark import harness
@@ -30,15 +31,24 @@ Tables = list[tuple[str, Rows]]  # each with a title
 
 
 def machine_name(document: dict) -> str:
-    """A file name for the machine: the GPU, or CPU model, instruction set and threads."""
+    """A file name for the machine: the GPU, or CPU model, instruction set and threads.
+
+    Virtual machines often name CPUs of several generations alike; family and model tell those apart.
+    """
     gpu = document.get("gpu")
     model = str(gpu["name"] if gpu else document["cpu"]["model"]).lower()
     for noise in ("(r)", "(tm)", "processor", "cpu"):
         model = model.replace(noise, " ")
     words = "".join(c if c.isalnum() or c == "." else " " for c in model).split()
     if not gpu:
+        words += [] if any(c.isdigit() for c in model) else _generation(document)
         words += [str(document["isa"] or "reference"), f"{document['threads']}threads"]
     return "-".join(words)
+
+
+def _generation(document: dict) -> list[str]:
+    """The numbers of the CPU's family and model, where the system tells."""
+    return re.findall(r"(?:family|model) (\d+)", document["cpu"]["identity"])
 
 
 def rates(document: dict) -> str:
@@ -174,7 +184,10 @@ def text(document: dict) -> str:
 def machine_title(document: dict) -> str:
     if gpu := document.get("gpu"):
         return gpu["name"]
-    return f"{document['cpu']['model']}, {document['isa']}, {document['threads']} threads"
+    cpu = document["cpu"]
+    named = any(c.isdigit() for c in cpu["model"]) or not _generation(document)
+    model = cpu["model"] if named else f"{cpu['model']} ({cpu['identity']})"
+    return f"{model}, {document['isa']}, {document['threads']} threads"
 
 
 def _head(document: dict) -> list[str]:

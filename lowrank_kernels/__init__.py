@@ -1,5 +1,6 @@
 """Kernels for low-rank adapters on 4-bit weights. See README.md; public names only here."""
 
+import importlib
 import typing
 
 from . import backends, distributed
@@ -70,6 +71,8 @@ _on_import("transformers.quantizers.auto", _transformers.register)
 _on_import("transformers.modeling_utils", _transformers.register_models)
 _on_import("accelerate.utils.modeling", accelerate_hook.install)
 
+_LATER = ()  # modules that `import lowrank_kernels` leaves alone
+
 if typing.TYPE_CHECKING:
     from .interop.transformers_quantizer import LowRankConfig, pretrained_config
 
@@ -78,4 +81,6 @@ def __getattr__(name: str):
     """What needs another library, which is imported no sooner than somebody asks."""
     if name in _transformers.NAMES:
         return _transformers.public(name)
+    if name in _LATER:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
