@@ -143,7 +143,7 @@ def test_committed_documents_are_those_of_the_committed_results(path):
 
 
 def test_what_is_missing_is_named():
-    document = harness.read(report.RESULTS / "intel-xeon-amx-2threads.json")
+    document = harness.read(report.RESULTS / "intel-xeon-6-167-amx-2threads.json")
     document["cases"][0]["providers"] |= {
         "bitsandbytes": {"unavailable": "not installed"},
         "torch": {"error": "wrong result"},
