@@ -150,8 +150,8 @@ class GroupedLinear4bit(NamedAdapters):
             >>> layer.factors_of(torch.zeros(8, 64), torch.zeros(32, 8), 2, 1.0).B.shape
             torch.Size([4, 32, 2])
         """
-        E = self.num_experts
-        a, b = A.reshape(E, r, self.in_features), B.reshape(self.out_features, r, E)
+        E = self._weight4bit.shape[0]
+        a, b = A.reshape(E, r, A.shape[1]), B.reshape(B.shape[0], r, E)
         return Factors(a, b.permute(2, 0, 1), scaling)
 
     def factors(self, name: str) -> Factors:
@@ -254,6 +254,7 @@ class Experts4bit(nn.Module):
         torch.Size([2, 64])
     """
 
+    family: type  # the class of transformers
     lists_stacks = 0  # above 0 while PEFT looks for the parameters that its config names
 
     def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
@@ -318,7 +319,7 @@ class Experts4bit(nn.Module):
         """
         if stacks.keys() != set(_projections(experts)):
             raise ValueError(f"stacks: expected {_projections(experts)}, got {tuple(stacks)}")
-        new = _class_of(type(experts)).__new__(_class_of(type(experts)))
+        new = class_of(type(experts)).__new__(class_of(type(experts)))
         new.__dict__ = {k: v for k, v in experts.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = experts.__dict__[kind].copy()
@@ -349,7 +350,7 @@ class Experts4bit(nn.Module):
             >>> type(experts.dequantized()).__name__
             'Qwen3MoeExperts'
         """
-        family = type(self).__mro__[2]
+        family = self.family
         new = family.__new__(family)
         new.__dict__ = {k: v for k, v in self.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -372,7 +373,7 @@ class Experts4bit(nn.Module):
     def __reduce_ex__(self, protocol):
         return (
             _blank,
-            (type(self).__mro__[2],),
+            (self.family,),
             self.__dict__,
         )  # the class has no name to be found by
 
@@ -413,14 +414,18 @@ def _rename(entries: dict, start: str, new: str) -> None:
 
 
 @functools.cache
-def _class_of(family: type) -> type:
+def class_of(family: type) -> type:
     """The class of ``family``'s experts in 4 bits."""
-    own = {"__doc__": Experts4bit.__doc__, "__module__": Experts4bit.__module__}
+    own = {
+        "__doc__": Experts4bit.__doc__,
+        "__module__": Experts4bit.__module__,
+        "family": family,
+    }
     return type(f"{family.__name__}4bit", (Experts4bit, family), own)
 
 
 def _blank(family: type) -> Experts4bit:
-    cls = _class_of(family)
+    cls = class_of(family)
     return cls.__new__(cls)
 
 
@@ -434,7 +439,7 @@ def experts_forward(
 
     Rows are sorted by expert once, stably, so that a row's place depends on the batch and its result does not.
     """
-    top_k, E = top_k_index.shape[-1], next(iter(experts.stacks.values())).num_experts
+    top_k, E = top_k_index.shape[-1], next(iter(experts.stacks.values())).weight4bit.shape[0]
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offsets = torch.searchsorted(chosen, torch.arange(E, device=chosen.device), right=True).int()
     tokens = order // top_k
