@@ -78,8 +78,8 @@ def parallelize(
     Args:
         model: a module with :class:`Linear4bit`, :class:`LoRALinear4bit` and :class:`Experts4bit` inside; all others
             stay as they are.
-        plan: ``{"q_proj": "column", "o_proj": "row", "mlp.experts": "experts"}``: a key matches the layers whose path it
-            equals or ends with, as in :func:`replace_linear`; a value is "column", "row", :class:`Column` or
+        plan: ``{"q_proj": "column", "o_proj": "row", "mlp.experts": "experts"}``: a key matches the layers whose path
+            it equals or ends with, as in :func:`replace_linear`; a value is "column", "row", :class:`Column` or
             :class:`Row` for a layer, "experts", "slices", :class:`Experts` or :class:`Slices` for a module of experts.
             A dimension is cut into multiples of ``unit`` (32), larger parts first, so that the outputs of one layer fit
             the inputs of the next. Give head_dim (times the heads of a group) where heads must stay whole.
