@@ -16,7 +16,7 @@ import tolerance
 from lowrank_kernels import distributed as lkd
 from lowrank_kernels.distributed.shards import Cut
 from lowrank_kernels.experts import Experts4bit, GroupedLinear4bit
-from tiny_experts import BOTH, TOKENS, adapted, logits, stacks
+from tiny_experts import BOTH, TOKENS, adapted, logits, pair, stacks
 from workers_data_parallel import close
 
 STYLES = ("experts", "slices")
@@ -59,12 +59,10 @@ def part_of(mine: Experts4bit, name: str, whole: torch.Tensor) -> torch.Tensor:
     stack, _, rest = name.partition(".lora_")
     if rest:
         part = rest[0]
-        other = torch.zeros_like(whole)  # of no interest: A's part does not depend on B
         layer = mine.stacks[stack]
         E, r = layer.num_experts, layer.r["default"]
         A, B = torch.zeros(r * E, layer.in_features), torch.zeros(layer.out_features, r * E)
         pair = (whole, B) if part == "A" else (A, whole)
-        assert other.shape == pair[part == "B"].shape
         return layer.shard_of_adapter(*pair)[part == "B"]
     if name.endswith("_bias") and isinstance(mine, lkd.DividedExperts4bit):
         return mine.cut.own(whole, 0)
@@ -158,7 +156,11 @@ def check_uneven_parts(rank, size):
 def check_other_families(rank, size):
     """No gate; a transposed [gate; up]; a norm after each expert, whose gradient comes from all processes."""
     families = {
-        "aria": ("AriaExperts", "AriaTextConfig", {"moe_num_experts": 4, "intermediate_size": 64}),
+        "aria": (
+            "AriaExperts",
+            "AriaTextConfig",
+            {"hidden_size": 64, "moe_num_experts": 4, "intermediate_size": 64},
+        ),
         "muse_spark": (
             "MuseSparkExperts",
             "MuseSparkTextConfig",
@@ -167,7 +169,12 @@ def check_other_families(rank, size):
         "nemotron_h": (
             "NemotronHExperts",
             "NemotronHConfig",
-            {"n_routed_experts": 4, "moe_intermediate_size": 64, "moe_latent_size": None},
+            {
+                "hidden_size": 64,
+                "n_routed_experts": 4,
+                "moe_intermediate_size": 64,
+                "moe_latent_size": None,
+            },
         ),
     }
     for family, (name, config, sizes) in families.items():
@@ -178,7 +185,7 @@ def check_other_families(rank, size):
             continue
         config = getattr(importlib.import_module(f"{module}.configuration_{family}"), config)
         torch.manual_seed(2)
-        dense = getattr(modeling, name)(config(hidden_size=64, **sizes))
+        dense = getattr(modeling, name)(config(**sizes))
         for parameter in dense.parameters():
             nn.init.normal_(parameter, std=0.1)
         one = Experts4bit.from_experts(dense)
@@ -332,7 +339,7 @@ def check_machinery(rank, size):
         for name, run in (("copy", other), ("compiled", compiled)):
             for key, value in outputs_and_gradients(run, *case).items():
                 key = key.removeprefix("_orig_mod.")
-                torch.testing.assert_close(value, expected[key], msg=lambda m: f"{name}: {key}: {m}")
+                close(f"{name}: {key}", value, expected[key], 1e-6)
         (dx,) = torch.autograd.grad(
             mine(case[0].requires_grad_(), *case[1:]).square().sum(), case[0], create_graph=True
         )
@@ -360,12 +367,18 @@ def check_errors(rank, size):
         ((model(), {"experts": lkd.Slices(unit=33)}), ValueError, "experts: start, length: expect"),
         ((model(), {"experts": lkd.Slices(unit=64)}), ValueError, "experts: unit: expected at lea"),
         ((merged, {"experts": "experts"}), RuntimeError, "experts: an adapter is merged; call unm"),
-        ((once, {"experts": "slices"}), RuntimeError, "experts: expected a whole layer, got one th"),
+        (
+            (once, {"experts": "slices"}),
+            RuntimeError,
+            "experts: expected a whole layer, got one th",
+        ),
         ((replaced, {"experts": "slices"}), RuntimeError, "experts: expected the forward of its c"),
     ]:
         with pytest.raises(error, match=message):
             lkd.parallelize(*arguments)
-        whole = [stack for stack in stacks(arguments[0]).values() if type(stack) is GroupedLinear4bit]
+        whole = [
+            stack for stack in stacks(arguments[0]).values() if type(stack) is GroupedLinear4bit
+        ]
         assert len(whole) == (0 if arguments[0] is once else 4)
     part = experts_of(once)
     bank = lk.AdapterBank.for_model(once, num_pages=4, target_parameters=BOTH)
@@ -382,10 +395,9 @@ def check_errors(rank, size):
 
 
 def check_more_processes_than_experts(rank, size):
-    one = experts_of(adapted("mixtral", BOTH))
+    one, dense = map(experts_of, pair("mixtral"))
     few = Experts4bit.from_weights(
-        one.dequantized() if not one.stacks["down_proj"].r else _bare(one),
-        {name: stack.weight4bit.narrow(0, 0, 1) for name, stack in one.stacks.items()},
+        dense, {name: stack.weight4bit.narrow(0, 0, 1) for name, stack in one.stacks.items()}
     )
     with pytest.raises(ValueError, match="experts: experts: expected at least 2 experts, one for"):
         lkd.parallelize(nn.ModuleDict({"experts": few}), {"experts": "experts"})
@@ -396,21 +408,15 @@ def check_more_processes_than_experts(rank, size):
     close("y", mine(x, index, weights), few(x, index, weights), 2e-6)
 
 
-def _bare(experts: Experts4bit) -> nn.Module:
-    for stack in experts.stacks.values():
-        stack.delete_adapter("default")
-    return experts.dequantized()
-
-
 def check_peft(rank, size):
-    """PEFT's own adapters of experts are not cut, and none are put on parts."""
+    """PEFT's own adapters are not cut, and none are put on parts of experts."""
     peft = pytest.importorskip("peft", reason="PEFT's own adapters need peft")
     config = peft.LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"])
-    from tiny_experts import pair
-
-    wrapped = peft.get_peft_model(pair("mixtral")[0], config)
-    with pytest.raises(TypeError, match=r"experts: expected an Experts4bit .see replace_linear"):
-        lkd.parallelize(wrapped, {"mlp.experts": "experts"})
+    linear = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    for key, style, targets in (("mlp.experts", "experts", config), ("q_proj", "column", linear)):
+        wrapped = peft.get_peft_model(pair("mixtral")[0], targets)
+        with pytest.raises(TypeError, match=f"{key}: expected a layer without PEFT's adapters"):
+            lkd.parallelize(wrapped, {key: style})
     for style in STYLES:
         mine = parallel(pair("mixtral")[0], style)
         with pytest.raises(RuntimeError, match="PEFT's own adapters are not implemented for para"):

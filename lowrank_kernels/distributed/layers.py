@@ -33,9 +33,7 @@ class ParallelLoRALinear4bit(Part, LoRALinear4bit):
         self.place, self._option = place, option
         w = self.weight4bit
         self.weight_cut = place.cut(w.shape[self.weight_dim], unit)
-        self._keep_parts(
-            w.narrow(self.weight_dim, self.weight_cut.first, self.weight_cut.size)
-        )
+        self._keep_parts(w.narrow(self.weight_dim, self.weight_cut.first, self.weight_cut.size))
 
     def parts(self) -> Iterator[nn.Parameter]:
         """The parameters of which other processes have other parts."""

@@ -126,6 +126,7 @@ def _layers(model: nn.Module, plan: Mapping) -> dict[str, tuple[nn.Module, Style
         for path, module in named_modules(model)
         if not isinstance(module, GroupedLinear4bit)
     }
+    of_peft = {path for path, module in named_modules(model) if _is_of_peft(module)}
     for key, value in plan.items():
         style = _STYLES.get(value) if isinstance(value, str) else value
         if not isinstance(style, Style):
@@ -144,8 +145,17 @@ def _layers(model: nn.Module, plan: Mapping) -> dict[str, tuple[nn.Module, Style
         for path in paths:
             if path in found:
                 raise ValueError(f"plan: {path} matches both {key_of[path]!r} and {key!r}")
+            if path in of_peft:
+                raise TypeError(
+                    f"{path}: expected a layer without PEFT's adapters, which are not cut; use replace_linear's or "
+                    "add_adapter"
+                )
             found[path], key_of[path] = (modules[path], style), key
     return found
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__)
 
 
 def _check_layer(path: str, layer: nn.Module, style: Style, place: Place) -> Cut:
