@@ -16,7 +16,7 @@ import tolerance
 from lowrank_kernels import distributed as lkd
 from lowrank_kernels.distributed.shards import Cut
 from lowrank_kernels.experts import Experts4bit, GroupedLinear4bit
-from tiny_experts import BOTH, TOKENS, adapted, logits, pair, stacks
+from tiny_experts import BOTH, TOKENS, adapted, dense, logits, pair, stacks
 from workers_data_parallel import close
 
 STYLES = ("experts", "slices")
@@ -94,12 +94,12 @@ def check_modules(rank, size):
 def check_weights_are_exact_parts(rank, size):
     for family in FAMILIES:
         one = experts_of(adapted(family, BOTH))
-        dense = {name: stack.dequantize(torch.float32) for name, stack in one.stacks.items()}
+        wholes = {name: stack.dequantize(torch.float32) for name, stack in one.stacks.items()}
         for style in STYLES:
             mine = copy.deepcopy(one)
             lkd.parallelize(nn.ModuleDict({"experts": mine}), {"experts": style})
             for name, stack in mine.stacks.items():
-                W = dense[name]
+                W = wholes[name]
                 if style == "experts":
                     expected = mine.cut.own(W, 0)
                 elif name == "down_proj":
@@ -133,11 +133,11 @@ def check_uneven_parts(rank, size):
         hidden_size=64, moe_intermediate_size=96, num_experts=5
     )
     torch.manual_seed(2)
-    dense = modeling_qwen3_moe.Qwen3MoeExperts(config)
-    for parameter in dense.parameters():
+    whole = modeling_qwen3_moe.Qwen3MoeExperts(config)
+    for parameter in whole.parameters():
         nn.init.normal_(parameter, std=0.1)
     for arguments in ({}, {"quant_type": "int4", "blocksize": 128, "double_quant": False}):
-        one = Experts4bit.from_experts(dense, **arguments)
+        one = Experts4bit.from_experts(whole, **arguments)
         for stack in one.stacks.values():
             stack.add_adapter("default", r=3, init_lora_weights=False)
         x, index, weights = example(5)
@@ -185,10 +185,10 @@ def check_other_families(rank, size):
             continue
         config = getattr(importlib.import_module(f"{module}.configuration_{family}"), config)
         torch.manual_seed(2)
-        dense = getattr(modeling, name)(config(**sizes))
-        for parameter in dense.parameters():
+        whole = getattr(modeling, name)(config(**sizes))
+        for parameter in whole.parameters():
             nn.init.normal_(parameter, std=0.1)
-        one = Experts4bit.from_experts(dense)
+        one = Experts4bit.from_experts(whole)
         for stack in one.stacks.values():
             stack.add_adapter("default", r=4, init_lora_weights=False)
         for style in STYLES:
@@ -395,9 +395,9 @@ def check_errors(rank, size):
 
 
 def check_more_processes_than_experts(rank, size):
-    one, dense = map(experts_of, pair("mixtral"))
+    one, twin = map(experts_of, pair("mixtral"))
     few = Experts4bit.from_weights(
-        dense, {name: stack.weight4bit.narrow(0, 0, 1) for name, stack in one.stacks.items()}
+        twin, {name: stack.weight4bit.narrow(0, 0, 1) for name, stack in one.stacks.items()}
     )
     with pytest.raises(ValueError, match="experts: experts: expected at least 2 experts, one for"):
         lkd.parallelize(nn.ModuleDict({"experts": few}), {"experts": "experts"})
@@ -421,3 +421,38 @@ def check_peft(rank, size):
         mine = parallel(pair("mixtral")[0], style)
         with pytest.raises(RuntimeError, match="PEFT's own adapters are not implemented for para"):
             logits(peft.get_peft_model(mine, config))
+
+
+def check_transformers_plans(rank, size):
+    """from_pretrained under a distributed_config is refused by name; a plan on experts in 4 bits divides nothing."""
+    import os
+
+    import transformers
+    from torch.distributed.device_mesh import init_device_mesh
+
+    configuration = pytest.importorskip(
+        "transformers.distributed.configuration_utils", reason="of newer transformers"
+    )
+    parallelism = pytest.importorskip(
+        "transformers.distributed.expert_parallel", reason="of newer transformers"
+    )
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    path = pathlib.Path("model")
+    if rank == 0:
+        dense("qwen3_moe").save_pretrained(path)
+    dist.barrier()
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    for sizes in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}):
+        asked = configuration.DistributedConfig(**sizes)
+        with pytest.raises(ValueError, match="distributed_config: expected none for weights in 4"):
+            load(path, quantization_config=lk.LowRankConfig(), distributed_config=asked)
+        cut = load(path, distributed_config=asked)
+        with pytest.raises(ValueError, match=r"mlp.experts: .*(is a DTensor|been replaced)"):
+            lk.replace_linear(cut, target_modules=["mlp.experts"], progress=False)
+    mesh, model = init_device_mesh("cpu", (size,)), pair("qwen3_moe")[0]
+    expected = logits(model).detach()
+    styles = {"": "ep_dispatch_experts", ".gate_up_proj": "grouped_gemm"}
+    styles |= {".down_proj": "grouped_gemm"}
+    plan = {f"model.layers.{i}.mlp.experts{k}": v for i in (0, 1) for k, v in styles.items()}
+    parallelism.apply_expert_parallelism(model, mesh, mesh, plan, "all_reduce")
+    tolerance.assert_same_bits("logits", logits(model).detach(), expected)

@@ -96,6 +96,7 @@ class LowRankQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model, **kwargs):
+        _check_whole(model.config)
         config = self.quantization_config
         rule = DenseLayers(model, (nn.Linear, Conv1D))
         tied = {
@@ -293,3 +294,15 @@ _log = logging.getLogger(__name__)
 
 auto.register_quantization_config(METHOD)(LowRankConfig)
 auto.register_quantizer(METHOD)(LowRankQuantizer)
+
+
+def _check_whole(config) -> None:
+    """That transformers is not to give each process a part, while 4-bit weights are made of whole ones."""
+    asked = getattr(config, "distributed_config", None)
+    names = "tp_size", "pp_size", "ep_size", "fsdp_size", "dp_replicate_size"
+    sizes = {name: getattr(asked, name, None) or 1 for name in names}
+    if parts := {name: size for name, size in sizes.items() if size > 1}:
+        raise ValueError(
+            f"distributed_config: expected none for weights in 4 bits, got {parts}; load the whole model in each "
+            "process, then call lowrank_kernels.distributed.parallelize or torch's fully_shard"
+        )
