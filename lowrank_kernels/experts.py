@@ -16,11 +16,12 @@ from torch import nn
 
 from .adapter import AdapterSettings
 from .formats import Weight4bit, quantize_4bit
+from .frozen4bit import is_dtensor
 from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
 from .multi_lora.experts import multi_grouped
 from .multi_lora.in_force import in_force
 from .named_adapters import NamedAdapters
-from .packed import Params4bit
+from .packed import Params4bit, plain
 
 # What transformers' `use_experts_implementation` gives a class of experts, or its __init__.
 _OF_TRANSFORMERS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
@@ -166,6 +167,10 @@ class GroupedLinear4bit(NamedAdapters):
             (torch.Size([4, 8, 64]), torch.Size([4, 32, 8]))
         """
         return self.factors_of(*self.adapter_parameters(name), self.r[name], self.scaling[name])
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # In an Experts4bit the key "weight.quant_state.bitsandbytes__nf4" has no "weight".
+        return super()._fqn_modifiers() | {"quant_state": "_entries"}
 
     def extra_repr(self) -> str:
         w = self._weight4bit
@@ -391,12 +396,28 @@ class Experts4bit(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, layer in self.stacks.items():
             key = prefix + name
+            _cut_like(f"{key}.weight", key, state_dict)
             entries = [key, *(f"{key}.{suffix}" for suffix in _suffixes(layer))]
             for old in [
                 k for k in state_dict if k in entries or k.startswith(f"{key}.quant_state.")
             ]:
                 state_dict[f"{key}.weight{old[len(key) :]}"] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _cut_like(current: str, key: str, state_dict: dict) -> None:
+    """Cuts the whole tensor ``key`` as the shard ``current``, which is of FSDP2.
+
+    torch's set_model_state_dict cuts whole tensors by the names of parameters. For one that it does not know it
+    leaves the whole tensor there, and adds the shard that the parameter is now.
+    """
+    shard, whole = state_dict.get(current), state_dict.get(key)
+    if is_dtensor(shard) and isinstance(whole, torch.Tensor) and not is_dtensor(whole):
+        from torch.distributed.tensor import distribute_tensor  # slow to import
+
+        whole = plain(whole).detach()
+        whole = whole if shard.is_meta else whole.to(shard.device)
+        state_dict[key] = distribute_tensor(whole, shard.device_mesh, shard.placements)
 
 
 def _suffixes(layer: GroupedLinear4bit) -> tuple[str, ...]:

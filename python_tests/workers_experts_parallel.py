@@ -16,7 +16,7 @@ import tolerance
 from lowrank_kernels import distributed as lkd
 from lowrank_kernels.distributed.shards import Cut
 from lowrank_kernels.experts import Experts4bit, GroupedLinear4bit
-from tiny_experts import BOTH, TOKENS, adapted, dense, logits, pair, stacks
+from tiny_experts import BOTH, TOKENS, adapted, logits, pair, stacks
 from workers_data_parallel import close
 
 STYLES = ("experts", "slices")
@@ -406,53 +406,3 @@ def check_more_processes_than_experts(rank, size):
     lkd.parallelize(nn.ModuleDict({"experts": mine}), {"experts": "slices"})
     index = torch.zeros_like(weights).long()
     close("y", mine(x, index, weights), few(x, index, weights), 2e-6)
-
-
-def check_peft(rank, size):
-    """PEFT's own adapters are not cut, and none are put on parts of experts."""
-    peft = pytest.importorskip("peft", reason="PEFT's own adapters need peft")
-    config = peft.LoraConfig(r=4, target_parameters=["mlp.experts.down_proj"])
-    linear = peft.LoraConfig(r=4, target_modules=["q_proj"])
-    for key, style, targets in (("mlp.experts", "experts", config), ("q_proj", "column", linear)):
-        wrapped = peft.get_peft_model(pair("mixtral")[0], targets)
-        with pytest.raises(TypeError, match=f"{key}: expected a layer without PEFT's adapters"):
-            lkd.parallelize(wrapped, {key: style})
-    for style in STYLES:
-        mine = parallel(pair("mixtral")[0], style)
-        with pytest.raises(RuntimeError, match="PEFT's own adapters are not implemented for para"):
-            logits(peft.get_peft_model(mine, config))
-
-
-def check_transformers_plans(rank, size):
-    """from_pretrained under a distributed_config is refused by name; a plan on experts in 4 bits divides nothing."""
-    import os
-
-    import transformers
-    from torch.distributed.device_mesh import init_device_mesh
-
-    configuration = pytest.importorskip(
-        "transformers.distributed.configuration_utils", reason="of newer transformers"
-    )
-    parallelism = pytest.importorskip(
-        "transformers.distributed.expert_parallel", reason="of newer transformers"
-    )
-    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    path = pathlib.Path("model")
-    if rank == 0:
-        dense("qwen3_moe").save_pretrained(path)
-    dist.barrier()
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    for sizes in ({"tp_size": 2}, {"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2}):
-        asked = configuration.DistributedConfig(**sizes)
-        with pytest.raises(ValueError, match="distributed_config: expected none for weights in 4"):
-            load(path, quantization_config=lk.LowRankConfig(), distributed_config=asked)
-        cut = load(path, distributed_config=asked)
-        with pytest.raises(ValueError, match=r"mlp.experts: .*(is a DTensor|been replaced)"):
-            lk.replace_linear(cut, target_modules=["mlp.experts"], progress=False)
-    mesh, model = init_device_mesh("cpu", (size,)), pair("qwen3_moe")[0]
-    expected = logits(model).detach()
-    styles = {"": "ep_dispatch_experts", ".gate_up_proj": "grouped_gemm"}
-    styles |= {".down_proj": "grouped_gemm"}
-    plan = {f"model.layers.{i}.mlp.experts{k}": v for i in (0, 1) for k, v in styles.items()}
-    parallelism.apply_expert_parallelism(model, mesh, mesh, plan, "all_reduce")
-    tolerance.assert_same_bits("logits", logits(model).detach(), expected)
