@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -143,3 +145,47 @@ def test_functional_call_and_module_copies(family):
     assert_same_bits(family, y, other(*case))
     with pytest.raises(AssertionError):
         assert_same_bits(family, y, experts(*case))
+
+
+# Two stacks of 128 and 64 MiB in float32. The first step allocates what stays.
+_MEMORY = """
+import sys, torch, transformers, lowrank_kernels as lk
+def kib(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(key))
+torch.set_num_threads(1)
+if sys.argv[1] == "gpt_oss":
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts as Experts
+    config = transformers.GptOssConfig(hidden_size=1024, intermediate_size=512, num_local_experts=32)
+else:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts as Experts
+    config = transformers.Qwen3MoeConfig(hidden_size=1024, moe_intermediate_size=512, num_experts=32)
+experts = Experts(config).requires_grad_(False)
+for parameter in experts.parameters():
+    torch.nn.init.normal_(parameter, std=0.02)
+experts = lk.Experts4bit.from_experts(experts)
+for stack in experts.stacks.values():
+    stack.add_adapter("default", r=16)
+def step():
+    x = torch.randn(64, 1024, requires_grad=True)
+    index, weights = torch.randint(0, 32, (64, 2)), torch.rand(64, 2)
+    experts(x, index, weights).sum().backward()
+    sizes = [p.grad.numel() * 4 for p in experts.parameters() if p.grad is not None]
+    for parameter in experts.parameters():
+        parameter.grad = None
+    return sum(sizes)
+step()
+before = kib("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+gradients = step()
+print(kib("VmHWM") - before - gradients // 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@each_family
+def test_a_step_makes_no_dense_stack(family):
+    """4 MiB, rows of 64 tokens, and a copy of B, which PEFT's layout scatters: 2 MiB, of a transposed stack 4 MiB."""
+    done = subprocess.run([sys.executable, "-c", _MEMORY, family], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) <= 12 * 1024
