@@ -178,6 +178,13 @@ class LowRankQuantizer(HfQuantizer):
             return []
         return [*stack_deserializers(self), deserializer(self.dtype, self.adapters)]
 
+    def update_weight_conversions(self, weight_conversions, *model):
+        from .transformers_experts import join_experts
+
+        if self.pre_quantized and not self.quantization_config.mxfp4:
+            weight_conversions = join_experts(weight_conversions, self)
+        return super().update_weight_conversions(weight_conversions, *model)
+
     # -- after loading -----------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model, **kwargs):
