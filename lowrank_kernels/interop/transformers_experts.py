@@ -27,22 +27,16 @@ _PARAMETER = ".weight"
 class JoinExperts(DeserializeStack):
     """Joins the matrices of experts, each in bitsandbytes' format. Dense ones go through transformers' operations.
 
-    ``sources``: transformers' patterns of the matrices, such as ``.experts.*.w1.weight`` and ``.experts.*.w3.weight``,
-    which follow each other in an expert of the stack.
+    ``of_model``: transformers' converter, whose sources (such as ``.experts.*.w1.weight`` and ``.experts.*.w3.weight``)
+    follow each other in an expert of the stack.
     """
 
-    def __init__(
-        self,
-        quantizer: HfQuantizer,
-        tail: str,
-        sources: Sequence[str],
-        dense: Sequence[ConversionOps],
-    ) -> None:
-        super().__init__(quantizer, tail)
-        self.sources, self.dense = sources, dense
+    def __init__(self, quantizer: HfQuantizer, of_model: WeightConverter) -> None:
+        super().__init__(quantizer, of_model._original_target_patterns[0])
+        self.of_model, self.sources = of_model, of_model._original_source_patterns
 
     def __deepcopy__(self, memo: dict) -> JoinExperts:
-        return JoinExperts(self.quantizer, self.tail, self.sources, self.dense)
+        return JoinExperts(self.quantizer, self.of_model)
 
     def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         name = full_layer_name
@@ -81,7 +75,7 @@ class JoinExperts(DeserializeStack):
 
     def _dense(self, tensors: dict, **kwargs) -> dict:
         kwargs |= {"source_patterns": list(self.sources), "target_patterns": [self.tail]}
-        for operation in self.dense:
+        for operation in self.of_model.operations:
             tensors = operation.convert(tensors, **kwargs)
         (stack,) = tensors.values()
         stack = stack[0] if isinstance(stack, list) else stack
@@ -91,6 +85,18 @@ class JoinExperts(DeserializeStack):
 def join_experts(converters: Sequence, quantizer: HfQuantizer) -> list:
     """``converters`` of a model, of which those that make stacks of matrices take 4-bit ones as well."""
     return [_of_4_bits(converter, quantizer) or converter for converter in converters]
+
+
+def as_of_model(converters: Sequence) -> list:
+    """The converters that were given to :func:`join_experts`, which can be undone where stacks stayed dense."""
+    found = []
+    for converter in converters:
+        operation = next(iter(getattr(converter, "operations", ())), None)
+        if isinstance(operation, JoinExperts):
+            operation.of_model._was_used = converter._was_used
+            converter = operation.of_model
+        found.append(converter)
+    return found
 
 
 def _of_4_bits(converter, quantizer: HfQuantizer) -> WeightConverter | None:
@@ -107,7 +113,7 @@ def _of_4_bits(converter, quantizer: HfQuantizer) -> WeightConverter | None:
     new = WeightConverter(
         [f"{source}{suffix}$" for source in sources for suffix in SUFFIXES],
         target,
-        [JoinExperts(quantizer, target, sources, converter.operations)],
+        [JoinExperts(quantizer, converter)],
     )
     new.scope_prefix = converter.scope_prefix
     new.base_model_prefix = converter.base_model_prefix

@@ -188,6 +188,7 @@ class LowRankQuantizer(HfQuantizer):
     # -- after loading -----------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        from .transformers_experts import as_of_model
         from .transformers_load import after_loading, reverts
 
         config = self.quantization_config
@@ -209,7 +210,8 @@ class LowRankQuantizer(HfQuantizer):
         names = [*(f"{name}.weight" for name in layers), *stacks]
         # transformers undoes these when it saves. For packed bytes there is nothing to undo: such
         # layers are saved under the names that the model has for them.
-        model._weight_conversions = [c for c in model._weight_conversions if reverts(c, names)]
+        conversions = as_of_model(model._weight_conversions)
+        model._weight_conversions = [c for c in conversions if reverts(c, names)]
         if config.save_as == "bitsandbytes" and config.bitsandbytes is None:
             dense = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
             config.write_as_bitsandbytes(self.dtype, dense)
