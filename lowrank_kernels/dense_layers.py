@@ -79,6 +79,8 @@ class DenseLayers:
         """Why the stacks of a transformers' module of experts stay dense; None if they need not."""
         for key in stacked_parameters(experts):
             parameter = experts._parameters[key]
+            if type(parameter) is not nn.Parameter:
+                return f"{key} is a {_class_name(type(parameter))}"
             if parameter.dtype not in FLOAT_DTYPES:
                 return f"{key} is in {str(parameter.dtype).removeprefix('torch.')}"
             others = [owner for owner in self.owners[id(parameter)] if owner != name]

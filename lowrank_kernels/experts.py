@@ -16,11 +16,12 @@ from torch import nn
 
 from .adapter import AdapterSettings
 from .formats import Weight4bit, quantize_4bit
+from .frozen4bit import is_dtensor
 from .grouped import grouped_linear_4bit, grouped_lora_linear_4bit
 from .multi_lora.experts import multi_grouped
 from .multi_lora.in_force import in_force
 from .named_adapters import NamedAdapters
-from .packed import Params4bit
+from .packed import Params4bit, plain
 
 # What transformers' `use_experts_implementation` gives a class of experts, or its __init__.
 _OF_TRANSFORMERS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
@@ -150,8 +151,8 @@ class GroupedLinear4bit(NamedAdapters):
             >>> layer.factors_of(torch.zeros(8, 64), torch.zeros(32, 8), 2, 1.0).B.shape
             torch.Size([4, 32, 2])
         """
-        E = self.num_experts
-        a, b = A.reshape(E, r, self.in_features), B.reshape(self.out_features, r, E)
+        E = self._weight4bit.shape[0]
+        a, b = A.reshape(E, r, A.shape[1]), B.reshape(B.shape[0], r, E)
         return Factors(a, b.permute(2, 0, 1), scaling)
 
     def factors(self, name: str) -> Factors:
@@ -166,6 +167,10 @@ class GroupedLinear4bit(NamedAdapters):
             (torch.Size([4, 8, 64]), torch.Size([4, 32, 8]))
         """
         return self.factors_of(*self.adapter_parameters(name), self.r[name], self.scaling[name])
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # In an Experts4bit the key "weight.quant_state.bitsandbytes__nf4" has no "weight".
+        return super()._fqn_modifiers() | {"quant_state": "_entries"}
 
     def extra_repr(self) -> str:
         w = self._weight4bit
@@ -254,6 +259,7 @@ class Experts4bit(nn.Module):
         torch.Size([2, 64])
     """
 
+    family: type  # the class of transformers
     lists_stacks = 0  # above 0 while PEFT looks for the parameters that its config names
 
     def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
@@ -318,7 +324,7 @@ class Experts4bit(nn.Module):
         """
         if stacks.keys() != set(_projections(experts)):
             raise ValueError(f"stacks: expected {_projections(experts)}, got {tuple(stacks)}")
-        new = _class_of(type(experts)).__new__(_class_of(type(experts)))
+        new = class_of(type(experts)).__new__(class_of(type(experts)))
         new.__dict__ = {k: v for k, v in experts.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
             new.__dict__[kind] = experts.__dict__[kind].copy()
@@ -349,7 +355,7 @@ class Experts4bit(nn.Module):
             >>> type(experts.dequantized()).__name__
             'Qwen3MoeExperts'
         """
-        family = type(self).__mro__[2]
+        family = self.family
         new = family.__new__(family)
         new.__dict__ = {k: v for k, v in self.__dict__.items() if k not in _OF_ACCELERATE}
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -372,7 +378,7 @@ class Experts4bit(nn.Module):
     def __reduce_ex__(self, protocol):
         return (
             _blank,
-            (type(self).__mro__[2],),
+            (self.family,),
             self.__dict__,
         )  # the class has no name to be found by
 
@@ -390,12 +396,28 @@ class Experts4bit(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name, layer in self.stacks.items():
             key = prefix + name
+            _cut_like(f"{key}.weight", key, state_dict)
             entries = [key, *(f"{key}.{suffix}" for suffix in _suffixes(layer))]
             for old in [
                 k for k in state_dict if k in entries or k.startswith(f"{key}.quant_state.")
             ]:
                 state_dict[f"{key}.weight{old[len(key) :]}"] = state_dict.pop(old)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _cut_like(current: str, key: str, state_dict: dict) -> None:
+    """Cuts the whole tensor ``key`` as the shard ``current``, which is of FSDP2.
+
+    torch's set_model_state_dict cuts whole tensors by the names of parameters. For one that it does not know it
+    leaves the whole tensor there, and adds the shard that the parameter is now.
+    """
+    shard, whole = state_dict.get(current), state_dict.get(key)
+    if is_dtensor(shard) and isinstance(whole, torch.Tensor) and not is_dtensor(whole):
+        from torch.distributed.tensor import distribute_tensor  # slow to import
+
+        whole = plain(whole).detach()
+        whole = whole if shard.is_meta else whole.to(shard.device)
+        state_dict[key] = distribute_tensor(whole, shard.device_mesh, shard.placements)
 
 
 def _suffixes(layer: GroupedLinear4bit) -> tuple[str, ...]:
@@ -413,14 +435,18 @@ def _rename(entries: dict, start: str, new: str) -> None:
 
 
 @functools.cache
-def _class_of(family: type) -> type:
+def class_of(family: type) -> type:
     """The class of ``family``'s experts in 4 bits."""
-    own = {"__doc__": Experts4bit.__doc__, "__module__": Experts4bit.__module__}
+    own = {
+        "__doc__": Experts4bit.__doc__,
+        "__module__": Experts4bit.__module__,
+        "family": family,
+    }
     return type(f"{family.__name__}4bit", (Experts4bit, family), own)
 
 
 def _blank(family: type) -> Experts4bit:
-    cls = _class_of(family)
+    cls = class_of(family)
     return cls.__new__(cls)
 
 
@@ -434,7 +460,7 @@ def experts_forward(
 
     Rows are sorted by expert once, stably, so that a row's place depends on the batch and its result does not.
     """
-    top_k, E = top_k_index.shape[-1], next(iter(experts.stacks.values())).num_experts
+    top_k, E = top_k_index.shape[-1], next(iter(experts.stacks.values())).weight4bit.shape[0]
     chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
     offsets = torch.searchsorted(chosen, torch.arange(E, device=chosen.device), right=True).int()
     tokens = order // top_k

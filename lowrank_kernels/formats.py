@@ -522,7 +522,7 @@ def _narrow(w: Weight4bit, dim: int, start: int, length: int) -> Weight4bit:
         absmax = block_scales(w.absmax, w.nested_absmax, w.nested_code, w.nested_offset)[blocks]
         nothing = dict.fromkeys(("nested_absmax", "nested_code", "nested_offset"))
         scales = {"absmax": absmax, **nothing}
-    packed = _stored_like(w.packed, data)
+    packed = stored_like(w.packed, data)
     return dataclasses.replace(
         w, packed=packed, shape=torch.Size(shape), blocksize=blocksize, **scales
     )
@@ -559,7 +559,7 @@ def _misaligned(shape: torch.Size, dim: int, start: int, length: int) -> str:
     return f"start, length: expected multiples of {multiple} for {what}, got {start}, {length}"
 
 
-def _stored_like(packed: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
+def stored_like(packed: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     """``data`` in the storage dtype and the orientation of ``packed``."""
     padded = data.new_zeros(ceil_div(data.numel(), packed.itemsize) * packed.itemsize)
     padded[: data.numel()] = data  # a copy, also of rows, which were a view

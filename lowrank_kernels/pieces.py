@@ -1,13 +1,21 @@
-"""Quantizes a weight that comes piece by piece, so that no more than a piece of it is dense at a time."""
+"""Weights that come in pieces: quantized, so that no more than a piece is dense at a time, or joined in 4 bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from .arguments import ceil_div
-from .formats import Weight4bit, check_quantization, finished, packed_and_absmax
+from .formats import (
+    Weight4bit,
+    check_quantization,
+    finished,
+    packed_and_absmax,
+    stored_like,
+)
+from .reference import block_scales
 
 
 def quantize_pieces(
@@ -64,3 +72,51 @@ def quantize_pieces(
         raise ValueError(f"pieces: expected {count} elements in all, got {done}")
     args = shape, dtype, quant_type, blocksize
     return finished(packed[:, None], absmax, code, *args, double_quant, quant_storage)
+
+
+def join(weights: Sequence[Weight4bit], shape: tuple[int, ...]) -> Weight4bit:
+    """The weight of ``shape`` whose elements are those of ``weights``, one after the other; no value changes.
+
+    Its scales are float32: double-quantized ones have a mean of each weight's own.
+
+    Raises ValueError for weights of different settings, blocks that end within the next weight, and other counts of
+    elements than ``shape`` has.
+
+    Examples:
+        >>> import torch, lowrank_kernels as lk
+        >>> from lowrank_kernels.pieces import join
+        >>> a, b = (lk.quantize_4bit(torch.randn(8, 64)) for _ in range(2))
+        >>> w = join([a, b], (2, 8, 64))
+        >>> torch.equal(w.dequantize(), torch.stack([a.dequantize(), b.dequantize()]))
+        True
+    """
+    first, shape = weights[0], torch.Size(shape)
+
+    def settings(w: Weight4bit) -> tuple:
+        return w.quant_type, w.blocksize, w.dtype, w.packed.dtype
+
+    for w in weights:
+        if settings(w) != settings(first):
+            raise ValueError(
+                f"weights: expected the settings of the first, {settings(first)}, got {settings(w)}"
+            )
+        if w.shape.numel() % w.blocksize:
+            raise ValueError(
+                f"weights: expected whole blocks of {w.blocksize} elements, got shape {tuple(w.shape)}"
+            )
+    if sum(w.shape.numel() for w in weights) != shape.numel():
+        shapes = sorted({tuple(w.shape) for w in weights})
+        raise ValueError(
+            f"weights: expected the elements of shape {tuple(shape)}, got {len(weights)} of shapes {shapes}"
+        )
+    packed = [w.packed.reshape(-1).view(torch.uint8)[: w.shape.numel() // 2] for w in weights]
+    absmax = [
+        block_scales(w.absmax, w.nested_absmax, w.nested_code, w.nested_offset) for w in weights
+    ]
+    return dataclasses.replace(
+        first,
+        packed=stored_like(first.packed, torch.cat(packed)),
+        absmax=torch.cat(absmax),
+        shape=shape,
+        **dict.fromkeys(("nested_absmax", "nested_code", "nested_offset")),
+    )

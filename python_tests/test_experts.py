@@ -170,10 +170,9 @@ def test_any_implementation_of_transformers_leaves_experts_in_4_bits():
 
 def test_indices_of_other_processes_add_nothing():
     model, twin = pair("qwen3_moe")
-    twin.set_experts_implementation(
-        "eager"
-    )  # grouped_mm leaves such rows uninitialized, a NaN at times
     ours, theirs = (m.model.layers[0].mlp.experts for m in (model, twin))
+    # grouped_mm leaves such rows uninitialized, a NaN at times. The config is that of `model`, not of its twin.
+    theirs.config._experts_implementation = "eager"
     x, index = torch.randn(6, 64), torch.tensor([[0, 8], [8, 8], [3, 8], [8, 1], [7, 2], [4, 4]])
     weights = torch.rand(6, 2).masked_fill(index == 8, 0.0)
     torch.testing.assert_close(ours(x, index, weights), theirs(x, index, weights), **CLOSE)

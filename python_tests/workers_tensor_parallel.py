@@ -364,7 +364,7 @@ def check_errors(rank, size):
         (
             (model(), {"a": "diagonal"}),
             ValueError,
-            r"plan\['a'\]: expected 'column', 'row', Column",
+            r"plan\['a'\]: expected 'column', 'row', 'experts', 'slices'",
         ),
         ((model(), {"a": lkd.Row(unit=0)}), ValueError, r"plan\['a'\]: unit: expected an integer"),
         (

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <vector>
 
 #include "cpu/api.h"
 #include "cpu/table.h"
@@ -93,6 +94,24 @@ void advise_huge_pages(void* data, int64_t bytes) {
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 
+// Copies the matrices of some experts. They are innermost in B as PEFT has it, so they are here.
+template <class Number>
+void gather(const Tensor& t, const std::vector<int64_t>& experts, bool flip, Tensor& copy) {
+  const Number* from = static_cast<const Number*>(t.const_data_ptr());
+  Number* to = static_cast<Number*>(copy.mutable_data_ptr());
+  const int64_t P = t.size(1), Q = t.size(2), size = P * Q;
+  const int64_t apart[3] = {t.stride(0), t.stride(1), t.stride(2)};
+  const int64_t rows = flip ? 1 : Q, columns = flip ? P : 1;
+  torch::stable::parallel_for(0, P, ceil_div(1 << 14, Q + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t q = 0; q < Q; ++q) {
+        const Number* source = from + p * apart[1] + q * apart[2];
+        Number* target = to + p * rows + q * columns;
+        for (const int64_t e : experts) target[e * size] = source[e * apart[0]];
+      }
+  });
+}
+
 struct Cpu {
   explicit Cpu(const Tensor& first) {
     STD_TORCH_CHECK(first.is_cpu(), "expected CPU tensors, got one on another device");
@@ -128,6 +147,19 @@ struct Cpu {
   // The kernels of a transposed stack read the factors of its adapters the other way round.
   static constexpr bool kTransposesFactors = true;
   static constexpr bool kReadsOffsets = true;
+  // A factor [E, P, Q] of the adapters of experts, or each expert's matrix transposed. Where that
+  // is a copy, it has the experts that have rows; nobody reads the others.
+  Tensor factor(const Tensor& t, const Experts& x, bool flip) const {
+    if (!flip && t.is_contiguous()) return t;
+    const int64_t E = t.size(0), P = t.size(1), Q = t.size(2);
+    Tensor copy = flip ? empty(t, {E, Q, P}) : empty(t, {E, P, Q});
+    std::vector<int64_t> experts;
+    for (int64_t e = 0; e < E; ++e)
+      if (x.offsets[e] > (e ? x.offsets[e - 1] : 0)) experts.push_back(e);
+    t.element_size() == 4 ? gather<uint32_t>(t, experts, flip, copy)
+                          : gather<uint16_t>(t, experts, flip, copy);
+    return copy;
+  }
   void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
     GroupedArgs with = a;
     with.arithmetic = arithmetic(&a.experts.base, a.x.dtype);

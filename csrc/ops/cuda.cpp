@@ -171,6 +171,9 @@ class Cuda {
   static constexpr bool kTransposesFactors = false;
   // They stay on the device; the kernels cut what leads out of x.
   static constexpr bool kReadsOffsets = false;
+  Tensor factor(const Tensor& t, const Experts&, bool) const {
+    return torch::stable::contiguous(t);
+  }
   void grouped(const GroupedArgs& a, const Tensor&, Tensor&) const {
     check(kernels_.grouped(a, launch_), "grouped_linear", a.x.rows, a.y.cols, a.x.cols);
   }

@@ -33,15 +33,14 @@ struct GroupedOperators {
     const Shape of = shape_of(a.experts);
     a.dy = in.matrix("dy", dy, M, of.N);
     a.x = in.matrix("x", x, M, of.K);
-    const Factors factors(in, A, B, a.experts.count, of);
-    a.A = factors.A;
-    a.B = factors.B;
-    a.rank = factors.rank;
+    a.rank = rank_of(in, A, B, a.experts.count, of);
     a.scaling = static_cast<float>(scaling);
     const int64_t E = a.experts.count, R = a.rank;
-    MaybeTensor At;
+    MaybeTensor kept_A, kept_At, kept_B;
+    a.A = factor(backend, "A", A, a.experts, false, kept_A);
+    a.B = factor(backend, "B", B, a.experts, false, kept_B);
     if (Backend::kTransposesFactors && transposed && need_dx)
-      At = factors.transposed(factors.tensor_A, a.At, E * of.K, R);
+      a.At = factor(backend, "A", A, a.experts, true, kept_At);
     a.s = in.template data<float>("s", s, ScalarType::Float, checked_product("s", M, R));
     const Tensor ds = empty(dy, {M, R}, ScalarType::Float);
     a.ds = static_cast<float*>(ds.mutable_data_ptr());
@@ -83,33 +82,28 @@ struct GroupedOperators {
     return x;
   }
 
-  // The adapters of all experts, and what keeps copies of them alive.
-  struct Factors {
-    Tensor tensor_A, tensor_B;
-    Matrix A, B;
-    int64_t rank;
+  // The rank of the adapters A and B, whose shapes and devices are checked.
+  static int64_t rank_of(const Unpack& in, const Tensor& a, const Tensor& b, int64_t experts,
+                         const Shape& of) {
+    STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == experts && a.size(2) == of.K,
+                    "A: expected shape [E, R, K]");
+    const int64_t rank = checked_size("A", a.size(1));
+    STD_TORCH_CHECK(b.dim() == 3 && b.size(0) == experts && b.size(1) == of.N && b.size(2) == rank,
+                    "B: expected shape [E, N, R]");
+    in.check_device("A", a);
+    in.check_device("B", b);
+    return rank;
+  }
 
-    Factors(const Unpack& in, const Tensor& a, const Tensor& b, int64_t experts, const Shape& of)
-        : tensor_A(torch::stable::contiguous(a)), tensor_B(torch::stable::contiguous(b)) {
-      STD_TORCH_CHECK(a.dim() == 3 && a.size(0) == experts && a.size(2) == of.K,
-                      "A: expected shape [E, R, K]");
-      rank = checked_size("A", a.size(1));
-      STD_TORCH_CHECK(
-          b.dim() == 3 && b.size(0) == experts && b.size(1) == of.N && b.size(2) == rank,
-          "B: expected shape [E, N, R]");
-      in.check_device("A", tensor_A);
-      in.check_device("B", tensor_B);
-      A = {tensor_A.const_data_ptr(), dtype_of("A", tensor_A), experts * rank, of.K, of.K};
-      B = {tensor_B.const_data_ptr(), dtype_of("B", tensor_B), experts * of.N, rank, rank};
-    }
-
-    // Each expert's matrix of `factor` transposed, as rows x cols in `to`.
-    static Tensor transposed(const Tensor& factor, Matrix& to, int64_t rows, int64_t cols) {
-      const Tensor flipped = torch::stable::contiguous(torch::stable::transpose(factor, 1, 2));
-      to = {flipped.const_data_ptr(), dtype_of("factor", flipped), rows, cols, cols};
-      return flipped;
-    }
-  };
+  // The factor `t` of all experts, or each expert's matrix of it transposed; `kept` has it, or a
+  // copy of it.
+  static Matrix factor(const Backend& backend, const char* name, const Tensor& t, const Experts& x,
+                       bool flip, MaybeTensor& kept) {
+    const DType dtype = dtype_of(name, t);
+    kept = backend.factor(t, x, flip);
+    const int64_t rows = kept->size(0) * kept->size(1), cols = kept->size(2);
+    return {kept->const_data_ptr(), dtype, rows, cols, cols};
+  }
 
   struct WeightTensors {
     Tensor packed, absmax, code;
@@ -133,16 +127,13 @@ struct GroupedOperators {
     const Shape of = shape_of(a.experts);
     const int64_t E = a.experts.count;
     a.x = in.matrix("x", x, M, of.K);
-    std::optional<Factors> factors;
-    MaybeTensor Bt;
+    MaybeTensor kept_A, kept_B;
+    const bool flips = A && Backend::kTransposesFactors && transposed;
     if (A) {
-      factors.emplace(in, *A, *B, E, of);
-      a.A = factors->A;
-      a.B = factors->B;
-      a.rank = factors->rank;
+      a.rank = rank_of(in, *A, *B, E, of);
       a.scaling = static_cast<float>(scaling);
-      if (Backend::kTransposesFactors && transposed)
-        Bt = Factors::transposed(factors->tensor_B, a.Bt, E * a.rank, of.N);
+      a.A = factor(backend, "A", *A, a.experts, false, kept_A);
+      (flips ? a.Bt : a.B) = factor(backend, "B", *B, a.experts, flips, kept_B);
     }
     MaybeTensor bias;
     if (bias_in) {
@@ -155,7 +146,7 @@ struct GroupedOperators {
     Tensor y = empty(x, {M, of.N}), s = empty(x, {M, a.rank}, ScalarType::Float), ds = s;
     a.y = output(y, M, of.N);
     a.s = static_cast<float*>(s.mutable_data_ptr());
-    if (Bt) {
+    if (flips) {
       ds = empty(x, {M, a.rank}, ScalarType::Float);
       a.ds = static_cast<float*>(ds.mutable_data_ptr());
     }

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..adapter import AdapterSettings, are_fused
+from ..adapter import are_fused
 from ..functional import autocast, dropout_seed, wants_grad
-from ..multi_lora.in_force import in_force
-from ..nn import LoRALinear4bit, only_a_part
+from ..nn import LoRALinear4bit
 from ..ragged import by_rows, is_ragged
 from ..schema import check_linear, check_tensor
 from .functional import ColumnParallel, RowParallel
+from .parts import Part
 from .shards import Cut, GatherColumns, OwnColumns, Place
 
 
-class ParallelLoRALinear4bit(LoRALinear4bit):
+class ParallelLoRALinear4bit(Part, LoRALinear4bit):
     """What the two kinds have in common.
 
     ``in_features``, ``out_features`` and ``r`` are those of the whole layer; ``weight4bit``, the parameters and the
@@ -26,53 +26,22 @@ class ParallelLoRALinear4bit(LoRALinear4bit):
     Adapters are added, chosen, deleted, disabled and loaded as in one process, each call on all processes.
     """
 
-    place: Place
     weight_cut: Cut
-
-    def __init__(self, *args, **kwargs) -> None:
-        raise TypeError(
-            f"{type(self).__name__}: expected lowrank_kernels.distributed.parallelize to make it"
-        )
 
     def _become_shard(self, place: Place, unit: int, option: bool) -> None:
         """Called once, on a whole layer whose class was changed to this one."""
         self.place, self._option = place, option
         w = self.weight4bit
         self.weight_cut = place.cut(w.shape[self.weight_dim], unit)
-        self._set_weight4bit(w.narrow(self.weight_dim, self.weight_cut.first, self.weight_cut.size))
-        for name in self.r:
-            self._keep_shard(name)
-
-    def _keep_shard(self, name: str) -> None:
-        parts = self.shard_of_adapter(*self.adapter_parameters(name))
-        for modules, part in zip((self.lora_A, self.lora_B), parts, strict=True):
-            old = modules[name].weight
-            new = nn.Parameter(part.detach().clone(), requires_grad=old.requires_grad)
-            modules[name].weight = new
-            modules[name].out_features, modules[name].in_features = new.shape
-
-    def _add_adapter(self, name: str, settings: AdapterSettings) -> None:
-        """Of A and B, which each process draws whole, it keeps its part: with equal generators one process's."""
-        super()._add_adapter(name, settings)
-        self._keep_shard(name)
+        self._keep_parts(w.narrow(self.weight_dim, self.weight_cut.first, self.weight_cut.size))
 
     def parts(self) -> Iterator[nn.Parameter]:
         """The parameters of which other processes have other parts."""
         yield from (p for p in self.parameters() if p is not self.bias or self.weight_dim == 0)
 
-    def whole_adapter(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        raise only_a_part()
-
-    def merge(self) -> None:
-        """Not implemented for parts of a layer: raises RuntimeError. Merge before ``parallelize``."""
-        raise RuntimeError("merge: not implemented for parallel layers; merge before parallelize")
-
     def _inputs(self, x: torch.Tensor) -> torch.Tensor:
         """x ready for the operator, rows [M, K of the weight]; raises as :func:`lora_linear_4bit`."""
-        if in_force.entries and self.in_force(in_force.entries) is not None:
-            raise RuntimeError(
-                "forward under a plan: AdapterBank is not implemented for parallel layers; use one active adapter"
-            )
+        self._check_no_plan()
         check_tensor("x", x)
         x = autocast(x)
         return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() else x

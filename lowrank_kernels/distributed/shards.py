@@ -138,3 +138,43 @@ class OwnColumns(torch.autograd.Function):
     def backward(ctx, saved, dy):
         place, cut = ctx.rest
         return place.all_gather(dy, cut), None, None
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of the tensors of all processes; backward: the gradient, which all processes have."""
+
+    @staticmethod
+    def forward(ctx, y, place):
+        return place.all_reduce(y.clone())
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        return dy, None
+
+
+class SumGradients(torch.autograd.Function):
+    """A tensor that all processes have, to a part of each; backward: the sum of the gradients of all parts."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.place = place
+        return x.view_as(x)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        return ctx.place.all_reduce(dy.clone(memory_format=torch.contiguous_format)), None
+
+
+class OnFirst(torch.autograd.Function):
+    """What is added once: the tensor on the first process, zeros elsewhere; backward: the gradient, which all have."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        return x.clone() if place.rank == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        return dy, None

@@ -29,6 +29,7 @@ _ENTRIES = (
     "weight.absmax",
     "weight",
 )
+SUFFIXES = [entry.removeprefix("weight") for entry in _ENTRIES]
 
 
 def _one(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
@@ -199,10 +200,9 @@ def stack_deserializers(quantizer: HfQuantizer) -> list[WeightConverter]:
             )
             for tail in tails
         ]
-    suffixes = [entry.removeprefix("weight") for entry in _ENTRIES]
     return [
         WeightConverter(
-            [f"{tail}{suffix}$" for suffix in suffixes], tail, [DeserializeStack(quantizer, tail)]
+            [f"{tail}{suffix}$" for suffix in SUFFIXES], tail, [DeserializeStack(quantizer, tail)]
         )
         for tail in tails
     ]

@@ -96,6 +96,7 @@ class LowRankQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_before_weight_loading(self, model, **kwargs):
+        _check_whole(model.config)
         config = self.quantization_config
         rule = DenseLayers(model, (nn.Linear, Conv1D))
         tied = {
@@ -177,9 +178,17 @@ class LowRankQuantizer(HfQuantizer):
             return []
         return [*stack_deserializers(self), deserializer(self.dtype, self.adapters)]
 
+    def update_weight_conversions(self, weight_conversions, *model):
+        from .transformers_experts import join_experts
+
+        if self.pre_quantized and not self.quantization_config.mxfp4:
+            weight_conversions = join_experts(weight_conversions, self)
+        return super().update_weight_conversions(weight_conversions, *model)
+
     # -- after loading -----------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        from .transformers_experts import as_of_model
         from .transformers_load import after_loading, reverts
 
         config = self.quantization_config
@@ -201,7 +210,8 @@ class LowRankQuantizer(HfQuantizer):
         names = [*(f"{name}.weight" for name in layers), *stacks]
         # transformers undoes these when it saves. For packed bytes there is nothing to undo: such
         # layers are saved under the names that the model has for them.
-        model._weight_conversions = [c for c in model._weight_conversions if reverts(c, names)]
+        conversions = as_of_model(model._weight_conversions)
+        model._weight_conversions = [c for c in conversions if reverts(c, names)]
         if config.save_as == "bitsandbytes" and config.bitsandbytes is None:
             dense = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
             config.write_as_bitsandbytes(self.dtype, dense)
@@ -293,3 +303,15 @@ _log = logging.getLogger(__name__)
 
 auto.register_quantization_config(METHOD)(LowRankConfig)
 auto.register_quantizer(METHOD)(LowRankQuantizer)
+
+
+def _check_whole(config) -> None:
+    """That transformers is not to give each process a part, while 4-bit weights are made of whole ones."""
+    asked = getattr(config, "distributed_config", None)
+    names = "tp_size", "pp_size", "ep_size", "fsdp_size", "dp_replicate_size"
+    sizes = {name: getattr(asked, name, None) or 1 for name in names}
+    if parts := {name: size for name, size in sizes.items() if size > 1}:
+        raise ValueError(
+            f"distributed_config: expected none for weights in 4 bits, got {parts}; load the whole model in each "
+            "process, then call lowrank_kernels.distributed.parallelize or torch's fully_shard"
+        )
