@@ -202,7 +202,11 @@ def exact(name: str, logits_p: torch.Tensor, logits_q: torch.Tensor) -> torch.Te
     if p.dim() == 0 or p.shape[-1] == 0:
         raise ValueError(f"logits_p: expected [..., V] with V >= 1, got {tuple(p.shape)}")
     logp, logq = p.log_softmax(-1), q.log_softmax(-1)
-    return of.exact(logp.exp(), logq.exp(), logp, logq).sum(-1)
+    p, q = logp.exp(), logq.exp()
+    # What neither ever chooses adds nothing; without this its gradients were 0 · NaN.
+    never = (logp == -math.inf) & (logq == -math.inf)
+    logp, logq = logp.masked_fill(never, 0.0), logq.masked_fill(never, 0.0)
+    return of.exact(p, q, logp, logq).sum(-1)
 
 
 def _of(name: str) -> _Divergence:
