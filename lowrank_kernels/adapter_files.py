@@ -69,17 +69,24 @@ def write_adapter(
     path: str | os.PathLike,
     name: str,
     parameters: Callable[[NamedAdapters], tuple[torch.Tensor, torch.Tensor]],
+    heads: dict[str, nn.Module] | None = None,
+    warn: bool = True,
 ) -> None:
-    """:func:`save_adapter` with A and B of each layer from ``parameters``."""
+    """:func:`save_adapter` with A and B of each layer from ``parameters``.
+
+    ``heads``: by the path that each has in a model for sequence classification; None: those of ``model``. ``warn``:
+    whether a warning names what trains and is in no file.
+    """
     layers = adapted_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
     everywhere = layers.values()
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
     if not layers:
         raise ValueError(f"name: expected an adapter of the model, one of {adapters}, got {name!r}")
-    heads = _heads_of(model)
+    heads = _heads_of(model) if heads is None else heads
     config = _config_of(model, layers, name, heads)
-    _warn_of_the_rest(model, everywhere, name, heads)
+    if warn:
+        _warn_of_the_rest(model, everywhere, name, heads)
     tensors = {}
     stacks = saved_paths(p for p, layer in layers.items() if isinstance(layer, GroupedLinear4bit))
     for layer_path, layer in layers.items():
@@ -152,7 +159,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
 
     for layer_path, layer in layers.items():
         if layer_path in loaded:
-            _assign(layer, name, loaded[layer_path])
+            assign(layer, name, loaded[layer_path])
         elif name in layer.r:
             layer.delete_adapter(name)
         layer.set_adapter(name)
@@ -242,6 +249,8 @@ def _config_of(
     base = unwrap(model)
     model_config = getattr(base, "config", None)
     tasks = [task for end, task in _TASKS.items() if type(base).__name__.endswith(end)]
+    if heads and "TOKEN_CLS" not in tasks:
+        tasks = ["SEQ_CLS"]
     return {
         "peft_type": "LORA",
         "task_type": next(iter(tasks), None),
@@ -344,7 +353,8 @@ def _head_of(path: str) -> str:
 
 
 @torch.no_grad()
-def _assign(layer: NamedAdapters, name: str, loaded: AdapterLayer) -> None:
+def assign(layer: NamedAdapters, name: str, loaded: AdapterLayer) -> None:
+    """Gives ``layer`` the adapter ``loaded`` under ``name``; one of the same r keeps its parameters."""
     kept = None
     if name in layer.r:
         if layer.r[name] == loaded.r:

@@ -13,7 +13,8 @@ from .control import AdaptiveKL, FixedKL
 from .logprobs import divergence_of, logprobs
 from .losses import policy_loss, ranking_loss, value_loss
 
-_LATER: dict[str, str] = {}  # name -> module of this package
+# name -> module of this package
+_LATER = {name: "roles" for name in ("ROLES", "RoleModel")}
 
 __all__ = [
     "AdaptiveKL",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 if typing.TYPE_CHECKING:
-    pass
+    from .roles import ROLES, RoleModel
 
 
 def __getattr__(name: str):
