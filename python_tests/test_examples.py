@@ -11,16 +11,26 @@ from torch import nn
 import lowrank_kernels as lk
 
 
+def exported() -> dict[str, object]:
+    """What ``lowrank_kernels`` and the sub-packages that it imports later export, by name."""
+    found: dict[str, object] = {}
+    for package, prefix in [(lk, ""), *((getattr(lk, name), f"{name}.") for name in lk._LATER)]:
+        for name in package.__all__:
+            try:
+                found[f"{prefix}{name}"] = getattr(package, name)
+            except ImportError:  # of another library that is not installed
+                continue
+    return found
+
+
 def documented() -> dict[str, object]:
-    """What ``lowrank_kernels`` exports, and the public methods of its classes, by name.
+    """Functions, classes and the public methods of these, by name, but for protocols, which have nothing to run.
 
     Properties are shown in the example of their class.
     """
     found: dict[str, object] = {}
-    for name in lk.__all__:
-        try:
-            thing = getattr(lk, name)
-        except ImportError:  # of another library that is not installed
+    for name, thing in exported().items():
+        if getattr(thing, "_is_protocol", False):
             continue
         if not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue

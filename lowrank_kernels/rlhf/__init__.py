@@ -14,7 +14,16 @@ from .logprobs import divergence_of, logprobs
 from .losses import policy_loss, ranking_loss, value_loss
 
 # name -> module of this package
-_LATER = {name: "roles" for name in ("ROLES", "RoleModel")}
+_LATER = {
+    "ROLES": "roles",
+    "RoleModel": "roles",
+    "Rollout": "rollout",
+    "Sampler": "rollout",
+    "Sampling": "rollout",
+    "TransformersSampler": "rollout",
+    "PPOConfig": "config",
+    "PPOTrainer": "ppo",
+}
 
 __all__ = [
     "AdaptiveKL",
@@ -33,7 +42,10 @@ __all__ = [
 ]
 
 if typing.TYPE_CHECKING:
+    from .config import PPOConfig
+    from .ppo import PPOTrainer
     from .roles import ROLES, RoleModel
+    from .rollout import Rollout, Sampler, Sampling, TransformersSampler
 
 
 def __getattr__(name: str):

@@ -59,6 +59,7 @@ class RoleModel(nn.Module):
 
     Attributes:
         bank: the :class:`AdapterBank` of all roles.
+        has_reward: whether there is a reward adapter.
 
     Raises:
         TypeError, ValueError: the model is no causal language model with 4-bit layers, has dropout, or computes its
@@ -110,6 +111,7 @@ class RoleModel(nn.Module):
         if "value" not in files:
             nn.init.zeros_(self.value_head.weight)
         self.reward_head.requires_grad_(False)
+        self.has_reward = "reward" in files
         for name, of in (("policy", "reference"), ("value", "reward")):
             if start := files.get(name) or files.get(of):
                 _add_as_read(layers, name, start)
@@ -134,12 +136,14 @@ class RoleModel(nn.Module):
         where: torch.Tensor | None = None,
         entropy: bool = False,
         divergence: str | None = None,
+        texts: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """What :meth:`score` returns, with gradients of policy and value: one forward, and one backward for both.
 
         Args:
             ids, mask, roles, where, divergence: see :meth:`score`.
             entropy: whether "entropy" ``[B, S - 1]`` of the policy, in nats, comes too.
+            texts: ids and mask of other sequences, of which the policy's log-probabilities come as "texts".
 
         Examples:
             >>> import torch, transformers, lowrank_kernels as lk
@@ -160,15 +164,23 @@ class RoleModel(nn.Module):
                     f"where: expected booleans {list(wanted.shape)}, got {where.dtype} {list(where.shape)}"
                 )
             wanted = wanted & where
-        hidden = self._hidden(ids, keep, roles)
-        out = self._of_tokens(hidden, ids, wanted, entropy, divergence)
+        groups = [(role, ids, keep) for role in roles]
+        if texts is not None:
+            groups.append(("policy", texts[0], _check_batch(*texts, roles)))
+        hidden = self._hidden(groups)
+        of_role = dict(zip(roles, hidden))
+        out = self._of_tokens(of_role, ids, wanted, entropy, divergence)
         for role in roles:
             if role == "value":
-                out[role] = _scalar(self.value_head, hidden[role])
+                out[role] = _scalar(self.value_head, of_role[role])
             elif role == "reward":
                 last = ids.shape[1] - 1 - keep.flip(1).int().argmax(1)
-                at = hidden[role][torch.arange(len(ids), device=ids.device), last]
+                at = of_role[role][torch.arange(len(ids), device=ids.device), last]
                 out[role] = _scalar(self.reward_head, at)
+        if texts is not None:
+            _, text_ids, text_keep = groups[-1]
+            wanted = text_keep[:, 1:] & text_keep[:, :-1]
+            out |= {"texts": self._of_tokens({"policy": hidden[-1]}, text_ids, wanted)["policy"]}
         return {role: out[role] for role in (*roles, *out)}
 
     @torch.no_grad()
@@ -211,37 +223,39 @@ class RoleModel(nn.Module):
         """
         return self(ids, mask, roles, where, divergence=divergence)
 
-    def _hidden(
-        self, ids: torch.Tensor, keep: torch.Tensor, roles: Sequence[str]
-    ) -> dict[str, torch.Tensor]:
-        """The last hidden states ``[B, S, D]`` of each role.
+    def _hidden(self, groups: list[tuple[str, torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        """The last hidden states ``[B, S, D]`` of each group of role, ids and mask, from one forward.
 
-        A column of padding behind each sequence has transformers take its attention with a mask in every batch,
-        whether others have padding or not.
+        A column of padding behind all sequences has transformers take its attention with a mask in every batch, whether
+        others have padding or not.
         """
-        rows, columns = ids.shape
-        copies = len(roles) * rows
-        fill = max(0, ceil_div(_ROWS, columns + 1) - copies)
-        names = [self._adapters[role] for role in roles for _ in range(rows)] + [None] * fill
-        ids, keep = F.pad(ids, (0, 1)), F.pad(keep, (0, 1))
-        ids, keep = (
-            torch.cat([t.repeat(len(roles), 1), t[:1].expand(fill, -1)]) for t in (ids, keep)
-        )
+        columns = 1 + max(ids.shape[1] for _, ids, _ in groups)
+        names = [self._adapters[role] for role, ids, _ in groups for _ in ids]
+        fill = max(0, ceil_div(_ROWS, columns) - len(names))
+
+        def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+            padded = [F.pad(part, (0, columns - part.shape[1])) for part in parts]
+            return torch.cat([*padded, padded[0][:1].expand(fill, -1)])
+
+        ids = joined([ids for _, ids, _ in groups])
+        keep = joined([keep for _, _, keep in groups])
         positions = (keep.cumsum(1) - 1).clamp(min=0)
-        plan = self.bank.plan(names, tokens_per_sequence=[columns + 1] * len(names))
+        names += [None] * fill
+        plan = self.bank.plan(names, tokens_per_sequence=[columns] * len(names))
         with self.bank.using(plan):
             hidden = self.model.base_model(
                 input_ids=ids, attention_mask=keep.long(), position_ids=positions, use_cache=False
             ).last_hidden_state
-        return dict(zip(roles, hidden[:copies, :columns].split(rows)))
+        parts = hidden.split([len(ids) for _, ids, _ in groups] + [fill])
+        return [part[:, : ids.shape[1]] for part, (_, ids, _) in zip(parts, groups)]
 
     def _of_tokens(
         self,
         hidden: dict[str, torch.Tensor],
         ids: torch.Tensor,
         wanted: torch.Tensor,
-        entropy: bool,
-        divergence: str | None,
+        entropy: bool = False,
+        divergence: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """Log-probabilities of policy and reference where they are wanted, and what goes with them."""
         roles = [role for role in ("policy", "reference") if role in hidden]
@@ -269,6 +283,25 @@ class RoleModel(nn.Module):
                 divergence_of(divergence, *both, self.head_of_language, self.temperature)
             )
         return out
+
+    @property
+    def config(self):
+        """The configuration of the language model."""
+        return self.model.config
+
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        """As of the model, with its arguments: activations are computed again in backward, under the plan of the forward.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from lowrank_kernels import rlhf
+            >>> sizes = dict(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+            >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+            >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+            >>> report = lk.replace_linear(model, r=0, progress=False)
+            >>> rlhf.RoleModel(model, r=8).gradient_checkpointing_enable()
+        """
+        self.model.gradient_checkpointing_enable(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, ids: torch.Tensor, mask: torch.Tensor, **arguments) -> torch.Tensor:
