@@ -24,9 +24,10 @@ def exported() -> dict[str, object]:
 
 
 def documented() -> dict[str, object]:
-    """Functions, classes and the public methods of these, by name, but for protocols, which have nothing to run.
+    """Functions, classes and the public methods of these, by name.
 
-    Properties are shown in the example of their class.
+    Properties are shown in the example of their class. What overrides a method of another library is that library's to
+    explain, and a protocol has nothing to run.
     """
     found: dict[str, object] = {}
     for name, thing in exported().items():
@@ -38,7 +39,9 @@ def documented() -> dict[str, object]:
         if inspect.isclass(thing):
             for method, value in vars(thing).items():
                 function = getattr(value, "__func__", value)
-                own = not method.startswith("_") and not hasattr(nn.Linear, method)
+                bases = [b for b in thing.__mro__[1:] if not b.__module__.startswith(lk.__name__)]
+                theirs = any(hasattr(base, method) for base in [nn.Linear, *bases])
+                own = not method.startswith("_") and not theirs
                 if own and inspect.isfunction(function):
                     found[f"{name}.{method}"] = function
     return found

@@ -177,19 +177,23 @@ def test_advantages_are_those_of_scores_and_penalties_at_the_last_token(tmp_path
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    changes = dict(max_steps=4, optim="sgd", learning_rate=0.5)
     made = [
         trainer(
             tmp_path,
-            max_steps=2,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=8 // size,
+            **changes,
         )
         for size in (8, 2)
     ]
+    before = trained(made[0])
     for one in made:
         one.train()
-    for (name, a), b in zip(trained(made[0]).items(), trained(made[1]).values()):
-        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4, msg=name)
+    after = trained(made[0])
+    for name, b in trained(made[1]).items():
+        torch.testing.assert_close(after[name], b, rtol=1e-3, atol=1e-5, msg=name)
+    assert any((after[name] - before[name]).abs().max() > 1e-3 for name in before)
 
 
 def test_texts_are_learnt_beside(tmp_path):
@@ -246,7 +250,8 @@ def test_several_completions_of_a_prompt_and_checkpointing(tmp_path):
         whiten_rewards=True,
     )
     made.train()
-    prompts = made._rollout["ids"][:, :3].tolist()
+    length = 1 + int(made._rollout["where"].any(0).nonzero()[0])
+    prompts = made._rollout["ids"][:, :length].tolist()
     assert all(prompts[4 * i] == prompts[4 * i + j] for i in range(2) for j in range(4))
 
 
