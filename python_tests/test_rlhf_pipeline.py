@@ -10,7 +10,23 @@ import lowrank_kernels as lk
 from lowrank_kernels import rlhf
 from lowrank_kernels.rlhf.rollout import ended, padded_left
 
-WORDS = "good bad fine poor film plot actor scene a the is was very not user assistant".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "poor",
+    "film",
+    "plot",
+    "actor",
+    "a",
+    "the",
+    "is",
+    "was",
+    "very",
+    "not",
+    "user",
+    "assistant",
+]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}"
     "{% if not (loop.last and continue_final_message) %} <end> {% endif %}{% endfor %}"
@@ -226,7 +242,7 @@ def test_a_function_may_return_a_tensor(tokenizer, tmp_path):
         tokenizer, tmp_path, prompts=TEXTS, reward_funcs=lambda **_: torch.tensor([1.0, 2.0, 3.0, 4.0])
     )  # fmt: skip
     made.train()
-    assert [log["score"] for log in made.state.log_history if "score" in log][0] == 2.5
+    assert made.state.log_history[0]["score"] == 2.5
 
 
 # -- samplers --------------------------------------------------------------------------------------
@@ -272,3 +288,64 @@ def test_a_sampler_of_other_numbers_is_logged(tokenizer, tmp_path):
     made.train()
     logs = [log for log in made.state.log_history if "sampler_difference" in log]
     assert logs and logs[0]["sampler_difference"] > 0.1
+
+
+def test_completions_are_drawn_by_their_probabilities(tokenizer):
+    """Of one step, by 4096 seeds: counts within five standard deviations of their expectations, at temperature 2."""
+    roles = rlhf.RoleModel(causal(tokenizer), r=4)
+    with torch.no_grad():
+        roles.model.lm_head.weight.mul_(40)
+        prompt = torch.tensor([[7, 8]])
+        p = (roles.model(prompt).logits[0, -1].double() / 2).softmax(-1)
+    count = 4096
+    sampling = rlhf.Sampling(1, 2.0, 2, 0, seeds=tuple(range(count)))
+    rollout = rlhf.TransformersSampler(roles).generate([[7, 8]], count, sampling)
+    seen = rollout.ids[:, 2].bincount(minlength=len(p)).double()
+    assert p.max() > 3 / len(p)
+    assert ((seen - count * p).abs() <= 5 * (count * p * (1 - p)).sqrt() + 1).all()
+
+
+def test_a_completion_is_its_seed_s_whatever_else_is_sampled(tokenizer):
+    sampler = rlhf.TransformersSampler(rlhf.RoleModel(causal(tokenizer), r=4))
+
+    def completions(prompts, seeds):
+        sampling = rlhf.Sampling(8, 1.0, 2, 0, seeds=seeds)
+        rollout = sampler.generate(prompts, 1, sampling)
+        return [ids[keep].tolist() for ids, keep in zip(rollout.ids[:, 1:], rollout.of_completion)]
+
+    prompts = [[7], [8, 9, 10], [7]]
+    together = completions(prompts, (1, 2, 3))
+    torch.manual_seed(5)
+    assert together == [completions([p], (s,))[0] for p, s in zip(prompts, (1, 2, 3))]
+    assert together[0] != together[2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(eval_strategy="steps"), dict(auto_find_batch_size=True), dict(adaptive_kl=True, kl_horizon=3)],
+)  # fmt: skip
+def test_settings_that_ppo_has_no_use_for_are_refused(tokenizer, tmp_path, changes):
+    name = {"adaptive_kl": "kl_horizon"}.get(next(iter(changes)), next(iter(changes)))
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        ppo(tokenizer, tmp_path, prompts=TEXTS, reward_funcs=ones, **changes)
+
+
+def test_autocast_to_bfloat16_keeps_the_first_ratio(tokenizer, tmp_path):
+    class Recorded(rlhf.PPOTrainer):
+        ratios = []
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self.ratios.append((out["policy"] - inputs["logprobs"])[inputs["where"]].detach())
+            return loss
+
+    config = rlhf.PPOConfig(
+        str(tmp_path), max_steps=2, max_completion_length=6, per_device_train_batch_size=2, bf16=True,
+        gradient_accumulation_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    roles = rlhf.RoleModel(causal(tokenizer), r=4)
+    made = Recorded(
+        roles, config, train_dataset=TEXTS, processing_class=tokenizer, reward_funcs=ones
+    )
+    made.train()
+    assert len(made.ratios) == 4 and not torch.cat(made.ratios).any()

@@ -1,6 +1,7 @@
 """PPOTrainer: learns, keeps what is frozen, resumes bit for bit, is one computation on any number of processes."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -260,11 +261,12 @@ WORKER = pathlib.Path(__file__).parent / "workers_rlhf_ppo.py"
 
 def test_two_processes_train_as_one_does(tmp_path):
     """Completions are given, so that they are the same; gradients and statistics are those of all processes."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     command = [sys.executable, str(WORKER), str(tmp_path / "one"), "1"]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=300, env=environment)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone",
                str(WORKER), str(tmp_path / "two"), "2"]  # fmt: skip
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=300, env=environment)
     one, *two = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
     for name, tensor in one["parameters"].items():
         assert torch.equal(two[0]["parameters"][name], two[1]["parameters"][name])

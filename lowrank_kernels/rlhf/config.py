@@ -54,6 +54,9 @@ class PPOConfig(transformers.TrainingArguments):
     adam_epsilon: float = 1e-5
     logging_steps: float = 1
     remove_unused_columns: bool = False
+    # Every trained parameter is used in every step, and the buffers, statistics of the base, never change.
+    ddp_find_unused_parameters: bool | None = False
+    ddp_broadcast_buffers: bool | None = False
 
     max_prompt_length: int | None = None
     max_completion_length: int = 64

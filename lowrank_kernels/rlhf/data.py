@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 
-def read_prompts(dataset, tokenizer, max_length: int | None) -> list[dict]:
+def read_prompts(dataset, tokenizer, max_length: int | None, vocabulary: int) -> list[dict]:
     """A row with ``prompt_ids`` for each row of ``dataset``, which keeps its other columns.
 
-    ``prompt`` is a text or a list of messages, to which the tokenizer's chat template adds the assistant's turn;
-    ``prompt_ids`` are taken as they are. Raises ValueError, TypeError for anything else.
+    ``prompt`` is a text or a list of messages, to which the tokenizer's chat template adds the assistant's turn, or
+    leaves it open if the last message is one; ``prompt_ids`` are taken as they are. Raises ValueError, TypeError for
+    anything else.
     """
     if dataset is None or isinstance(dataset, str | dict) or not hasattr(dataset, "__len__"):
         raise TypeError(
@@ -29,13 +30,22 @@ def read_prompts(dataset, tokenizer, max_length: int | None) -> list[dict]:
         row = {"prompt": row} if isinstance(row, str) else dict(row)
         if "prompt_ids" not in row:
             row["prompt_ids"] = _ids_of(row.get("prompt"), tokenizer, number)
-        ids = [int(token) for token in row["prompt_ids"]]
+        ids = _integers(row["prompt_ids"], vocabulary, number)
         if not ids:
             raise ValueError(
                 f"train_dataset: row {number}: expected a prompt of a token at least, got none"
             )
         rows.append(row | {"prompt_ids": ids if max_length is None else ids[-max_length:]})
     return rows
+
+
+def _integers(ids: Sequence[int], vocabulary: int, number: int) -> list[int]:
+    tokens = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+    if not all(type(token) is int and 0 <= token < vocabulary for token in tokens):
+        raise ValueError(
+            f"train_dataset: row {number}: expected token ids from 0 to {vocabulary - 1}, got {ids!r:.80}"
+        )
+    return tokens
 
 
 def _ids_of(prompt: object, tokenizer, number: int) -> list[int]:
@@ -45,13 +55,23 @@ def _ids_of(prompt: object, tokenizer, number: int) -> list[int]:
         )
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    if isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
+    if _is_conversation(prompt):
+        goes_on = prompt[-1]["role"] == "assistant"
         encoded = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+            prompt, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=True,
+            return_dict=True,
+        )  # fmt: skip
         return encoded["input_ids"]
     raise ValueError(
         f"train_dataset: row {number}: expected a column 'prompt' with a text or messages, got {type(prompt).__name__}"
+    )
+
+
+def _is_conversation(prompt: object) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
     )
 
 
@@ -151,16 +171,7 @@ class Rewards:
             scores = function(
                 prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
             )
-            if len(scores) != len(rows):
-                raise ValueError(
-                    f"reward_funcs: {name}: expected {len(rows)} numbers, one for each completion, got {len(scores)}"
-                )
-            numbers = torch.tensor([math.nan if s is None else float(s) for s in scores])
-            given = torch.tensor([s is not None for s in scores])
-            if not bool(numbers[given].isfinite().all()):
-                raise ValueError(
-                    f"reward_funcs: {name}: expected finite numbers or None, got some that are neither"
-                )
+            numbers, given = _numbers(scores, len(rows), name)
             total += weight * numbers.nan_to_num(0.0)
             seen |= given
             means[name if name not in means else f"{name}_{number}"] = (
@@ -179,7 +190,29 @@ class Rewards:
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return [
             [{"role": "assistant", "content": text}]
-            if isinstance(row.get("prompt"), list)
+            if _is_conversation(row.get("prompt"))
             else text
             for row, text in zip(rows, texts)
         ]
+
+
+def _numbers(scores: object, count: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a reward function returned: numbers, and which of them are not None."""
+    if not hasattr(scores, "__len__") or isinstance(scores, str | dict):
+        raise TypeError(
+            f"reward_funcs: {name}: expected a list of numbers, got {type(scores).__name__}"
+        )
+    if len(scores) != count:
+        raise ValueError(
+            f"reward_funcs: {name}: expected {count} numbers, one for each completion, got {len(scores)}"
+        )
+    given = torch.tensor([score is not None for score in scores])
+    try:
+        numbers = torch.tensor([math.nan if score is None else float(score) for score in scores])
+    except (TypeError, ValueError):
+        numbers = torch.full((count,), math.nan)
+    if not bool(numbers[given].isfinite().all()):
+        raise ValueError(
+            f"reward_funcs: {name}: expected finite numbers or None, got some that are neither"
+        )
+    return numbers, given

@@ -28,10 +28,11 @@ from .control import AdaptiveKL, FixedKL
 from .data import Rewards, RolloutBatches, encode_texts, read_prompts
 from .losses import policy_loss, value_loss
 from .roles import RoleModel
-from .rollout import Rollout, Sampler, Sampling, TransformersSampler
+from .rollout import Rollout, Sampler, Sampling, TransformersSampler, check_rollout
 
 RewardFunction = Callable[..., Sequence[float | None]]
 _STATE, _ROLLOUT = "ppo_state_{}.json", "ppo_rollout_{}.safetensors"
+_LARGEST_WEIGHT = 2.0  # of a token whose sampler gave it another probability than the policy
 
 
 class PPOTrainer(transformers.Trainer):
@@ -54,7 +55,8 @@ class PPOTrainer(transformers.Trainer):
         reward_funcs: one or more functions ``f(prompts, completions, completion_ids, **columns)``, as TRL's, that
             return a number, or None for no opinion, for each completion; their weighted sum is the score. None: the
             reward adapter.
-        sampler: a :class:`rlhf.Sampler`; None: :class:`rlhf.TransformersSampler`.
+        sampler: a :class:`rlhf.Sampler`; None: :class:`rlhf.TransformersSampler`. Where it returns log-probabilities μ
+            of its own, a token's advantage counts min(π / μ, 2) times.
         ptx_dataset: texts (a column ``text``, or a list) that ``ptx_coef`` weighs.
         callbacks, optimizers, optimizer_cls_and_kwargs: as of Trainer.
 
@@ -100,7 +102,11 @@ class PPOTrainer(transformers.Trainer):
             raise TypeError(f"roles: expected a RoleModel, got {type(roles).__name__}")
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args: expected a PPOConfig, got {type(args).__name__}")
-        self.prompts = read_prompts(train_dataset, processing_class, args.max_prompt_length)
+        _check_arguments(args)
+        vocabulary = roles.model.get_input_embeddings().weight.shape[0]
+        self.prompts = read_prompts(
+            train_dataset, processing_class, args.max_prompt_length, vocabulary
+        )
         self.sampling = _sampling(args, processing_class)
         self.rewards = Rewards(reward_funcs, args.reward_weights, processing_class)
         if not self.rewards.functions and roles.has_reward is False:
@@ -120,6 +126,11 @@ class PPOTrainer(transformers.Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
                 "args: expected no FSDP and no DeepSpeed, which PPOTrainer does not support"
+            )
+        episodes = args.prompts_per_rollout * self.accelerator.num_processes
+        if args.adaptive_kl and episodes > args.kl_horizon:
+            raise ValueError(
+                f"kl_horizon: expected at least the episodes of a rollout, {episodes}, got {args.kl_horizon}"
             )
         self.model_accepts_loss_kwargs = False  # Trainer divides by the accumulation steps
         self.roles, roles.temperature = roles, args.temperature
@@ -221,9 +232,11 @@ class PPOTrainer(transformers.Trainer):
         args = self.args
         self.sampler.sync(self.roles, self.state.global_step)
         prompts = [row["prompt_ids"] for row in rows]
-        rollout = self.sampler.generate(prompts, args.num_generations, self.sampling)
+        sampling = self.sampling._replace(seeds=self._seeds())
+        with self.accelerator.autocast():
+            rollout = self.sampler.generate(prompts, args.num_generations, sampling)
         rows = [row for row in rows for _ in range(args.num_generations)]
-        where = rollout.of_completion
+        rollout, where = check_rollout(rollout, len(rows)), rollout.of_completion
         scored = self._score(rollout, where)
         scores = self._scores(rollout, rows, scored)
         values = scored["value"][:, :-1]
@@ -235,13 +248,23 @@ class PPOTrainer(transformers.Trainer):
         self._log_rollout(rollout, where, scored, values, returns)
         if args.whiten_advantages:
             advantages = whiten(advantages, where, reduce=self._sum)
-        log_ratio = (scored["policy"] - scored["reference"]).where(where, 0).sum(1)
-        total = self._sum(torch.stack([log_ratio.sum(), torch.tensor(float(len(log_ratio)))]))
-        self.control_of_kl.update(float(total[0] / total[1]), int(total[1]))
+        if rollout.logprobs is not None:
+            weight = (scored["policy"] - rollout.logprobs).exp().clamp(max=_LARGEST_WEIGHT)
+            advantages = advantages * weight.where(where, 0)
+        kl = scored["divergence"].where(where, 0).sum()
+        kl, episodes = self._sum(torch.stack([kl, kl.new_tensor(len(rows))])).tolist()
+        self.control_of_kl.update(kl / episodes, int(episodes))
         return {
             "ids": rollout.ids, "mask": rollout.mask, "where": where, "logprobs": scored["policy"],
             "values": values.where(where, 0), "advantages": advantages, "returns": returns,
         }  # fmt: skip
+
+    def _seeds(self) -> tuple[int, ...]:
+        """Of each completion of this process's part of the rollout, whatever the number of processes."""
+        count, processes = self.args.prompts_per_rollout, self.accelerator.num_processes
+        rollouts = self._micro // (self.args.num_ppo_epochs * self._micro_batches)
+        first = (rollouts * processes + self.accelerator.process_index) * count
+        return tuple((self.args.seed << 32) + first + i for i in range(count))
 
     def _score(self, rollout: Rollout, where: torch.Tensor) -> dict[str, torch.Tensor]:
         """What all roles say, some sequences at a time."""
@@ -250,7 +273,7 @@ class PPOTrainer(transformers.Trainer):
         training = self.roles.training
         self.roles.eval()
         parts = [
-            self.roles.score(ids, mask, roles, where=part, divergence="kl")
+            self.roles(ids, mask, roles, where=part, entropy=True, divergence="kl")
             for ids, mask, part in zip(rollout.ids.split(size), rollout.mask.split(size), where.split(size))
         ]  # fmt: skip
         self.roles.train(training)
@@ -299,7 +322,7 @@ class PPOTrainer(transformers.Trainer):
         logs["kl"].append(float((policy - reference).where(where, 0).sum() / len(where)))
         logs["kl_exact"].append(mean(scored["divergence"]))
         logs["divergence"].append(mean(divergences.value(self.args.divergence, policy, reference)))
-        logs["nll"].append(mean(-policy))
+        logs["entropy"].append(mean(scored["entropy"]))
         logs["kl_coef"].append(self.control_of_kl.value)
         kept = returns[where]
         spread = kept.var(unbiased=False)
@@ -322,14 +345,18 @@ class PPOTrainer(transformers.Trainer):
     # -- logs and files ----------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of what was seen since the last log."""
-        if "loss" in logs:
-            logs.update({name: sum(seen) / len(seen) for name, seen in self._logs.items() if seen})
+        """Adds the means, over all processes, of what was seen since the last log."""
+        if "loss" in logs and self._logs:
+            means = [sum(seen) / len(seen) for seen in self._logs.values()]
+            total = self._sum(torch.tensor(means)) / self.accelerator.num_processes
+            logs.update(zip(self._logs, total.tolist()))
             self._logs.clear()
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The folders ``policy`` and ``value`` of PEFT's format, the tokenizer and the arguments."""
+        if not self.args.should_save:  # another process does
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.roles.save(folder)
@@ -339,6 +366,8 @@ class PPOTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         super()._save_checkpoint(model, trial)
+        if self.args.save_only_model:
+            return
         name = f"{transformers.trainer_utils.PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder, rank = Path(self._get_output_dir(trial)) / name, self.accelerator.process_index
         state = {
@@ -372,6 +401,20 @@ class PPOTrainer(transformers.Trainer):
             tensors = load_file(rollout, device=str(self.accelerator.device))
             self._order = tensors.pop("order").cpu()
             self._rollout = tensors
+
+
+def _check_arguments(args: PPOConfig) -> None:
+    """Raises ValueError for what a Trainer offers and PPO cannot use."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: expected one GPU for each process, got {args.n_gpu}: start a process for each (torchrun, "
+            "accelerate launch), or set CUDA_VISIBLE_DEVICES"
+        )
+    for name, expected in (("auto_find_batch_size", False), ("label_smoothing_factor", 0)):
+        if getattr(args, name) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(args, name)!r}")
+    if args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy: expected 'no', got {args.eval_strategy!r}")
 
 
 def _sampling(args: PPOConfig, tokenizer) -> Sampling:

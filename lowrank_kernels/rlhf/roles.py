@@ -289,8 +289,25 @@ class RoleModel(nn.Module):
         """The configuration of the language model."""
         return self.model.config
 
-    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
-        """As of the model, with its arguments: activations are computed again in backward, under the plan of the forward.
+    def activation_checkpointing_enable(self, **arguments) -> None:
+        """As of the model: activations are computed again in backward, under the plan of the forward.
+
+        Examples:
+            >>> import torch, transformers, lowrank_kernels as lk
+            >>> from lowrank_kernels import rlhf
+            >>> sizes = dict(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+            >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+            >>> model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+            >>> report = lk.replace_linear(model, r=0, progress=False)
+            >>> rlhf.RoleModel(model, r=8).activation_checkpointing_enable()
+        """
+        before = (
+            self.model.gradient_checkpointing_enable
+        )  # its name in older versions of transformers
+        getattr(self.model, "activation_checkpointing_enable", before)(**arguments)
+
+    def gradient_checkpointing_enable(self, **arguments) -> None:
+        """The name that :meth:`activation_checkpointing_enable` had before.
 
         Examples:
             >>> import torch, transformers, lowrank_kernels as lk
@@ -301,7 +318,7 @@ class RoleModel(nn.Module):
             >>> report = lk.replace_linear(model, r=0, progress=False)
             >>> rlhf.RoleModel(model, r=8).gradient_checkpointing_enable()
         """
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
+        self.model.gradient_checkpointing_enable(**arguments)
 
     @torch.no_grad()
     def generate(self, ids: torch.Tensor, mask: torch.Tensor, **arguments) -> torch.Tensor:
