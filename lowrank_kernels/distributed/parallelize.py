@@ -13,7 +13,7 @@ from torch import nn
 from ..adapter_files import write_adapter
 from ..frozen4bit import is_dtensor
 from ..linear4bit import Linear4bit
-from ..nn import LoRALinear4bit, lora_layers
+from ..nn import LoRALinear4bit, lora_layers, take_adapters
 from ..paths import named_modules
 from ..targets import matches
 from .layers import (
@@ -73,9 +73,7 @@ def parallelize(
     for path, (layer, style) in layers.items():
         _check_layer(path, layer, style, place)
     for layer, style in layers.values():
-        if type(layer) is Linear4bit:
-            layer.__class__ = LoRALinear4bit
-            layer._init_adapters()
+        take_adapters(layer)
         column = isinstance(style, Column)
         layer.__class__ = ColumnParallelLoRALinear4bit if column else RowParallelLoRALinear4bit
         option = style.gather_output if column else style.input_is_parallel

@@ -13,7 +13,17 @@ from .control import AdaptiveKL, FixedKL
 from .logprobs import divergence_of, logprobs
 from .losses import policy_loss, ranking_loss, value_loss
 
-_LATER: dict[str, str] = {}  # name -> module of this package
+# name -> module of this package
+_LATER = {
+    "ROLES": "roles",
+    "RoleModel": "roles",
+    "Rollout": "rollout",
+    "Sampler": "rollout",
+    "Sampling": "rollout",
+    "TransformersSampler": "rollout",
+    "PPOConfig": "config",
+    "PPOTrainer": "ppo",
+}
 
 __all__ = [
     "AdaptiveKL",
@@ -32,7 +42,10 @@ __all__ = [
 ]
 
 if typing.TYPE_CHECKING:
-    pass
+    from .config import PPOConfig
+    from .ppo import PPOTrainer
+    from .roles import ROLES, RoleModel
+    from .rollout import Rollout, Sampler, Sampling, TransformersSampler
 
 
 def __getattr__(name: str):
