@@ -23,6 +23,7 @@ _LATER = {
     "TransformersSampler": "rollout",
     "PPOConfig": "config",
     "PPOTrainer": "ppo",
+    "RankingTrainer": "ranking",
 }
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
 if typing.TYPE_CHECKING:
     from .config import PPOConfig
     from .ppo import PPOTrainer
+    from .ranking import RankingTrainer
     from .roles import ROLES, RoleModel
     from .rollout import Rollout, Sampler, Sampling, TransformersSampler
 
