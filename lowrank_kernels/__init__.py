@@ -71,9 +71,10 @@ _on_import("transformers.quantizers.auto", _transformers.register)
 _on_import("transformers.modeling_utils", _transformers.register_models)
 _on_import("accelerate.utils.modeling", accelerate_hook.install)
 
-_LATER = ()  # modules that `import lowrank_kernels` leaves alone
+_LATER = ("analysis", "rlhf")  # modules that `import lowrank_kernels` leaves alone
 
 if typing.TYPE_CHECKING:
+    from . import analysis, rlhf
     from .interop.transformers_quantizer import LowRankConfig, pretrained_config
 
 

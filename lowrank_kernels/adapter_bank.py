@@ -56,8 +56,10 @@ class AdapterBank(PageTable):
         with bank.using(plan):
             model(...)
 
-    ``bank[module_name]`` are the pages of one module, for :func:`multi_lora_`. Memory: ``num_pages * page_rank
-    * Σ (K + N)`` elements over the modules, see :attr:`nbytes`.
+    ``bank[module_name]`` are the pages of one module, for :func:`multi_lora_`. ``bank.heads[name]`` are the parameters
+    of heads that the file of adapter ``name`` held, such as ``{"score.weight": [1, D]}`` of a reward model, as they
+    were read: a plan mixes adapters, and whoever makes it applies their heads to the rows. Memory:
+    ``num_pages * page_rank * Σ (K + N)`` elements over the modules, see :attr:`nbytes`.
 
     Examples:
         >>> import torch, lowrank_kernels as lk
@@ -93,6 +95,7 @@ class AdapterBank(PageTable):
             )
         super().__init__(num_pages, page_rank, devices.pop())
         self.dtype = dtype or _common_dtype(layers.values())
+        self.heads: dict[str, dict[str, torch.Tensor]] = {}
         self._layers = {name: _Layer(name, layer) for name, layer in layers.items()}
         self._modules = {name: self._pages_of(name, layer) for name, layer in layers.items()}
         self.pages_of_layer = {id(layer): self._modules[name] for name, layer in layers.items()}
@@ -218,12 +221,13 @@ class AdapterBank(PageTable):
                 f"name: expected a new one, got {name!r}, which is loaded; evict it first"
             )
         layers = {module: owner.layer for module, owner in self._layers.items()}
+        heads: dict[str, torch.Tensor] = {}
         if source is None:
             adapters = self._own_adapter(name)
         elif isinstance(source, Mapping):
-            adapters = read_state_dict(layers, source, lora_alpha, use_rslora)
+            adapters, heads = read_state_dict(layers, source, lora_alpha, use_rslora)
         else:
-            adapters = read_adapter(layers, source)
+            adapters, heads = read_adapter(layers, source)
         max_rank = max(adapter.r for adapter in adapters.values())
         slot, page_ids = self.take_pages(name, max_rank, adjacent=source is None)
         try:
@@ -242,6 +246,7 @@ class AdapterBank(PageTable):
             self._release(slot)
             raise
         self.name_slot(name, slot, max_rank)
+        self.heads[name] = heads
 
     def _own_adapter(self, name: str) -> dict[str, AdapterLayer]:
         """The model's own adapter ``name`` by module. Raises unless it can live in this bank."""
@@ -289,7 +294,7 @@ class AdapterBank(PageTable):
             raise RuntimeError(
                 f"name: {name!r} is in a plan in use; leave its `with bank.using(plan)` first"
             ) from None
-        del self._slots[name], self._max_rank[slot]
+        del self._slots[name], self._max_rank[slot], self.heads[name]
 
     def _release(self, slot: int) -> None:
         self.pool.evict(slot)

@@ -15,12 +15,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .adapter import AdapterLayer, check_adapter_name
-from .adapter_format import CONFIG_FILE, WEIGHTS_FILE, read_adapter, saved_paths
+from .adapter_format import CONFIG_FILE, HEADS, WEIGHTS_FILE, read_adapter, saved_paths
 from .experts import GroupedLinear4bit
+from .frozen4bit import Frozen4bit
 from .named_adapters import NamedAdapters, adapted_layers
 from .nn import PREFIX
 from .paths import named_modules, some, unwrap
 from .targets import is_end, matches
+
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+# The end of a class's name -> PEFT's task_type.
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+}
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default") -> None:
@@ -32,7 +42,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     norms, a head, or other adapters: nobody else saves it.
 
     ``adapter_model.safetensors`` holds ``base_model.model.<path>.lora_A.weight [r, K]`` and ``.lora_B.weight [N, r]``
-    of each layer, ``adapter_config.json`` the settings.
+    of each layer, ``adapter_config.json`` the settings. Of a classifier or reward model
+    (``...ForSequenceClassification`` and ``...ForTokenClassification``) the dense head, ``score`` or ``classifier``,
+    goes into the file too, as PEFT's ``modules_to_save``.
 
     Raises:
         ValueError: no layer has the adapter; its layers differ in lora_dropout or use_rslora, which the format
@@ -57,16 +69,24 @@ def write_adapter(
     path: str | os.PathLike,
     name: str,
     parameters: Callable[[NamedAdapters], tuple[torch.Tensor, torch.Tensor]],
+    heads: dict[str, nn.Module] | None = None,
+    warn: bool = True,
 ) -> None:
-    """:func:`save_adapter` with A and B of each layer from ``parameters``."""
+    """:func:`save_adapter` with A and B of each layer from ``parameters``.
+
+    ``heads``: by the path that each has in a model for sequence classification; None: those of ``model``. ``warn``:
+    whether a warning names what trains and is in no file.
+    """
     layers = adapted_layers(model)
     adapters = sorted({adapter for layer in layers.values() for adapter in layer.r})
     everywhere = layers.values()
     layers = {layer_path: layer for layer_path, layer in layers.items() if name in layer.r}
     if not layers:
         raise ValueError(f"name: expected an adapter of the model, one of {adapters}, got {name!r}")
-    config = _config_of(model, layers, name)
-    _warn_of_the_rest(model, everywhere, name)
+    heads = _heads_of(model) if heads is None else heads
+    config = _config_of(model, layers, name, heads)
+    if warn:
+        _warn_of_the_rest(model, everywhere, name, heads)
     tensors = {}
     stacks = saved_paths(p for p, layer in layers.items() if isinstance(layer, GroupedLinear4bit))
     for layer_path, layer in layers.items():
@@ -79,6 +99,10 @@ def write_adapter(
                 )
             tensor = parameter.detach().to("cpu", copy=True).contiguous()
             tensors[f"{PREFIX}{saved}.{part}.weight"] = tensor
+    for head_path, head in heads.items():
+        for own, parameter in head.named_parameters():
+            tensor = parameter.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{PREFIX}{head_path}.{own}"] = tensor
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
@@ -97,6 +121,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
     tensor is read, patterns are matched in bounded time, NaN and infinities are refused. Any finite
     ``lora_alpha`` is taken: 0 switches an adapter off, a negative one takes away what it learnt.
     Names that torch's wrappers left in keys (``_orig_mod``) are passed over.
+
+    A head that was trained whole, ``score`` or ``classifier`` of a reward model or classifier, is copied into the
+    model's module of that path, of which there is one for all adapters. A model without it, such as the language model
+    that the reward model was made of, takes the adapter alone, and a warning says so; :class:`AdapterBank` keeps heads.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -126,14 +154,18 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, name: str = "default
                 f"name: {layer_path}: adapter {name!r} computes its weight (it is parametrized, pruned or has weight "
                 "norm), so values cannot be loaded into it; delete it first, or give another name"
             )
-    loaded = read_adapter(layers, path, model)
+    loaded, heads = read_adapter(layers, path, model)
+    head_parameters = _check_heads(model, heads, path)
 
     for layer_path, layer in layers.items():
         if layer_path in loaded:
-            _assign(layer, name, loaded[layer_path])
+            assign(layer, name, loaded[layer_path])
         elif name in layer.r:
             layer.delete_adapter(name)
         layer.set_adapter(name)
+    with torch.no_grad():
+        for parameter, tensor in head_parameters:
+            parameter.copy_(tensor)
 
 
 # -- saving ----------------------------------------------------------------------------------------
@@ -149,7 +181,25 @@ def _write(target: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _warn_of_the_rest(model: nn.Module, layers: Iterable[NamedAdapters], name: str) -> None:
+def _heads_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The dense heads of a classifier or reward model of transformers by path; {} of any other model."""
+    if not type(unwrap(model)).__name__.endswith(_CLASSIFIERS):
+        return {}
+    found = {path: module for path, module in named_modules(model) if path in HEADS}
+    return {
+        path: head
+        for path, head in found.items()
+        if next(head.parameters(), None) is not None and not _is_quantized(head)
+    }
+
+
+def _is_quantized(head: nn.Module) -> bool:
+    return any(isinstance(module, Frozen4bit) for module in head.modules())
+
+
+def _warn_of_the_rest(
+    model: nn.Module, layers: Iterable[NamedAdapters], name: str, heads: dict[str, nn.Module]
+) -> None:
     """Names what trains and is in no adapter file, so that nobody takes the file for the whole model."""
     adapter_of = {
         id(part): adapter
@@ -158,6 +208,7 @@ def _warn_of_the_rest(model: nn.Module, layers: Iterable[NamedAdapters], name: s
         for module in layer.adapter_modules(adapter)
         for part in module.parameters()
     }
+    adapter_of |= {id(part): name for head in heads.values() for part in head.parameters()}
     rest: dict[str, None] = {}
     for path, module in named_modules(model):
         for own, parameter in module._parameters.items():
@@ -177,7 +228,9 @@ def _warn_of_the_rest(model: nn.Module, layers: Iterable[NamedAdapters], name: s
         )
 
 
-def _config_of(model: nn.Module, layers: dict[str, NamedAdapters], name: str) -> dict:
+def _config_of(
+    model: nn.Module, layers: dict[str, NamedAdapters], name: str, heads: dict[str, nn.Module]
+) -> dict:
     def single(field: str):
         values = {getattr(layer, field)[name] for layer in layers.values()}
         if len(values) > 1:
@@ -195,10 +248,12 @@ def _config_of(model: nn.Module, layers: dict[str, NamedAdapters], name: str) ->
     lora_alpha, alpha_pattern = common("lora_alpha")
     base = unwrap(model)
     model_config = getattr(base, "config", None)
-    causal = type(base).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    tasks = [task for end, task in _TASKS.items() if type(base).__name__.endswith(end)]
+    if heads and "TOKEN_CLS" not in tasks:
+        tasks = ["SEQ_CLS"]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if causal else None,
+        "task_type": next(iter(tasks), None),
         "base_model_name_or_path": getattr(model_config, "name_or_path", None) or None,
         "r": r,
         "lora_alpha": lora_alpha,
@@ -216,7 +271,7 @@ def _config_of(model: nn.Module, layers: dict[str, NamedAdapters], name: str) ->
         "fan_in_fan_out": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": sorted(heads) or None,
         "inference_mode": True,
     }
 
@@ -248,8 +303,58 @@ def _target_parameters(model: nn.Module, stacks: list[str]) -> list[str] | None:
 # -- loading ---------------------------------------------------------------------------------------
 
 
+def _check_heads(
+    model: nn.Module, heads: dict[str, torch.Tensor], source: object
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Each parameter of the model's own heads that the file has, with its values; all of a head or none of it."""
+    modules = dict(named_modules(model))
+    places: list[tuple[nn.Parameter, torch.Tensor]] = []
+    absent: list[str] = []
+    for root in sorted({_head_of(path) for path in heads}):
+        head = modules.get(root)
+        of_file = {path: tensor for path, tensor in heads.items() if _head_of(path) == root}
+        if head is None:
+            absent += of_file
+            continue
+        if _is_quantized(head):
+            raise ValueError(
+                f"{source}: {root}: expected the model's head to be dense (exclude_modules of replace_linear), "
+                "got one in 4 bits"
+            )
+        own = {f"{root}.{part}": parameter for part, parameter in head.named_parameters()}
+        if own.keys() != of_file.keys():
+            raise ValueError(
+                f"{source}: {root}: expected the parameters of the model's head, {sorted(own)}, got {sorted(of_file)}"
+            )
+        for path, tensor in of_file.items():
+            if tensor.shape != own[path].shape or not own[path].is_floating_point():
+                raise ValueError(
+                    f"{source}: {path}: expected shape {tuple(own[path].shape)} as the model has it, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if own[path].is_meta:
+                raise ValueError(
+                    f"{source}: {path}: expected a head with data, got one on the meta device"
+                )
+            places.append((own[path], tensor))
+    if absent:
+        warnings.warn(
+            f"load_adapter: {source} holds a head that this model has no module for: {some(absent)}. The adapter "
+            "alone was loaded; a model for sequence classification, an AdapterBank or rlhf.RoleModel takes both",
+            stacklevel=3,
+        )
+    return places
+
+
+def _head_of(path: str) -> str:
+    """The path of the head of which ``path`` is a parameter."""
+    parts = path.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part in HEADS) + 1])
+
+
 @torch.no_grad()
-def _assign(layer: NamedAdapters, name: str, loaded: AdapterLayer) -> None:
+def assign(layer: NamedAdapters, name: str, loaded: AdapterLayer) -> None:
+    """Gives ``layer`` the adapter ``loaded`` under ``name``; one of the same r keeps its parameters."""
     kept = None
     if name in layer.r:
         if layer.r[name] == loaded.r:

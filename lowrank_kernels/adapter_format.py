@@ -4,6 +4,9 @@ Layer ``<path>`` of the model is saved as ``base_model.model.<path>.lora_A.weigh
 ``base_model.model.<path>.lora_B.weight [N, r]``. The configuration gives r and lora_alpha, and for
 single layers, by regular expressions, ``rank_pattern`` and ``alpha_pattern``.
 
+A head that was trained whole beside the adapter, as PEFT does for classifiers and reward models, is saved as
+``base_model.model.<path>``, its parameters, where ``modules_to_save`` names it.
+
 Stacks of experts that ``target_parameters`` names are saved under the path of their module, A ``[r E, K]`` and B
 ``[N, r E]``: the last one of a module as it is, and each one before with one more ``.base_layer`` behind the path.
 """
@@ -18,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +41,9 @@ _KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 _MAX_CONFIG_BYTES = 2**24
 # PEFT's init_lora_weights. The others change the base weight, which a 4-bit base cannot follow.
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# The names that PEFT gives heads of classifiers and reward models, whose modules it saves whole.
+HEADS = ("classifier", "score")
+_OF_WRAPPERS = ("modules_to_save", "original_module", "base_layer")  # none of a file's own names
 # safetensors' names of the dtypes that an adapter may have.
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # What a key that is none of an adapter's two matrices stands for: a part of it, and words.
@@ -52,10 +59,17 @@ _OTHER_KEYS = (
 )
 
 
+class ReadAdapter(NamedTuple):
+    """``layers``: the adapter by layer. ``heads``: parameters of heads by their paths, such as ``score.weight``."""
+
+    layers: dict[str, AdapterLayer]
+    heads: dict[str, torch.Tensor]
+
+
 def read_adapter(
     layers: Mapping[str, NamedAdapters], path: str | os.PathLike, model: nn.Module | None = None
-) -> dict[str, AdapterLayer]:
-    """The adapter in folder ``path`` by layer, all of it checked; ``model``, if given, for better messages.
+) -> ReadAdapter:
+    """The adapter in folder ``path``, all of it checked; ``model``, if given, for better messages.
 
     Every key, shape and dtype is compared with the layers before the first tensor is read.
     Raises what :func:`load_adapter` raises for a file.
@@ -94,7 +108,7 @@ def read_state_dict(
     tensors: Mapping[str, torch.Tensor],
     lora_alpha: float | None,
     use_rslora: bool,
-) -> dict[str, AdapterLayer]:
+) -> ReadAdapter:
     """The adapter in a state dict with the keys of PEFT's files, with or without ``base_model.model.``.
 
     r is that of each A; ``lora_alpha`` None: scaling is 1. Raises ValueError as :func:`read_adapter`.
@@ -112,10 +126,11 @@ def read_state_dict(
         named[name] = tensor
     config = {field: default for field, (default, _, _) in _FIELDS.items()}
     config |= {"r": None, "lora_alpha": lora_alpha, "use_rslora": bool(use_rslora)}
+    config["modules_to_save"] = HEADS
     sizes = {name: _Size.of_tensor(tensor) for name, tensor in named.items()}
     loaded = _match(None, layers, config, sizes, named.__getitem__, "source")
     if lora_alpha is None:
-        for layer in loaded.values():
+        for layer in loaded.layers.values():
             layer.lora_alpha = math.sqrt(layer.r) if use_rslora else layer.r
     return loaded
 
@@ -174,6 +189,11 @@ _FIELDS = {
         None,
         lambda v: v is None or (isinstance(v, list) and _is_targets(v)),
         "a list of strings or null",
+    ),
+    "modules_to_save": (
+        None,
+        lambda v: v is None or (isinstance(v, list) and all(name in HEADS for name in v)),
+        f"null or a list of {', '.join(map(repr, HEADS))} (other modules that are trained whole are not supported)",
     ),
     "bias": ("none", lambda v: v == "none", "'none' (trained biases are not supported)"),
     "init_lora_weights": (
@@ -254,10 +274,11 @@ def _match(
     sizes: Mapping[str, _Size],
     read: Callable[[str], torch.Tensor],
     source: str,
-) -> dict[str, AdapterLayer]:
-    """The adapter by layer, all checked; tensors are read last. ``r`` None in the configuration: as A has it."""
+) -> ReadAdapter:
+    """The adapter, all checked; tensors are read last. ``r`` None in the configuration: as A has it."""
     keys: dict[str, dict[str, str]] = {}
-    parsed = {key: _parse(key, source) for key in sizes}
+    heads = _heads(config, sizes, source)
+    parsed = {key: _parse(key, source) for key in sizes if key not in heads.values()}
     stacks = _targeted_stacks(layers, config, {path for path, _ in parsed.values()})
     for key, (path, part) in parsed.items():
         path = stacks.get(path, path)
@@ -294,7 +315,34 @@ def _match(
     for path, parts in keys.items():
         for part, key in parts.items():
             setattr(loaded[path], part, _read_finite(f"{source}: {key}", key, read))
-    return loaded
+    read_heads = {path: _read_finite(f"{source}: {key}", key, read) for path, key in heads.items()}
+    return ReadAdapter(loaded, read_heads)
+
+
+def _heads(config: dict, sizes: Mapping[str, _Size], source: str) -> dict[str, str]:
+    """The keys of parameters of heads by their paths in the model."""
+    found: dict[str, str] = {}
+    for key, size in sizes.items():
+        name = without_marks(key)
+        path = name.removeprefix(PREFIX)
+        *modules, parameter = path.split(".")
+        of_head = set(modules) & set(config["modules_to_save"] or ())
+        if not of_head or not name.startswith(PREFIX) or parameter not in ("weight", "bias"):
+            continue
+        if any(m.startswith("lora_") or m in _OF_WRAPPERS for m in modules):
+            continue
+        if path in found:
+            raise ValueError(f"{source}: {key}: expected one key for {path}, got {found[path]} too")
+        if size.shape is None or not 1 <= len(size.shape) <= 2 or 0 in size.shape:
+            raise ValueError(
+                f"{source}: {key}: expected a matrix or a bias, got {size.shape or size.dtype}"
+            )
+        if size.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{source}: {key}: expected float32, bfloat16 or float16, got {size.dtype}"
+            )
+        found[path] = key
+    return found
 
 
 def _parse(key: str, source: str) -> tuple[str, str]:

@@ -24,6 +24,13 @@ __all__ = ["Linear4bit", "LoRALinear4bit", "Params4bit", "only_a_part"]
 PREFIX = "base_model.model."
 
 
+def take_adapters(layer: Linear4bit) -> None:
+    """Makes a plain :class:`Linear4bit` a :class:`LoRALinear4bit` without an adapter, in place."""
+    if type(layer) is Linear4bit:
+        layer.__class__ = LoRALinear4bit
+        layer._init_adapters()
+
+
 class LoRALinear4bit(NamedAdapters, Linear4bit):
     """``y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ + bias``: a :class:`Linear4bit` with named adapters.
 

@@ -382,7 +382,7 @@ def _header_twice(path):
         (_config(lora_dropout=False), r"lora_dropout: expected a number in \[0, 1\), got False"),
         (_raw("adapter_config.json", b'{"r": 4, "r": 8}'), "JSON: the name 'r' comes twice"),
         (_header_twice, "expected a safetensors file: the name 'base_model.* comes twice"),
-        (_config(modules_to_save=["lm_head"]), "modules_to_save: expected it unset"),
+        (_config(modules_to_save=["lm_head"]), "modules_to_save: expected null or a list"),
         (_config(a_field_of_the_future=1), "a_field_of_the_future: expected it unset"),
         (_config(bias="all"), "bias: expected 'none'"),
         (_config(init_lora_weights="pissa"), "init_lora_weights: expected .* got 'pissa'"),

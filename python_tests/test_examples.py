@@ -11,16 +11,27 @@ from torch import nn
 import lowrank_kernels as lk
 
 
-def documented() -> dict[str, object]:
-    """What ``lowrank_kernels`` exports, and the public methods of its classes, by name.
+def exported() -> dict[str, object]:
+    """What ``lowrank_kernels`` and the sub-packages that it imports later export, by name."""
+    found: dict[str, object] = {}
+    for package, prefix in [(lk, ""), *((getattr(lk, name), f"{name}.") for name in lk._LATER)]:
+        for name in package.__all__:
+            try:
+                found[f"{prefix}{name}"] = getattr(package, name)
+            except ImportError:  # of another library that is not installed
+                continue
+    return found
 
-    Properties are shown in the example of their class.
+
+def documented() -> dict[str, object]:
+    """Functions, classes and the public methods of these, by name.
+
+    Properties are shown in the example of their class. What overrides a method of another library is that library's to
+    explain, and a protocol has nothing to run.
     """
     found: dict[str, object] = {}
-    for name in lk.__all__:
-        try:
-            thing = getattr(lk, name)
-        except ImportError:  # of another library that is not installed
+    for name, thing in exported().items():
+        if getattr(thing, "_is_protocol", False):
             continue
         if not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue
@@ -28,7 +39,9 @@ def documented() -> dict[str, object]:
         if inspect.isclass(thing):
             for method, value in vars(thing).items():
                 function = getattr(value, "__func__", value)
-                own = not method.startswith("_") and not hasattr(nn.Linear, method)
+                bases = [b for b in thing.__mro__[1:] if not b.__module__.startswith(lk.__name__)]
+                theirs = any(hasattr(base, method) for base in [nn.Linear, *bases])
+                own = not method.startswith("_") and not theirs
                 if own and inspect.isfunction(function):
                     found[f"{name}.{method}"] = function
     return found

@@ -15,7 +15,7 @@ from ..experts import Experts4bit, GroupedLinear4bit
 from ..frozen4bit import is_dtensor
 from ..linear4bit import Linear4bit
 from ..named_adapters import NamedAdapters, adapted_layers
-from ..nn import LoRALinear4bit
+from ..nn import LoRALinear4bit, take_adapters
 from ..paths import named_modules
 from ..targets import matches
 from .experts import (
@@ -104,9 +104,7 @@ def parallelize(
             kind = DividedExperts4bit if isinstance(style, Experts) else SlicedExperts4bit
             become_parallel(layer, kind, cuts[path], place)
             continue
-        if type(layer) is Linear4bit:
-            layer.__class__ = LoRALinear4bit
-            layer._init_adapters()
+        take_adapters(layer)
         column = isinstance(style, Column)
         layer.__class__ = ColumnParallelLoRALinear4bit if column else RowParallelLoRALinear4bit
         option = style.gather_output if column else style.input_is_parallel
