@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import lowrank_kernels as lk
 from lowrank_kernels import rlhf
@@ -240,7 +241,7 @@ def test_several_completions_of_a_prompt_and_checkpointing(tmp_path):
     made = trainer(
         tmp_path,
         num_generations=4,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         entropy_coef=0.01,
         whiten_rewards=True,
     )
@@ -336,10 +337,32 @@ def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
     made.train()
     folder = tmp_path / "checkpoint-2"
     assert json.loads((folder / "ppo_state_0.json").read_text())["micro"] == 2
+    for changes in (dict(num_mini_batches=1), dict(num_ppo_epochs=2)):
+        again = trainer(tmp_path, max_steps=4, **changes)
+        with pytest.raises(ValueError, match="expected the processes and batches of"):
+            again.train(resume_from_checkpoint=str(folder))
     (folder / "ppo_state_0.json").unlink()
     again = trainer(tmp_path, max_steps=4)
     with pytest.raises(FileNotFoundError, match=r"expected ppo_state_0\.json of process 0"):
         again.train(resume_from_checkpoint=str(folder))
+
+
+def test_a_checkpoint_with_another_rollout_is_refused(tmp_path):
+    trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / "ppo_rollout_0.safetensors"
+    good = load_file(file)
+    for changes, message in (
+        ({"values": good["values"][:3]}, "expected 8 rows of"),
+        ({"values": good["values"][:, 1:]}, "expected 8 rows of .* of one length"),
+        ({"other": good["values"]}, "expected 8 rows of"),
+        ({"order": torch.zeros(8, dtype=torch.long)}, "expected an order of 8 rows"),
+    ):
+        save_file(good | {n: t.clone() for n, t in changes.items()}, file)
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path).train(resume_from_checkpoint=str(file.parent))
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        trainer(tmp_path).train(resume_from_checkpoint=str(file.parent))
 
 
 def test_ids_are_below_the_vocabulary():

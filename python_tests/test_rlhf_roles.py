@@ -233,7 +233,7 @@ def test_checkpointing_changes_no_gradient(roles):
         return [p.grad.clone() for p in roles.parameters() if p.requires_grad]
 
     plain = gradients()
-    roles.model.gradient_checkpointing_enable({"use_reentrant": False})
+    roles.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
@@ -244,6 +244,27 @@ def test_generate_is_the_policy_s(roles):
         input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0
     )
     assert torch.equal(tokens, expected)
+
+
+def test_on_another_device_the_pages_are_made_anew(roles, monkeypatch, tmp_path):
+    """As a trainer moves a model to its GPU: here the pages claim to be elsewhere."""
+    ids, mask = batch()
+    before, old = roles.score(ids, mask, ALL), roles.bank
+    trained = [p for p in roles.parameters() if p.requires_grad]
+    monkeypatch.chdir(tmp_path.parent)
+    assert roles.to("cpu").bank is old
+    old.device = torch.device("meta")
+    assert roles.to("cpu").bank is not old
+    assert all(torch.equal(before[role], x) for role, x in roles.score(ids, mask, ALL).items())
+    out = roles(ids, mask)
+    (out["policy"].sum() + out["value"].square().sum()).backward()
+    now = [p for p in roles.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(trained, now, strict=True))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in now)
+    with torch.no_grad():
+        for parameter in now:
+            parameter.add_(0.01)
+    assert not torch.equal(roles.score(ids, mask, ["policy"])["policy"], before["policy"])
 
 
 # -- errors ----------------------------------------------------------------------------------------

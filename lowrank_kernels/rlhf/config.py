@@ -8,6 +8,7 @@ import math
 import transformers
 
 from . import divergences
+from .rollout import Sampling
 
 
 @dataclasses.dataclass
@@ -146,3 +147,35 @@ class PPOConfig(transformers.TrainingArguments):
             * self.gradient_accumulation_steps
             * self.num_mini_batches
         )
+
+
+def check_arguments(args: PPOConfig) -> None:
+    """Raises ValueError for what a Trainer offers and PPO cannot use."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"args: expected one GPU for each process, got {args.n_gpu}: start a process for each (torchrun, "
+            "accelerate launch), or set CUDA_VISIBLE_DEVICES"
+        )
+    for name, expected in (("auto_find_batch_size", False), ("label_smoothing_factor", 0)):
+        if getattr(args, name) != expected:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(args, name)!r}")
+    if args.eval_strategy != "no":
+        raise ValueError(f"eval_strategy: expected 'no', got {args.eval_strategy!r}")
+
+
+def sampling_of(args: PPOConfig, tokenizer: object) -> Sampling:
+    """Raises ValueError where end and padding cannot be told apart."""
+    eos = (
+        getattr(tokenizer, "eos_token_id", None) if args.eos_token_id is None else args.eos_token_id
+    )
+    pad = (
+        getattr(tokenizer, "pad_token_id", None) if args.pad_token_id is None else args.pad_token_id
+    )
+    if eos is None:
+        raise ValueError("processing_class: expected a tokenizer with an end token, got none")
+    if pad is None or pad == eos:
+        raise ValueError(
+            f"processing_class: expected a padding token that is not the end token {eos}, got {pad}; otherwise a model "
+            "does not learn to end: set tokenizer.pad_token to another one"
+        )
+    return Sampling(args.max_completion_length, args.temperature, eos, pad)

@@ -23,15 +23,16 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from .. import files
 from . import divergences
 from .advantages import ScoreStatistics, gae, token_rewards, whiten
-from .config import PPOConfig
+from .config import PPOConfig, check_arguments, sampling_of
 from .control import AdaptiveKL, FixedKL
 from .data import Rewards, RolloutBatches, encode_texts, read_prompts
 from .losses import policy_loss, value_loss
 from .roles import RoleModel
-from .rollout import Rollout, Sampler, Sampling, TransformersSampler, check_rollout
+from .rollout import Rollout, Sampler, TransformersSampler, check_rollout
 
 RewardFunction = Callable[..., Sequence[float | None]]
 _STATE, _ROLLOUT = "ppo_state_{}.json", "ppo_rollout_{}.safetensors"
+_OF_ROLLOUT = {"ids", "mask", "where", "logprobs", "values", "advantages", "returns"}
 _LARGEST_WEIGHT = 2.0  # of a token whose sampler gave it another probability than the policy
 
 
@@ -102,12 +103,12 @@ class PPOTrainer(transformers.Trainer):
             raise TypeError(f"roles: expected a RoleModel, got {type(roles).__name__}")
         if not isinstance(args, PPOConfig):
             raise TypeError(f"args: expected a PPOConfig, got {type(args).__name__}")
-        _check_arguments(args)
+        check_arguments(args)
         vocabulary = roles.model.get_input_embeddings().weight.shape[0]
         self.prompts = read_prompts(
             train_dataset, processing_class, args.max_prompt_length, vocabulary
         )
-        self.sampling = _sampling(args, processing_class)
+        self.sampling = sampling_of(args, processing_class)
         self.rewards = Rewards(reward_funcs, args.reward_weights, processing_class)
         if not self.rewards.functions and roles.has_reward is False:
             raise ValueError(
@@ -142,7 +143,7 @@ class PPOTrainer(transformers.Trainer):
         )
         self.statistics = ScoreStatistics()
         self._rollout: dict[str, torch.Tensor] = {}
-        self._micro = 0  # micro-batches that were handed out
+        self._micro, self._count = 0, 0.0  # micro-batches handed out, tokens of this optimizer step
         self._logs: dict[str, list[float]] = defaultdict(list)
 
     # -- the three overrides -----------------------------------------------------------------------
@@ -215,6 +216,14 @@ class PPOTrainer(transformers.Trainer):
     def _micro_batches(self) -> int:
         """Of one pass over a rollout."""
         return self.args.gradient_accumulation_steps * self.args.num_mini_batches
+
+    @property
+    def _shape(self) -> dict[str, int]:
+        """What a rollout that is not used up fits to."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches",
+                 "num_ppo_epochs", "num_generations")  # fmt: skip
+        of_args = {name: getattr(self.args, name) for name in names}
+        return {"processes": self.accelerator.num_processes, **of_args}
 
     def _shuffled(self) -> torch.Tensor:
         """The order of the sequences in one pass over the rollout; a resumed run finds the same one."""
@@ -372,10 +381,12 @@ class PPOTrainer(transformers.Trainer):
         folder, rank = Path(self._get_output_dir(trial)) / name, self.accelerator.process_index
         state = {
             "micro": self._micro,
+            "count": self._count,
+            "shape": self._shape,
             "statistics": self.statistics.state_dict(),
-            "control": self.control_of_kl.state_dict(),
-            "count": getattr(self, "_count", 0.0),
         }
+        if self.args.adaptive_kl:
+            state["control"] = self.control_of_kl.state_dict()
         with files.written(folder / _STATE.format(rank)) as file:
             file.write(json.dumps(state).encode())
         if self._micro % (self.args.num_ppo_epochs * self._micro_batches):
@@ -394,42 +405,31 @@ class PPOTrainer(transformers.Trainer):
                 "processes?"
             )
         state = json.loads(file.read_text())
+        if state["shape"] != self._shape:
+            raise ValueError(
+                f"resume_from_checkpoint: expected the processes and batches of {file}, {state['shape']}, got "
+                f"{self._shape}"
+            )
         self._micro, self._count = int(state["micro"]), float(state["count"])
         self.statistics.load_state_dict(state["statistics"])
-        self.control_of_kl.load_state_dict(state["control"])
-        if (rollout := folder / _ROLLOUT.format(rank)).is_file():
-            tensors = load_file(rollout, device=str(self.accelerator.device))
-            self._order = tensors.pop("order").cpu()
-            self._rollout = tensors
+        if self.args.adaptive_kl and "control" in state:
+            self.control_of_kl.load_state_dict(state["control"])
+        if self._micro % (self.args.num_ppo_epochs * self._micro_batches):
+            self._load_rollout(folder / _ROLLOUT.format(rank))
 
-
-def _check_arguments(args: PPOConfig) -> None:
-    """Raises ValueError for what a Trainer offers and PPO cannot use."""
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"args: expected one GPU for each process, got {args.n_gpu}: start a process for each (torchrun, "
-            "accelerate launch), or set CUDA_VISIBLE_DEVICES"
-        )
-    for name, expected in (("auto_find_batch_size", False), ("label_smoothing_factor", 0)):
-        if getattr(args, name) != expected:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(args, name)!r}")
-    if args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy: expected 'no', got {args.eval_strategy!r}")
-
-
-def _sampling(args: PPOConfig, tokenizer) -> Sampling:
-    """Raises ValueError where end and padding cannot be told apart."""
-    eos = (
-        getattr(tokenizer, "eos_token_id", None) if args.eos_token_id is None else args.eos_token_id
-    )
-    pad = (
-        getattr(tokenizer, "pad_token_id", None) if args.pad_token_id is None else args.pad_token_id
-    )
-    if eos is None:
-        raise ValueError("processing_class: expected a tokenizer with an end token, got none")
-    if pad is None or pad == eos:
-        raise ValueError(
-            f"processing_class: expected a padding token that is not the end token {eos}, got {pad}; otherwise a model "
-            "does not learn to end: set tokenizer.pad_token to another one"
-        )
-    return Sampling(args.max_completion_length, args.temperature, eos, pad)
+    def _load_rollout(self, file: Path) -> None:
+        tensors = load_file(file, device=str(self.accelerator.device))
+        order = tensors.pop("order", torch.empty(0)).cpu()
+        count = self.args.prompts_per_rollout
+        columns = {
+            len(t.T) - (name in ("ids", "mask")) for name, t in tensors.items() if t.dim() == 2
+        }
+        rows = {len(t) if t.dim() == 2 else 0 for t in tensors.values()}
+        if tensors.keys() != _OF_ROLLOUT or rows != {count} or len(columns) != 1:
+            found = {name: tuple(t.shape) for name, t in tensors.items()}
+            raise ValueError(
+                f"{file}: expected {count} rows of {sorted(_OF_ROLLOUT)} of one length, got {found}"
+            )
+        if sorted(order.tolist()) != list(range(count)):
+            raise ValueError(f"{file}: expected an order of {count} rows, got {order.tolist()}")
+        self._rollout, self._order = tensors, order

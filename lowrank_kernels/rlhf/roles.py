@@ -7,26 +7,31 @@ One forward scores all four: its batch has the same sequences once for each role
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..adapter_bank import AdapterBank
-from ..adapter_files import assign, write_adapter
-from ..adapter_format import ReadAdapter, read_adapter
+from ..adapter_files import write_adapter
+from ..adapter_format import read_adapter
 from ..arguments import ceil_div
 from ..linear4bit import Linear4bit
 from ..model_adapters import add_adapter, set_adapter
-from ..named_adapters import NamedAdapters, adapted_layers
+from ..named_adapters import adapted_layers
 from ..nn import take_adapters
-from ..paths import named_modules, some
+from ..paths import some
 from .logprobs import divergence_of, logprobs
-
-ROLES = ("policy", "reference", "value", "reward")
-TRAINED = ("policy", "value")
+from .role_parts import (
+    ROLES,
+    TRAINED,
+    add_as_read,
+    bank_of,
+    check_model,
+    head_of_language,
+    scalar_head,
+)
 
 # Which kernel a layer runs on depends on its rows; from here on it is one, so that a sequence has the same bits in any
 # batch. Smaller batches are filled up.
@@ -92,7 +97,7 @@ class RoleModel(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        _check_model(model)
+        check_model(model)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
         for layer in model.modules():
@@ -105,26 +110,40 @@ class RoleModel(nn.Module):
         head = model.get_output_embeddings()
         width, device = head.in_features, head.weight.device
         self.model, self.temperature = model, temperature
-        self.head_of_language = _head_of_language(model)
-        self.value_head = _scalar_head(files.get("value"), folders.get("value"), width, device)
-        self.reward_head = _scalar_head(files.get("reward"), folders.get("reward"), width, device)
+        self.head_of_language = head_of_language(model)
+        self.value_head = scalar_head(files.get("value"), folders.get("value"), width, device)
+        self.reward_head = scalar_head(files.get("reward"), folders.get("reward"), width, device)
         if "value" not in files:
             nn.init.zeros_(self.value_head.weight)
         self.reward_head.requires_grad_(False)
         self.has_reward = "reward" in files
         for name, of in (("policy", "reference"), ("value", "reward")):
             if start := files.get(name) or files.get(of):
-                _add_as_read(layers, name, start)
+                add_as_read(layers, name, start)
             else:
                 alpha = 2 * r if lora_alpha is None else lora_alpha
                 targets = {"target_modules": target_modules, "target_parameters": target_parameters}
                 add_adapter(model, name, r, alpha, **targets)
-        self.bank = _bank(layers, files, folders)
-        self._adapters = {role: role if role in self.bank.adapters else None for role in ROLES}
+        frozen = (role for role in ("reference", "reward") if role in folders)
+        self._frozen = {role: os.path.abspath(folders[role]) for role in frozen}
+        self._adapters = {role: role if role in (*TRAINED, *files) else None for role in ROLES}
         model.requires_grad_(False)
         self.value_head.requires_grad_(True)
         set_adapter(model, "policy")
+        self._make_bank()
+
+    def _make_bank(self) -> None:
+        for name in TRAINED if hasattr(self, "bank") else ():
+            self.bank.evict(name)  # an adapter of the model's own lives in one bank
+        self.bank = bank_of(self.model, self._frozen)
         self.bank.trainable(*TRAINED)
+
+    def _apply(self, *args, **kwargs):
+        """As of every module; on another device the pages are made anew, for which frozen adapters are read again."""
+        super()._apply(*args, **kwargs)
+        if self.value_head.weight.device != self.bank.device:
+            self._make_bank()
+        return self
 
     # -- forward -----------------------------------------------------------------------------------
 
@@ -400,7 +419,7 @@ class RoleModel(nn.Module):
                     f"got others: {some([p for p in {**own, **found} if own.get(p) != found.get(p)])}"
                 )
         width = self.value_head.in_features
-        head = _scalar_head(
+        head = scalar_head(
             files["value"], Path(path) / "value", width, self.value_head.weight.device
         )
         for name, file in files.items():
@@ -409,111 +428,6 @@ class RoleModel(nn.Module):
                 for parameter, values in zip(parameters, (adapter.A, adapter.B), strict=True):
                     parameter.copy_(values)
         self.value_head.weight.copy_(head.weight)
-
-
-# -- construction ----------------------------------------------------------------------------------
-
-
-def _check_model(model: nn.Module) -> None:
-    """Raises unless it is a causal language model with 4-bit layers and without dropout."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Linear) or not hasattr(model, "base_model"):
-        raise TypeError(
-            "model: expected a causal language model of transformers (AutoModelForCausalLM), got "
-            f"{type(model).__name__}"
-        )
-    if not any(isinstance(layer, Linear4bit | NamedAdapters) for layer in model.modules()):
-        raise ValueError(
-            "model: expected its linear layers in 4 bits (lowrank_kernels.replace_linear(model, r=0)), got none"
-        )
-    drops = [
-        path
-        for path, module in named_modules(model)
-        if (isinstance(module, nn.modules.dropout._DropoutNd) and module.p)
-        or any(_is_rate(getattr(module, name, 0)) for name in ("attention_dropout", "dropout"))
-    ]
-    if drops:
-        raise ValueError(
-            f"model: expected no dropout, since a policy's first ratio must be 1, got some in {some(drops)}; load the "
-            "model with its dropout rates, such as attention_dropout, set to 0"
-        )
-
-
-def _is_rate(value: object) -> bool:
-    return isinstance(value, float | int) and not isinstance(value, bool) and value > 0
-
-
-def _head_of_language(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Hidden states to logits as the model does it, which one small forward confirms."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    cap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        y = head(hidden)
-        y = y if scale == 1 else y * scale
-        return cap * torch.tanh(y / cap) if cap else y
-
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        ids = torch.tensor([[0, 1]], device=head.weight.device)
-        expected = model(input_ids=ids, use_cache=False).logits.float()
-        found = logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-    model.train(training)
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=2e-2, atol=2e-2):
-        raise ValueError(
-            f"model: expected logits that are the head of the last hidden state, got others from {type(model).__name__}"
-        )
-    return logits
-
-
-def _scalar_head(
-    file: ReadAdapter | None, folder: object, width: int, device: torch.device
-) -> nn.Linear:
-    """The head of a file, or a new one of standard deviation 1 / sqrt(width + 1)."""
-    head = nn.Linear(width, 1, bias=False, device=device, dtype=torch.float32)
-    if file is None:
-        nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
-        return head
-    if list(file.heads) != ["score.weight"] or file.heads["score.weight"].shape != (1, width):
-        found = {path: tuple(tensor.shape) for path, tensor in file.heads.items()}
-        raise ValueError(
-            f"{folder}: expected an adapter with a head of one score, score.weight (1, {width}), got {found or 'none'}"
-        )
-    with torch.no_grad():
-        head.weight.copy_(file.heads["score.weight"])
-    return head
-
-
-def _add_as_read(layers: dict[str, NamedAdapters], name: str, file: ReadAdapter) -> None:
-    taken = [path for path, layer in layers.items() if name in layer.r]
-    if taken:
-        raise ValueError(f"model: expected no adapter {name!r}, which {some(taken)} have")
-    for path, adapter in file.layers.items():
-        adapter.lora_dropout = 0.0
-        assign(layers[path], name, adapter)
-
-
-def _bank(
-    layers: dict[str, NamedAdapters], files: dict[str, ReadAdapter], folders: dict[str, object]
-) -> AdapterBank:
-    """The trained adapters live in its pages, the frozen ones nowhere else."""
-    frozen = [role for role in ("reference", "reward") if role in files]
-    used = {path for role in frozen for path in files[role].layers}
-    used |= {path for path, layer in layers.items() if layer.r.keys() & set(TRAINED)}
-    ranks = [max(layer.r[name] for layer in layers.values() if name in layer.r) for name in TRAINED]
-    ranks += [max(adapter.r for adapter in files[role].layers.values()) for role in frozen]
-    pages = sum(ceil_div(rank, 8) for rank in ranks)
-    bank = AdapterBank({path: layers[path] for path in layers if path in used}, pages)
-    for name in TRAINED:
-        bank.load(name)
-    for role in frozen:
-        bank.load(role, folders[role])
-    return bank
 
 
 # -- forward ---------------------------------------------------------------------------------------
