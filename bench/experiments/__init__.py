@@ -1,0 +1,1 @@
+"""Long experiments, whose results are committed beside them; each runs as ``python -m bench.experiments.<name>``."""
