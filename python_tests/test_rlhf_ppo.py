@@ -157,8 +157,10 @@ def test_the_reward_adapter_scores_where_there_are_no_functions(tmp_path):
 def test_advantages_are_those_of_scores_and_penalties_at_the_last_token(tmp_path):
     made = trainer(tmp_path, whiten_advantages=False, kl_coef=0.5, lam=1.0, max_steps=1)
     with torch.no_grad():
-        for parameter in lk.adapters(made.roles.model)["policy"].parameters:
-            parameter.normal_(std=0.1)
+        for role in ("policy", "value"):
+            for parameter in lk.adapters(made.roles.model)[role].parameters:
+                parameter.normal_(std=0.1)
+        made.roles.value_head.weight.normal_()
     rows = [made.prompts[i] for i in range(8)]
     made.accelerator.free_memory()
     rollout = made._make_rollout(rows)
@@ -176,6 +178,24 @@ def test_advantages_are_those_of_scores_and_penalties_at_the_last_token(tmp_path
         torch.testing.assert_close(
             rollout["advantages"][row, kept], returns - values, rtol=1e-5, atol=1e-5
         )
+
+
+def test_the_losses_are_those_of_the_rollout(tmp_path):
+    """Before an update: no ratio, no value is anywhere but where the rollout found it."""
+    made = trainer(tmp_path, max_steps=1, num_mini_batches=1, cliprange_value=1e-6, kl_coef=0.5)
+    with torch.no_grad():
+        made.roles.value_head.weight.normal_()
+    made.train()
+    log, rollout = made.state.log_history[0], made._rollout
+    where = rollout["where"]
+    error = rollout["values"][where] - rollout["returns"][where]
+    assert error.std() > 0.1 and log["clip_fraction_value"] == 0
+    assert log["value_loss"] == pytest.approx(0.5 * error.square().mean().item(), rel=1e-5)
+    assert log["policy_loss"] == pytest.approx(
+        -rollout["advantages"][where].mean().item(), abs=1e-6
+    )
+    assert log["ratio"] == 1 and log["approx_kl"] == 0
+    assert log["loss"] == pytest.approx(log["policy_loss"] + 0.1 * log["value_loss"], rel=1e-5)
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):

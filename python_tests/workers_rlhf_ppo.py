@@ -11,18 +11,15 @@ from rlhf_models import causal
 
 
 class Given:
-    """Completions that depend on the prompt and on how often it was asked."""
-
-    def __init__(self):
-        self.asked = 0
+    """Completions that depend on their seeds alone."""
 
     def generate(self, prompts, n, sampling):
-        self.asked += 1
         ids, mask = padded_left(prompts, sampling.pad_token_id)
-        rows = []
-        for prompt in prompts:
-            generator = torch.Generator().manual_seed(1000 * self.asked + sum(prompt))
-            rows.append(torch.randint(2, 40, (sampling.max_new_tokens,), generator=generator))
+        generators = [torch.Generator().manual_seed(seed) for seed in sampling.seeds]
+        rows = [
+            torch.randint(2, 40, (sampling.max_new_tokens,), generator=generator)
+            for generator in generators
+        ]
         return ended(torch.cat([ids, torch.stack(rows)], 1), mask, sampling)
 
     def sync(self, policy, version):
