@@ -281,7 +281,7 @@ WORKER = pathlib.Path(__file__).parent / "workers_rlhf_ppo.py"
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    """Completions are given, so that they are the same; gradients and statistics are those of all processes."""
+    """Gradients, statistics and logs are those of all processes, and a run that was resumed is the same."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     command = [sys.executable, str(WORKER), str(tmp_path / "one"), "1"]
     subprocess.run(command, check=True, timeout=300, env=environment)
@@ -294,6 +294,9 @@ def test_two_processes_train_as_one_does(tmp_path):
         torch.testing.assert_close(two[0]["parameters"][name], tensor, rtol=2e-3, atol=2e-5)
     assert two[0]["kl_coef"] == pytest.approx(one["kl_coef"]) == two[1]["kl_coef"]
     assert two[0]["statistics"] == pytest.approx(one["statistics"])
+    assert two[0]["log"] == two[1]["log"]
+    for name in ("score", "kl", "kl_exact", "entropy", "loss", "value_loss", "completion_length"):
+        assert two[0]["log"][name] == pytest.approx(one["log"][name], rel=1e-2, abs=1e-4), name
 
 
 # -- errors ----------------------------------------------------------------------------------------
