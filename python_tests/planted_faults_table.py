@@ -394,6 +394,72 @@ HOST = [
     ),
 ]  # fmt: skip
 
+PPO = [
+    Fault(
+        "lowrank_kernels/rlhf/rollout.py",
+        "kept = (is_end.cumsum(1) - is_end == 0).long()",
+        "kept = (is_end.cumsum(1) == 0).long()",
+        "the end token is no part of a completion: nothing learns to end",
+        ("test_rlhf_pipeline.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/rollout.py",
+        "where[:, : self.prompt_length - 1] = False",
+        "where[:, : self.prompt_length] = False",
+        "the first token of a completion is not trained",
+        ("test_rlhf_pipeline.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/ppo.py",
+        'out["value"][:, :-1], inputs["values"]',
+        'out["value"][:, 1:], inputs["values"]',
+        "a value trains at the token that it should have foreseen",
+        ("test_rlhf_ppo.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/ppo.py",
+        'values = scored["value"][:, :-1]',
+        'values = scored["value"][:, 1:]',
+        "advantages are relative to the value of the next token",
+        ("test_rlhf_ppo.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/ppo.py",
+        "penalty = divergences.reward_penalty(",
+        "penalty = divergences.value(",
+        "the penalty in the reward is the divergence's value, k3 in place of k1",
+        ("test_rlhf_ppo.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/ppo.py",
+        "first = (rollouts * processes + self.accelerator.process_index) * count",
+        "first = rollouts * processes * count",
+        "all processes sample with the same random numbers",
+        ("test_rlhf_ppo.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/ppo.py",
+        "self._count = float(self._sum(of_step.float()[None])[0])",
+        "self._count = float(of_step)",
+        "each process divides by its own tokens",
+        ("test_rlhf_ppo.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/roles.py",
+        "positions = (keep.cumsum(1) - 1).clamp(min=0)",
+        "positions = torch.arange(columns, device=ids.device).expand_as(ids)",
+        "padding on the left shifts the positions",
+        ("test_rlhf_roles.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/roles.py",
+        "last = ids.shape[1] - 1 - keep.flip(1).int().argmax(1)",
+        "last = keep.sum(1) * 0 + ids.shape[1] - 1",
+        "the reward model scores the padding behind a sequence",
+        ("test_rlhf_roles.py",),
+    ),
+]  # fmt: skip
+
 PYTHON = [
     Fault(
         "lowrank_kernels/adapter.py",
@@ -467,4 +533,4 @@ PYTHON = [
     ),
 ]  # fmt: skip
 
-FAULTS = [*CPU, *GPU, *HOST, *PYTHON]
+FAULTS = [*CPU, *GPU, *HOST, *PPO, *PYTHON]

@@ -290,6 +290,16 @@ def test_a_sampler_of_other_numbers_is_logged(tokenizer, tmp_path):
     assert logs and logs[0]["sampler_difference"] > 0.1
 
 
+def test_a_completion_goes_up_to_its_end_token_and_with_it():
+    sampling = rlhf.Sampling(3, 1.0, eos_token_id=2, pad_token_id=0)
+    tokens = torch.tensor([[0, 7, 5, 2, 9], [6, 7, 2, 2, 2], [6, 7, 5, 5, 5]])
+    rollout = ended(tokens, torch.tensor([[0, 1], [1, 1], [1, 1]]), sampling)
+    assert rollout.ids.tolist() == [[0, 7, 5, 2, 0], [6, 7, 2, 0, 0], [6, 7, 5, 5, 5]]
+    assert rollout.mask.tolist() == [[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    expected = [[0, 1, 1, 0], [0, 1, 0, 0], [0, 1, 1, 1]]
+    assert rollout.of_completion.long().tolist() == expected
+
+
 def test_completions_are_drawn_by_their_probabilities(tokenizer):
     """Of one step, by 4096 seeds: counts within five standard deviations of their expectations, at temperature 2."""
     roles = rlhf.RoleModel(causal(tokenizer), r=4)

@@ -157,8 +157,10 @@ def test_the_reward_adapter_scores_where_there_are_no_functions(tmp_path):
 def test_advantages_are_those_of_scores_and_penalties_at_the_last_token(tmp_path):
     made = trainer(tmp_path, whiten_advantages=False, kl_coef=0.5, lam=1.0, max_steps=1)
     with torch.no_grad():
-        for parameter in lk.adapters(made.roles.model)["policy"].parameters:
-            parameter.normal_(std=0.1)
+        for role in ("policy", "value"):
+            for parameter in lk.adapters(made.roles.model)[role].parameters:
+                parameter.normal_(std=0.1)
+        made.roles.value_head.weight.normal_()
     rows = [made.prompts[i] for i in range(8)]
     made.accelerator.free_memory()
     rollout = made._make_rollout(rows)
@@ -176,6 +178,24 @@ def test_advantages_are_those_of_scores_and_penalties_at_the_last_token(tmp_path
         torch.testing.assert_close(
             rollout["advantages"][row, kept], returns - values, rtol=1e-5, atol=1e-5
         )
+
+
+def test_the_losses_are_those_of_the_rollout(tmp_path):
+    """Before an update: no ratio, no value is anywhere but where the rollout found it."""
+    made = trainer(tmp_path, max_steps=1, num_mini_batches=1, cliprange_value=1e-6, kl_coef=0.5)
+    with torch.no_grad():
+        made.roles.value_head.weight.normal_()
+    made.train()
+    log, rollout = made.state.log_history[0], made._rollout
+    where = rollout["where"]
+    error = rollout["values"][where] - rollout["returns"][where]
+    assert error.std() > 0.1 and log["clip_fraction_value"] == 0
+    assert log["value_loss"] == pytest.approx(0.5 * error.square().mean().item(), rel=1e-5)
+    assert log["policy_loss"] == pytest.approx(
+        -rollout["advantages"][where].mean().item(), abs=1e-6
+    )
+    assert log["ratio"] == 1 and log["approx_kl"] == 0
+    assert log["loss"] == pytest.approx(log["policy_loss"] + 0.1 * log["value_loss"], rel=1e-5)
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
@@ -261,7 +281,7 @@ WORKER = pathlib.Path(__file__).parent / "workers_rlhf_ppo.py"
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    """Completions are given, so that they are the same; gradients and statistics are those of all processes."""
+    """Gradients, statistics and logs are those of all processes, and a run that was resumed is the same."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     command = [sys.executable, str(WORKER), str(tmp_path / "one"), "1"]
     subprocess.run(command, check=True, timeout=300, env=environment)
@@ -274,6 +294,9 @@ def test_two_processes_train_as_one_does(tmp_path):
         torch.testing.assert_close(two[0]["parameters"][name], tensor, rtol=2e-3, atol=2e-5)
     assert two[0]["kl_coef"] == pytest.approx(one["kl_coef"]) == two[1]["kl_coef"]
     assert two[0]["statistics"] == pytest.approx(one["statistics"])
+    assert two[0]["log"] == two[1]["log"]
+    for name in ("score", "kl", "kl_exact", "entropy", "loss", "value_loss", "completion_length"):
+        assert two[0]["log"][name] == pytest.approx(one["log"][name], rel=1e-2, abs=1e-4), name
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -56,6 +56,24 @@ def test_one_forward_is_what_each_role_computes_alone(roles, tmp_path, left):
     torch.testing.assert_close(out["value"][keep], value[keep], rtol=1e-4, atol=1e-4)
 
 
+def test_absolute_positions_are_counted_from_the_first_token():
+    """Of padding on either side; rotary positions do not show it."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
+        attention_dropout=0.0, word_embed_proj_dim=64, max_position_embeddings=64, init_std=0.5,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    lk.replace_linear(model, r=0, progress=False)
+    roles = rlhf.RoleModel(model, r=8)
+    ids, mask = batch(left=True)
+    out = roles.score(ids, mask, ["policy"])["policy"]
+    for row in range(len(ids)):
+        own = ids[row][mask[row].bool()][None]
+        alone = roles.score(own, torch.ones_like(own), ["policy"])["policy"][0]
+        torch.testing.assert_close(out[row, -len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_the_reward_is_what_the_file_scores_in_peft(roles, tmp_path):
     ids, mask = batch()
     alone = peft.PeftModel.from_pretrained(classifier(), tmp_path / "rm").eval()

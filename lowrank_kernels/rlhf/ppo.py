@@ -418,7 +418,7 @@ class PPOTrainer(transformers.Trainer):
             self._load_rollout(folder / _ROLLOUT.format(rank))
 
     def _load_rollout(self, file: Path) -> None:
-        tensors = load_file(file, device=str(self.accelerator.device))
+        tensors = {n: t.to(self.accelerator.device) for n, t in load_file(file).items()}
         order = tensors.pop("order", torch.empty(0)).cpu()
         count = self.args.prompts_per_rollout
         columns = {
