@@ -396,6 +396,48 @@ HOST = [
 
 PPO = [
     Fault(
+        "lowrank_kernels/rlhf/divergences.py",
+        "reward=lambda d: d,",
+        "reward=_k3,",
+        "the penalty of kl is k3, whose gradient vanishes near the reference",
+        ("test_rlhf_divergences.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/divergences.py",
+        "        value=_k3,\n        reward=lambda d: d,",
+        "        value=lambda d: d,\n        reward=lambda d: d,",
+        "the value of kl is k1, which is negative at half of the tokens",
+        ("test_rlhf_divergences.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/losses.py",
+        'return kept(others["mask"])',
+        'return torch.ones_like(kept(others["mask"]))',
+        "prompts and padding are trained too",
+        ("test_rlhf_losses.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/advantages.py",
+        "next_advantage = torch.where(here, advantage, next_advantage)",
+        "next_advantage = advantage",
+        "advantages go on behind the end of a completion",
+        ("test_rlhf_advantages.py",),
+    ),
+    Fault(
+        "lowrank_kernels/rlhf/advantages.py",
+        "rewards[torch.arange(len(last), device=last.device), last] += scores.to(rewards)",
+        "rewards[torch.arange(len(last), device=last.device), (last + 1).clamp(max=keep.shape[1] - 1)] += scores.to(rewards)",
+        "the score comes one token behind the end",
+        ("test_rlhf_advantages.py",),
+    ),
+    Fault(
+        "lowrank_kernels/analysis/spectrum.py",
+        "values = _svd(path, A, B)[1] * abs(scaling)",
+        "values = _svd(path, A, B)[1]",
+        "a spectrum without the adapter's scaling",
+        ("test_analysis.py",),
+    ),
+    Fault(
         "lowrank_kernels/rlhf/rollout.py",
         "kept = (is_end.cumsum(1) - is_end == 0).long()",
         "kept = (is_end.cumsum(1) == 0).long()",

@@ -1,7 +1,7 @@
-"""``python -m bench.experiments.rlhf``: PPO under several divergences and seeds, from one SFT and one reward adapter.
+"""PPO under several divergences and seeds, from one SFT and one reward adapter: ``python -m bench.experiments.rlhf``.
 
-The stages are those of ``python -m lowrank_kernels demo --rlhf``. Results go to ``rlhf.json`` beside this file after every
-run, so that an interrupted one loses nothing; runs that are there already are left alone.
+The stages are those of ``python -m lowrank_kernels demo --rlhf``. Results go to ``rlhf.json`` beside this file after
+every run, so that an interrupted one loses nothing; runs that are there already are left alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowrank_kernels.cli import demo_rlhf, models
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 RUNS = ("kl", "js", "js_sun2023", "bregman", "none")
-KL_COEF = 0.05
+KL_COEF = 0.1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("medium")
-    sizes = demo_rlhf.Sizes(ppo_rollouts=args.rollouts)
+    sizes = demo_rlhf.Sizes(
+        sft_steps=90, reward_steps=90, ppo_rollouts=args.rollouts, learning_rate=3e-4
+    )
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
     document |= {"cpu": machine.cpu(), "versions": machine.versions()}
     document |= {"sizes": dataclasses.asdict(sizes), "kl_coef": KL_COEF}
@@ -96,13 +98,8 @@ def _stages(out: pathlib.Path, sizes: demo_rlhf.Sizes, document: dict):
         document["reward_accuracy"] = demo_rlhf.reward_model(
             model, tokenizer, data, sizes, out / "rm"
         )
-        print(
-            "SFT loss",
-            document["sft_loss"][-1],
-            "reward accuracy",
-            document["reward_accuracy"],
-            flush=True,
-        )
+        files.write_json(document, RESULTS)
+        print(f"reward accuracy {document['reward_accuracy']:.3f}", flush=True)
     return data, tokenizer
 
 

@@ -3,7 +3,7 @@
 import importlib
 import typing
 
-from .forgetting import Forgetting, distinct, forgetting
+from .forgetting import Forgetting, Likelihood, distinct, forgetting
 from .spectrum import LayerSpectrum, Spectrum, spectrum, truncate
 
 _LATER = {"ForgettingCallback": "callback"}  # needs transformers
@@ -11,6 +11,7 @@ _LATER = {"ForgettingCallback": "callback"}  # needs transformers
 __all__ = [
     "Forgetting",
     "LayerSpectrum",
+    "Likelihood",
     "Spectrum",
     "distinct",
     "forgetting",

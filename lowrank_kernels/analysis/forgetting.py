@@ -19,27 +19,43 @@ from ..rlhf.logprobs import logprobs
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
-    """Means over tokens, in nats."""
+class Likelihood:
+    """Means over tokens, in nats: negative log-likelihood ``nll``, and ``entropy`` of what was predicted.
+
+    Examples:
+        >>> from lowrank_kernels import analysis
+        >>> round(analysis.Likelihood(nll=2.0, entropy=1.0).perplexity, 2)  # exp(nll)
+        7.39
+    """
 
     nll: float
     entropy: float
 
     @property
     def perplexity(self) -> float:
+        """``exp(nll)``."""
         return float(torch.tensor(self.nll).exp())
 
 
 class Forgetting(Mapping):
-    """By name, ``"base"`` first: ``.nll`` and ``.entropy``, means over all tokens in nats, and ``.perplexity``.
+    """:class:`Likelihood` by name, ``"base"`` first, as :func:`forgetting` returns it; printed, a table.
 
-    ``tokens``: how many were predicted. Printed, a table.
+    ``tokens``: how many were predicted.
+
+    Examples:
+        >>> from lowrank_kernels.analysis import Forgetting, Likelihood
+        >>> print(Forgetting({"base": Likelihood(2.0, 1.0), "sft": Likelihood(2.5, 1.0)}, tokens=100))
+                nll    over base    perplexity    entropy
+        ----  -----  -----------  ------------  ---------
+        base    2            0            7.39          1
+        sft     2.5          0.5         12.18          1
+        100 tokens
     """
 
-    def __init__(self, rows: dict[str, _Row], tokens: int) -> None:
+    def __init__(self, rows: dict[str, Likelihood], tokens: int) -> None:
         self._rows, self.tokens = rows, tokens
 
-    def __getitem__(self, name: str) -> _Row:
+    def __getitem__(self, name: str) -> Likelihood:
         return self._rows[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -52,8 +68,9 @@ class Forgetting(Mapping):
         """How much more surprised the adapter is than the base: the difference of their ``nll``.
 
         Examples:
-            >>> from lowrank_kernels.analysis.forgetting import Forgetting, _Row
-            >>> Forgetting({"base": _Row(2.0, 1.0), "sft": _Row(2.5, 1.0)}, 100).forgotten("sft")
+            >>> from lowrank_kernels.analysis import Forgetting, Likelihood
+            >>> rows = {"base": Likelihood(2.0, 1.0), "sft": Likelihood(2.5, 1.0)}
+            >>> Forgetting(rows, tokens=100).forgotten("sft")
             0.5
         """
         return self[name].nll - self["base"].nll
@@ -141,7 +158,7 @@ def forgetting(
         model.train(training)
     tokens = sum(len(row) - 1 for row in sequences)
     means = zip(columns, (nll / tokens).tolist(), (entropy / tokens).tolist())
-    return Forgetting({name or "base": _Row(a, b) for name, a, b in means}, tokens)
+    return Forgetting({name or "base": Likelihood(a, b) for name, a, b in means}, tokens)
 
 
 def distinct(sequences: Sequence[Sequence[int]], n: int = 2) -> float:

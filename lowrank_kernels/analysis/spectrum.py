@@ -27,6 +27,13 @@ class LayerSpectrum(NamedTuple):
 
     ``singular_values``: float64 ``[min(r, N, K)]``, descending; ``r``: the adapter's rank; ``relative_norm``:
     ``‖ΔW‖ / ‖W‖`` by Frobenius, None unless asked for.
+
+    Examples:
+        >>> import torch
+        >>> from lowrank_kernels import analysis
+        >>> layer = analysis.LayerSpectrum(torch.tensor([2.0, 1.0, 1.0]), r=3)
+        >>> layer.stable_rank, layer.rank(0.9)
+        (1.5, 3)
     """
 
     singular_values: torch.Tensor
@@ -66,7 +73,17 @@ class LayerSpectrum(NamedTuple):
 
 
 class Spectrum(Mapping):
-    """:class:`LayerSpectrum` by path, in the model's order; printed, a table."""
+    """:class:`LayerSpectrum` by path, in the model's order, as :func:`spectrum` returns it; printed, a table.
+
+    Examples:
+        >>> import torch
+        >>> from lowrank_kernels.analysis import LayerSpectrum, Spectrum
+        >>> layers = {"q_proj": LayerSpectrum(torch.tensor([3.0, 1.0]), r=2, relative_norm=0.01)}
+        >>> print(Spectrum(layers))
+        layer      r    rank for 90 %    stable rank    norm  of W
+        -------  ---  ---------------  -------------  ------  ------
+        q_proj     2                1           1.11   3.162  1.00%
+    """
 
     def __init__(self, layers: dict[str, LayerSpectrum]) -> None:
         self._layers = layers

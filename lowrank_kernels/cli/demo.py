@@ -20,7 +20,7 @@ from ..benchmark import harness, report
 from ..benchmark.models import BITSANDBYTES, DENSE, Contest, cases, contenders
 from ..benchmark.ops import OURS
 from . import UserError, corpus, demo_multi, models, pictures
-from .training import LOOK_EVERY, adamw, loss_fell
+from .demo_parts import LOOK_EVERY, adamw, chapter, loss_fell
 
 BATCH = 4
 SPEED_SECONDS = 45.0
@@ -89,10 +89,6 @@ def run(args: argparse.Namespace) -> int:
     for problem in problems:
         print(f"FAILED: {problem}")
     return 1 if problems else 0
-
-
-def chapter(title: str) -> None:
-    print(f"\n{title}\n{'-' * len(title)}", flush=True)
 
 
 # -- the chapters ----------------------------------------------------------------------------------

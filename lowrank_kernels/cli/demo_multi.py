@@ -19,7 +19,7 @@ import lowrank_kernels as lk
 from lowrank_kernels.nn import lora_layers
 
 from . import corpus, models
-from .training import LOOK_EVERY, adamw, loss_fell
+from .demo_parts import LOOK_EVERY, adamw, loss_fell
 
 RANKS = {"keeper": 8, "clerk": 4}  # two adapters and their ranks
 EXAMPLES = [3, 1]  # of each in a batch: the clerk's task is the easier one

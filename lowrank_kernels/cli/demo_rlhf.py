@@ -21,7 +21,7 @@ import lowrank_kernels as lk
 
 from .. import analysis, files
 from . import UserError, models, pictures, reviews
-from .training import adamw
+from .demo_parts import adamw, chapter
 
 PROMPT_TOKENS = 5
 MAX_TOKENS = 20  # of a review
@@ -94,8 +94,6 @@ class Gold:
 
 def run(args: argparse.Namespace) -> int:
     """All stages; 1 if the reward model learned nothing or the score did not rise."""
-    from .demo import chapter
-
     start = time.perf_counter()
     models.require("matplotlib")
     if args.threads:

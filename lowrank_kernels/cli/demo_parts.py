@@ -1,4 +1,4 @@
-"""What the demo's two training loops share."""
+"""What the demos share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import torch
 
 WARM_UP = 4  # steps over which the learning rate rises
 LOOK_EVERY = 6  # steps between lines of the table
+
+
+def chapter(title: str) -> None:
+    """Prints it, underlined."""
+    print(f"\n{title}\n{'-' * len(title)}", flush=True)
 
 
 def adamw(
