@@ -425,8 +425,8 @@ PPO = [
     ),
     Fault(
         "lowrank_kernels/rlhf/advantages.py",
-        "rewards[torch.arange(len(last), device=last.device), last] += scores.to(rewards)",
-        "rewards[torch.arange(len(last), device=last.device), (last + 1).clamp(max=keep.shape[1] - 1)] += scores.to(rewards)",
+        "last = last_kept(keep)",
+        "last = (last_kept(keep) + 1).clamp(max=keep.shape[1] - 1)",
         "the score comes one token behind the end",
         ("test_rlhf_advantages.py",),
     ),

@@ -21,7 +21,7 @@ from lowrank_kernels.cli import demo_rlhf, models
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 RUNS = ("kl", "js", "js_sun2023", "bregman", "none")
-KL_COEF = 0.1
+KL_COEF = 0.25
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("medium")
     sizes = demo_rlhf.Sizes(
-        sft_steps=90, reward_steps=90, ppo_rollouts=args.rollouts, learning_rate=3e-4
+        sft_steps=90, reward_steps=90, ppo_rollouts=args.rollouts, learning_rate=6e-4
     )
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
     document |= {"cpu": machine.cpu(), "versions": machine.versions()}

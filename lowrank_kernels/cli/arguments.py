@@ -82,11 +82,13 @@ def _add_demo(commands) -> None:
         metavar="DIR",
         help="where adapters, plots and numbers go (default: ./demo_output)",
     )
-    demo.add_argument("--steps", type=_steps, default=24, help="training steps (default: 24)")
-    demo.add_argument("--rank", type=positive, default=16, help="adapter rank r (default: 16)")
     demo.add_argument(
-        "--lr", type=float, default=1.5e-3, help="peak learning rate (default: 0.0015)"
+        "--steps",
+        type=_steps,
+        help="training steps (default: 24), or rollouts of PPO (default: 14)",
     )
+    demo.add_argument("--rank", type=positive, default=16, help="adapter rank r (default: 16)")
+    demo.add_argument("--lr", type=float, help="peak learning rate (default: 0.0015, of PPO 0.001)")
     demo.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
     demo.add_argument("--no-speed", action="store_true", help="leave out the speed comparison")
     demo.add_argument(

@@ -22,7 +22,7 @@ from ..benchmark.ops import OURS
 from . import UserError, corpus, demo_multi, models, pictures
 from .demo_parts import LOOK_EVERY, adamw, chapter, loss_fell
 
-BATCH = 4
+BATCH, STEPS, LEARNING_RATE = 4, 24, 1.5e-3
 SPEED_SECONDS = 45.0
 PROMPTS = ("What should I do on a rainy day?", "How do I boil an egg?")
 
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
         from . import demo_rlhf
 
         return demo_rlhf.run(args)
+    args.steps, args.lr = args.steps or STEPS, args.lr or LEARNING_RATE
     start = time.perf_counter()
     if args.threads:
         torch.set_num_threads(args.threads)

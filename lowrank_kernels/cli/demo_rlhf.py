@@ -38,7 +38,7 @@ class Sizes:
     episodes: int = 16
     completion: int = 10
     rank: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of PPO
 
 
 @dataclasses.dataclass
@@ -99,14 +99,14 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_float32_matmul_precision(
-        "medium"
-    )  # products of bfloat16 numbers where the CPU has them
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products where the CPU has them
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from error
     sizes = Sizes(rank=args.rank)
+    sizes.ppo_rollouts = args.steps or sizes.ppo_rollouts
+    sizes.learning_rate = args.lr or sizes.learning_rate
 
     chapter("1. Load the model and the reviews, quantize to NF4")
     model, tokenizer, name = models.load(args.model)
