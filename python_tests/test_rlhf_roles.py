@@ -107,18 +107,39 @@ def test_a_policy_starts_as_its_reference_and_the_value_as_the_reward(tmp_path):
     assert torch.equal(out["value"][torch.arange(3), last], out["reward"])
 
 
+@pytest.mark.parametrize("isa", lk.backends.isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("left", [False, True])
-def test_the_first_ratio_is_1_in_every_bit(dtype, left):
-    """Whatever batch scored a sequence and whatever micro-batch trains it."""
+def test_the_first_ratio_is_1_in_every_bit(dtype, left, isa, monkeypatch):
+    """Whatever batch scored a sequence and whatever micro-batch trains it; of few tokens or of many at a time."""
     roles = randomize(rlhf.RoleModel(causal(dtype=dtype), r=8))
     ids, mask = batch(rows=7, columns=9, left=left)
-    old = roles.score(ids, mask, ALL)["policy"]
-    for size in (1, 2, 7):
-        for start in range(0, 7, size):
-            part = slice(start, start + size)
-            new = roles(ids[part], mask[part])["policy"]
-            assert new.requires_grad and torch.equal(new, old[part])
+    with lk.backends.use_isa(isa):
+        old = roles.score(ids, mask, ALL, divergence="kl")
+        for size in (1, 2, 7):
+            for start in range(0, 7, size):
+                part = slice(start, start + size)
+                new = roles(ids[part], mask[part])["policy"]
+                assert new.requires_grad and torch.equal(new, old["policy"][part])
+        monkeypatch.setattr(rlhf.roles, "_TOKENS", 50)
+        some_at_a_time = roles.score(ids, mask, ALL, divergence="kl")
+        assert all(torch.equal(some_at_a_time[name], old[name]) for name in old)
+
+
+def test_more_tokens_than_one_forward_has_train_as_one_batch(roles, monkeypatch):
+    ids, mask = batch(rows=5, columns=9)
+    texts = batch(rows=2, columns=12)
+
+    def gradients():
+        roles.zero_grad()
+        out = roles(ids, mask, texts=texts)
+        sum(x.square().sum() for x in out.values()).backward()
+        return {n: p.grad.clone() for n, p in roles.named_parameters() if p.grad is not None}
+
+    at_once = gradients()
+    monkeypatch.setattr(rlhf.roles, "_TOKENS", 30)  # seven parts, some of them without texts
+    for name, grad in gradients().items():
+        torch.testing.assert_close(grad, at_once[name], rtol=1e-4, atol=1e-5)
 
 
 def test_one_backward_gives_the_gradients_of_two(roles):

@@ -70,12 +70,7 @@ def logprobs(
     rows = _chunk_rows(hidden, chunk, temperature)
 
     def of_chunk(part: torch.Tensor, part_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = head(part).float() / temperature
-        normalizer = logits.logsumexp(-1)
-        chosen = logits.gather(-1, part_ids[:, None])[:, 0] - normalizer
-        if not entropy:
-            return (chosen,)
-        return chosen, normalizer - (logits.softmax(-1) * logits.nan_to_num(neginf=0)).sum(-1)
+        return _of_logits(head(part).float() / temperature, part_ids, entropy)
 
     return LogProbs(*_in_chunks(of_chunk, rows, hidden, ids), *([] if entropy else [None]))
 
@@ -112,6 +107,40 @@ def divergence_of(
 
     with torch.no_grad():
         return _in_chunks(of_chunk, rows, hidden_p, hidden_q)[0]
+
+
+@torch.no_grad()
+def logprobs_of_two(
+    name: str,
+    hidden_p: torch.Tensor,
+    hidden_q: torch.Tensor,
+    head: Head,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[tuple[LogProbs, LogProbs], torch.Tensor]:
+    """:func:`logprobs` of both, that of p with its entropy if asked for, and their :func:`divergence_of`, in one pass.
+
+    The log-probabilities have the bits of :func:`logprobs`, since the head sees the same chunks.
+    """
+    rows = _chunk_rows(hidden_p, None, temperature)
+
+    def of_chunk(p, q, part_ids) -> tuple[torch.Tensor, ...]:
+        p, q = (head(part).float() / temperature for part in (p, q))
+        apart = divergences.exact(name, p, q)
+        return *_of_logits(p, part_ids, entropy), *_of_logits(q, part_ids, False), apart
+
+    *of_p, of_q, apart = _in_chunks(of_chunk, rows, hidden_p, hidden_q, ids)
+    return (LogProbs(*of_p, *([] if entropy else [None])), LogProbs(of_q, None)), apart
+
+
+def _of_logits(logits: torch.Tensor, ids: torch.Tensor, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """The log-probabilities of ``ids``, and the entropies if asked for."""
+    normalizer = logits.logsumexp(-1)
+    chosen = logits.gather(-1, ids[:, None])[:, 0] - normalizer
+    if not entropy:
+        return (chosen,)
+    return chosen, normalizer - (logits.softmax(-1) * logits.nan_to_num(neginf=0)).sum(-1)
 
 
 def _chunk_rows(hidden: torch.Tensor, chunk: int | None, temperature: float) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from .. import backends
 from ..adapter_bank import AdapterBank
 from ..adapter_files import assign
 from ..adapter_format import ReadAdapter, read_adapter
@@ -74,6 +76,14 @@ def head_of_language(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]
             f"model: expected logits that are the head of the last hidden state, got others from {type(model).__name__}"
         )
     return logits
+
+
+def one_kernel(device: torch.device) -> contextlib.AbstractContextManager:
+    """Within the block a layer runs on the CPU kernel of large batches whatever its rows are: a sequence then has the
+    same bits in any batch."""
+    if device.type != "cpu" or backends.active() not in ("cpu", "cuda"):
+        return contextlib.nullcontext()
+    return backends.use_kernel(list(backends.kernels()["forward"])[-1])
 
 
 def scalar_head(

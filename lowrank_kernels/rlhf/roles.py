@@ -22,7 +22,7 @@ from ..model_adapters import add_adapter, set_adapter
 from ..named_adapters import adapted_layers
 from ..nn import take_adapters
 from ..paths import some
-from .logprobs import divergence_of, logprobs
+from .logprobs import divergence_of, logprobs, logprobs_of_two
 from .role_parts import (
     ROLES,
     TRAINED,
@@ -30,12 +30,13 @@ from .role_parts import (
     bank_of,
     check_model,
     head_of_language,
+    one_kernel,
     scalar_head,
 )
 
-# Which kernel a layer runs on depends on its rows; from here on it is one, so that a sequence has the same bits in any
-# batch. Smaller batches are filled up.
-_ROWS = 64
+# Tokens of one forward on a CPU. With more of them a weight's share of the time does not fall any further, but
+# activations become memory that the system hands out anew, page by page, in every layer.
+_TOKENS = 512
 
 
 class RoleModel(nn.Module):
@@ -45,9 +46,8 @@ class RoleModel(nn.Module):
     ``head · h``, with h the last hidden state under the role's adapter.
 
     A token's log-probability has the same bits in :meth:`score` and :meth:`forward` while the policy is the same, so
-    that the first ratio of PPO is exactly 1: the language model's head works on chunks of one size, and a batch is
-    filled up to where a layer's kernel no longer depends on its rows. This is so on CPUs; elsewhere a ratio of 1 is
-    approximate.
+    that the first ratio of PPO is exactly 1: the language model's head works on chunks of one size, and the layers on
+    one kernel whatever the number of rows. This is so on CPUs; elsewhere a ratio of 1 is approximate.
 
     Args:
         model: a causal language model of transformers whose linear layers are in 4 bits (``replace_linear(model,
@@ -243,29 +243,41 @@ class RoleModel(nn.Module):
         return self(ids, mask, roles, where, divergence=divergence)
 
     def _hidden(self, groups: list[tuple[str, torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-        """The last hidden states ``[B, S, D]`` of each group of role, ids and mask, from one forward.
+        """The last hidden states ``[B, S, D]`` of each group of role, ids and mask, some sequences of all at a time."""
+        tokens = sum(ids.numel() for _, ids, _ in groups)
+        on_cpu = groups[0][1].device.type == "cpu"
+        count = (
+            min(ceil_div(tokens, _TOKENS), max(len(ids) for _, ids, _ in groups)) if on_cpu else 1
+        )
+        split = [
+            [(role, *of) for of in zip(ids.tensor_split(count), keep.tensor_split(count))]
+            for role, ids, keep in groups
+        ]
+        return [torch.cat(parts) for parts in zip(*map(self._hidden_at_once, zip(*split)))]
+
+    def _hidden_at_once(
+        self, groups: Sequence[tuple[str, torch.Tensor, torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """The same from one forward.
 
         A column of padding behind all sequences has transformers take its attention with a mask in every batch, whether
         others have padding or not.
         """
         columns = 1 + max(ids.shape[1] for _, ids, _ in groups)
         names = [self._adapters[role] for role, ids, _ in groups for _ in ids]
-        fill = max(0, ceil_div(_ROWS, columns) - len(names))
 
         def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-            padded = [F.pad(part, (0, columns - part.shape[1])) for part in parts]
-            return torch.cat([*padded, padded[0][:1].expand(fill, -1)])
+            return torch.cat([F.pad(part, (0, columns - part.shape[1])) for part in parts])
 
         ids = joined([ids for _, ids, _ in groups])
         keep = joined([keep for _, _, keep in groups])
         positions = (keep.cumsum(1) - 1).clamp(min=0)
-        names += [None] * fill
         plan = self.bank.plan(names, tokens_per_sequence=[columns] * len(names))
-        with self.bank.using(plan):
+        with self.bank.using(plan), one_kernel(ids.device):
             hidden = self.model.base_model(
                 input_ids=ids, attention_mask=keep.long(), position_ids=positions, use_cache=False
             ).last_hidden_state
-        parts = hidden.split([len(ids) for _, ids, _ in groups] + [fill])
+        parts = hidden.split([len(ids) for _, ids, _ in groups])
         return [part[:, : ids.shape[1]] for part, (_, ids, _) in zip(parts, groups)]
 
     def _of_tokens(
@@ -284,23 +296,29 @@ class RoleModel(nn.Module):
         def spread(numbers: torch.Tensor) -> torch.Tensor:
             return numbers.new_zeros(wanted.shape).masked_scatter(wanted, numbers)
 
-        for role in roles:
-            of = logprobs(
-                at[role], self.head_of_language, ids[:, 1:][wanted], self.temperature,
-                entropy and role == "policy",
-            )  # fmt: skip
-            out[role] = spread(of.logprobs)
-            if of.entropy is not None:
-                out["entropy"] = spread(of.entropy)
-        if divergence is not None:
-            if len(roles) < 2:
-                raise ValueError(
-                    f"divergence: expected policy and reference among roles, got {list(hidden)}"
-                )
-            both = at["policy"], at["reference"]
-            out["divergence"] = spread(
-                divergence_of(divergence, *both, self.head_of_language, self.temperature)
+        if divergence is not None and len(roles) < 2:
+            raise ValueError(
+                f"divergence: expected policy and reference among roles, got {list(hidden)}"
             )
+        head = self.head_of_language
+        arguments = head, ids[:, 1:][wanted], self.temperature
+        if divergence is not None and not torch.is_grad_enabled():
+            both = at["policy"], at["reference"]
+            of_roles, apart = logprobs_of_two(divergence, *both, *arguments, entropy)
+            found = dict(zip(("policy", "reference"), of_roles))
+        else:
+            found = {
+                role: logprobs(at[role], *arguments, entropy and role == "policy") for role in roles
+            }
+            if divergence is not None:
+                both = at["policy"], at["reference"]
+                apart = divergence_of(divergence, *both, head, self.temperature)
+        for role, of in found.items():
+            out[role] = spread(of.logprobs)
+        if entropy and "policy" in found:
+            out["entropy"] = spread(found["policy"].entropy)
+        if divergence is not None:
+            out["divergence"] = spread(apart)
         return out
 
     @property
