@@ -260,10 +260,10 @@ class RoleModel(nn.Module):
     ) -> list[torch.Tensor]:
         """The same from one forward.
 
-        A column of padding behind all sequences has transformers take its attention with a mask in every batch, whether
-        others have padding or not.
+        transformers takes its attention without a mask where no sequence has padding, and the bits are others then. So
+        on CPUs a sequence of one token goes with those that have none.
         """
-        columns = 1 + max(ids.shape[1] for _, ids, _ in groups)
+        columns = max(ids.shape[1] for _, ids, _ in groups)
         names = [self._adapters[role] for role, ids, _ in groups for _ in ids]
 
         def joined(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -271,13 +271,18 @@ class RoleModel(nn.Module):
 
         ids = joined([ids for _, ids, _ in groups])
         keep = joined([keep for _, _, keep in groups])
+        if ids.device.type == "cpu" and bool(keep.all()):
+            ids = torch.cat([ids, ids[:1]])
+            keep = torch.cat([keep, torch.arange(columns)[None] < 1])
+            names.append(None)
         positions = (keep.cumsum(1) - 1).clamp(min=0)
         plan = self.bank.plan(names, tokens_per_sequence=[columns] * len(names))
         with self.bank.using(plan), one_kernel(ids.device):
             hidden = self.model.base_model(
                 input_ids=ids, attention_mask=keep.long(), position_ids=positions, use_cache=False
             ).last_hidden_state
-        parts = hidden.split([len(ids) for _, ids, _ in groups])
+        sizes = [len(ids) for _, ids, _ in groups]
+        parts = hidden[: sum(sizes)].split(sizes)
         return [part[:, : ids.shape[1]] for part, (_, ids, _) in zip(parts, groups)]
 
     def _of_tokens(
