@@ -22,6 +22,7 @@ from lowrank_kernels.cli import demo_rlhf, models
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 RUNS = ("kl", "js", "js_sun2023", "bregman", "none")
 KL_COEF = 0.25
+SIZES = demo_rlhf.Sizes(sft_steps=90, reward_steps=90, ppo_rollouts=24, learning_rate=6e-4)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,15 +33,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each divergence (default: 3)")
     parser.add_argument("--divergences", nargs="+", default=RUNS, help=f"of {', '.join(RUNS)}")
-    parser.add_argument("--rollouts", type=int, default=24, help="of each run (default: 24)")
+    parser.add_argument("--rollouts", type=int, default=SIZES.ppo_rollouts, help="of each run")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("medium")
-    sizes = demo_rlhf.Sizes(
-        sft_steps=90, reward_steps=90, ppo_rollouts=args.rollouts, learning_rate=6e-4
-    )
+    sizes = dataclasses.replace(SIZES, ppo_rollouts=args.rollouts)
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
     document |= {"cpu": machine.cpu(), "versions": machine.versions()}
     document |= {"sizes": dataclasses.asdict(sizes), "kl_coef": KL_COEF}

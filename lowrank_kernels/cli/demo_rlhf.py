@@ -207,7 +207,7 @@ def _pairs(texts, ratings, ids, seed: int, one_rater: bool) -> list[tuple[list[i
     return found
 
 
-def _batch(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, rows))
     ids = torch.stack([F.pad(torch.tensor(row), (0, longest - len(row))) for row in rows])
     return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
@@ -221,7 +221,7 @@ def sft(model, tokenizer, data: Data, sizes: Sizes) -> list[float]:
     model.train()
     for step in tqdm(range(sizes.sft_steps), desc="SFT", disable=None):
         rows = [data.sft[(step * sizes.batch + i) % len(data.sft)] for i in range(sizes.batch)]
-        ids, mask = _batch(rows)
+        ids, mask = batch(rows)
         logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
         labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -246,7 +246,7 @@ def reward_model(model, tokenizer, data: Data, sizes: Sizes, folder: pathlib.Pat
     torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
 
     def scores(rows: list[list[int]]) -> torch.Tensor:
-        ids, mask = _batch(rows)
+        ids, mask = batch(rows)
         hidden = model.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return head(hidden[torch.arange(len(rows)), mask.sum(1) - 1])[:, 0]
 
@@ -298,7 +298,7 @@ def ppo(
         per_device_train_batch_size=sizes.episodes // 2, num_mini_batches=2, score_batch_size=sizes.episodes,
         max_completion_length=sizes.completion, divergence=divergence, kl_coef=kl_coef, normalize_scores=False,
         use_cpu=True, report_to="none", save_strategy="no", seed=seed + 1, disable_tqdm=True,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=_padding(tokenizer),
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=padding(tokenizer),
     )  # fmt: skip
     prompts = [{"prompt_ids": ids} for ids in data.prompts]
     trainer = rlhf.PPOTrainer(roles, config, train_dataset=prompts)
@@ -326,7 +326,7 @@ def ppo(
     ], texts[-1]
 
 
-def _padding(tokenizer) -> int:
+def padding(tokenizer) -> int:
     """A token that never ends a text."""
     unused = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
     return next(i for i in unused if i is not None and i != tokenizer.eos_token_id)
