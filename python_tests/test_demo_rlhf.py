@@ -129,6 +129,7 @@ def test_the_whole_demo(data, tmp_path):
         ]
     )
     code = demo_rlhf.run(arguments)
+    assert torch.get_float32_matmul_precision() == "highest"
     numbers = json.loads((out / "rlhf.json").read_text())
     assert len(numbers["log"]) == 16 and numbers["reward_accuracy"] > 0.6
     assert numbers["log"][0]["kl_exact"] < 1e-6  # the policy starts as the reference

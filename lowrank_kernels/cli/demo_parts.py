@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
 WARM_UP = 4  # steps over which the learning rate rises
 LOOK_EVERY = 6  # steps between lines of the table
+
+
+@contextlib.contextmanager
+def medium_precision() -> Iterator[None]:
+    """Within the block float32 products may be those of bfloat16 numbers, where the CPU has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def chapter(title: str) -> None:

@@ -21,7 +21,7 @@ import lowrank_kernels as lk
 
 from .. import analysis, files
 from . import UserError, models, pictures, reviews
-from .demo_parts import adamw, chapter
+from .demo_parts import adamw, chapter, medium_precision
 
 PROMPT_TOKENS = 5
 MAX_TOKENS = 20  # of a review
@@ -92,6 +92,7 @@ class Gold:
         return sum(right) / len(right)
 
 
+@medium_precision()
 def run(args: argparse.Namespace) -> int:
     """All stages; 1 if the reward model learned nothing or the score did not rise."""
     start = time.perf_counter()
@@ -99,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_float32_matmul_precision("medium")  # bfloat16 products where the CPU has them
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
