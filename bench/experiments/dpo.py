@@ -6,20 +6,18 @@ its reference too; the reward model and the gold score look at what it writes. R
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import statistics
 
 import datasets
 import peft
-import torch
 import trl
 
 import lowrank_kernels as lk
 from lowrank_kernels import analysis, files, rlhf
-from lowrank_kernels.benchmark import machine
 from lowrank_kernels.cli import demo_rlhf, models
 
+from . import common
 from .rlhf import SIZES
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
@@ -29,34 +27,20 @@ STEPS, BETA, SAMPLES = 60, 0.1, 64
 
 def main(argv: list[str] | None = None) -> None:
     """A run for each divergence and seed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.experiments.dpo", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/rlhf"))
+    parser = common.parser_of("dpo", __doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each divergence (default: 3)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("medium")
+    args = common.begin(parser, argv)
     _, tokenizer, _ = models.load(None)
     data = demo_rlhf.read(args.out / "data", tokenizer, SIZES)
-    runs = {}
+    document = common.on() | {"steps": STEPS, "beta": BETA, "runs": {}}
     for seed in range(args.seeds):
         for kind in KINDS:
-            folder = args.out / f"dpo-{kind}-{seed}"
+            name = f"{kind}-{seed}"
+            folder = args.out / f"dpo-{name}"
             train(tokenizer, data, args.out, folder, kind, seed)
-            runs[f"{kind}-{seed}"] = look_at(tokenizer, data, args.out, folder)
-            print(
-                f"{kind}-{seed}",
-                {name: round(x, 3) for name, x in runs[f"{kind}-{seed}"].items()},
-                flush=True,
-            )
-            document = {
-                "cpu": machine.cpu(),
-                "versions": machine.versions(),
-                "steps": STEPS,
-                "beta": BETA,
-            }
-            files.write_json(document | {"runs": runs}, RESULTS)
+            document["runs"][name] = seen = look_at(tokenizer, data, args.out, folder)
+            print(name, {of: round(x, 3) for of, x in seen.items()}, flush=True)
+            files.write_json(document, RESULTS)
 
 
 def train(
@@ -94,8 +78,7 @@ def look_at(
     rollout = rlhf.TransformersSampler(roles).generate(data.prompts[-SAMPLES:], 1, sampling)
     where = rollout.of_completion
     scored = roles.score(rollout.ids, rollout.mask, where=where, divergence="kl")
-    kept = [ids[mask.bool()].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+    texts = demo_rlhf.texts_of(tokenizer, rollout)
     lk.load_adapter(model, out / "sft", "sft")
     nll = analysis.forgetting(model, data.held_out, ["sft", "policy"])
     return {

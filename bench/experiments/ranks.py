@@ -6,7 +6,6 @@ more the docstrings of Python's standard library do, in nats per token. Results:
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import inspect
 import json
@@ -15,39 +14,30 @@ import pkgutil
 import random
 
 import torch
-import torch.nn.functional as F
 
 import lowrank_kernels as lk
 from lowrank_kernels import analysis, files
-from lowrank_kernels.benchmark import machine
 from lowrank_kernels.cli import demo_rlhf, models
-from lowrank_kernels.cli.demo_parts import adamw
+from lowrank_kernels.cli.demo_parts import fit, taken
+from lowrank_kernels.cli.demo_rlhf import likelihood_loss
+
+from . import common
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 RANKS = (1, 4, 16, 64, 256)
 RATES = {"lora": (3e-4, 1e-3), "full": (3e-5, 1e-4)}
 STEPS, BATCH, TEXTS = 90, 16, 48
+LEFT_OUT = ("antigravity", "this", "idlelib", "turtledemo", "tkinter", "turtle")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs what is missing."""
-    parser = argparse.ArgumentParser(prog="python -m bench.experiments.ranks", description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("build/rlhf"))
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("medium")
+    args = common.begin(common.parser_of("ranks", __doc__), argv)
     _, tokenizer, _ = models.load(None)
     data = demo_rlhf.read(args.out / "data", tokenizer, demo_rlhf.Sizes())
     other = [tokenizer(text)["input_ids"][:64] for text in docstrings(TEXTS)]
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-    document |= {
-        "cpu": machine.cpu(),
-        "versions": machine.versions(),
-        "steps": STEPS,
-        "batch": BATCH,
-    }
+    document |= common.on() | {"steps": STEPS, "batch": BATCH}
     for rank in (*RANKS, None):
         for rate in RATES["lora" if rank else "full"]:
             name = f"{f'r={rank}' if rank else 'full'}, {rate:g}"
@@ -63,14 +53,7 @@ def docstrings(count: int) -> list[str]:
     for module in sorted(
         m.name for m in pkgutil.iter_modules([pathlib.Path(json.__file__).parents[1]])
     ):
-        if module.startswith("_") or module in (
-            "antigravity",
-            "this",
-            "idlelib",
-            "turtledemo",
-            "tkinter",
-            "turtle",
-        ):
+        if module.startswith("_") or module in LEFT_OUT:
             continue
         try:
             loaded = importlib.import_module(module)
@@ -104,28 +87,20 @@ def run(
     for parameter in parameters:
         parameter.requires_grad_(True)
     before = nll(model, data.held_out), nll(model, other)
-    optimizer, schedule = adamw(parameters, rate, STEPS)
     model.train()
-    for step in range(STEPS):
-        ids, mask = demo_rlhf.batch(
-            [data.sft[(step * BATCH + i) % len(data.sft)] for i in range(BATCH)]
-        )
-        loss = loss_of(model, ids, mask)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    words = f"r = {rank}" if rank else "full"
+    fit(
+        parameters,
+        rate,
+        STEPS,
+        lambda step: likelihood_loss(model, taken(data.sft, step, BATCH)),
+        words,
+    )
     after = nll(model, data.held_out), nll(model, other)
     found = {"learned": before[0] - after[0], "forgotten": after[1] - before[1]}
     if rank:
         found["mean_rank"] = analysis.spectrum(model).mean_rank()
     return {name: round(value, 4) for name, value in found.items()}
-
-
-def loss_of(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
-    labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 @torch.no_grad()
@@ -134,9 +109,9 @@ def nll(model, texts: list[list[int]]) -> float:
     model.eval()
     total, count = 0.0, 0
     for start in range(0, len(texts), 16):
-        ids, mask = demo_rlhf.batch(texts[start : start + 16])
-        tokens = int(mask[:, 1:].sum())
-        total, count = total + tokens * loss_of(model, ids, mask).item(), count + tokens
+        rows = texts[start : start + 16]
+        tokens = sum(len(row) - 1 for row in rows)
+        total, count = total + tokens * likelihood_loss(model, rows).item(), count + tokens
     return total / count
 
 

@@ -6,18 +6,16 @@ every run, so that an interrupted one loses nothing; runs that are there already
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
-import statistics
-
-import torch
 
 import lowrank_kernels as lk
 from lowrank_kernels import analysis, files
-from lowrank_kernels.benchmark import machine
 from lowrank_kernels.cli import demo_rlhf, models
+from lowrank_kernels.cli.demo_parts import ends
+
+from . import common
 
 RESULTS = pathlib.Path(__file__).with_suffix(".json")
 RUNS = ("kl", "js", "js_sun2023", "bregman", "none")
@@ -27,22 +25,14 @@ SIZES = demo_rlhf.Sizes(sft_steps=90, reward_steps=90, ppo_rollouts=24, learning
 
 def main(argv: list[str] | None = None) -> None:
     """Runs what is missing."""
-    parser = argparse.ArgumentParser(prog="python -m bench.experiments.rlhf", description=__doc__)
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=pathlib.Path("build/rlhf"), help="where adapters go"
-    )
+    parser = common.parser_of("rlhf", __doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each divergence (default: 3)")
     parser.add_argument("--divergences", nargs="+", default=RUNS, help=f"of {', '.join(RUNS)}")
     parser.add_argument("--rollouts", type=int, default=SIZES.ppo_rollouts, help="of each run")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("medium")
+    args = common.begin(parser, argv)
     sizes = dataclasses.replace(SIZES, ppo_rollouts=args.rollouts)
     document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-    document |= {"cpu": machine.cpu(), "versions": machine.versions()}
-    document |= {"sizes": dataclasses.asdict(sizes), "kl_coef": KL_COEF}
+    document |= common.on() | {"sizes": dataclasses.asdict(sizes), "kl_coef": KL_COEF}
     data, tokenizer = _stages(args.out, sizes, document)
     for seed in range(args.seeds):
         for divergence in args.divergences:
@@ -68,12 +58,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def summary(run: dict) -> dict[str, float]:
     """Means of the first and the last quarter of a run."""
-    log = run["log"]
-    quarter = max(1, len(log) // 4)
     found = {}
     for name in ("score", "gold", "kl_exact", "distinct_2"):
-        first = statistics.fmean(row[name] for row in log[:quarter])
-        last = statistics.fmean(row[name] for row in log[-quarter:])
+        first, last = ends([row[name] for row in run["log"]])
         found |= {f"{name} first": round(first, 3), f"{name} last": round(last, 3)}
     return found | {"nll over sft": round(run["nll"]["policy"] - run["nll"]["sft"], 3)}
 
@@ -92,11 +79,9 @@ def _stages(out: pathlib.Path, sizes: demo_rlhf.Sizes, document: dict):
     data = demo_rlhf.read(out / "data", tokenizer, sizes)
     if not (out / "rm" / "adapter_config.json").exists():
         model = _base(sizes)
-        document["sft_loss"] = demo_rlhf.sft(model, tokenizer, data, sizes)
+        document["sft_loss"] = demo_rlhf.sft(model, data, sizes)
         lk.save_adapter(model, out / "sft", "sft")
-        document["reward_accuracy"] = demo_rlhf.reward_model(
-            model, tokenizer, data, sizes, out / "rm"
-        )
+        document["reward_accuracy"] = demo_rlhf.reward_model(model, data, sizes, out / "rm")
         files.write_json(document, RESULTS)
         print(f"reward accuracy {document['reward_accuracy']:.3f}", flush=True)
     return data, tokenizer

@@ -7,7 +7,6 @@ import copy
 import statistics
 import textwrap
 import time
-import warnings
 from collections import defaultdict
 
 import torch
@@ -20,7 +19,7 @@ from ..benchmark import harness, report
 from ..benchmark.models import BITSANDBYTES, DENSE, Contest, cases, contenders
 from ..benchmark.ops import OURS
 from . import UserError, corpus, demo_multi, models, pictures
-from .demo_parts import LOOK_EVERY, adamw, chapter, loss_fell
+from .demo_parts import LOOK_EVERY, adamw, chapter, loss_fell, prepare
 
 BATCH, STEPS, LEARNING_RATE = 4, 24, 1.5e-3
 SPEED_SECONDS = 45.0
@@ -35,14 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return demo_rlhf.run(args)
     args.steps, args.lr = args.steps or STEPS, args.lr or LEARNING_RATE
     start = time.perf_counter()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    models.require("matplotlib")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from error
+    prepare(args)
     kernels = lk.backends.report()
     if kernels["active"] not in kernels["available"]:
         raise UserError(f"no kernels ({kernels['build']})")

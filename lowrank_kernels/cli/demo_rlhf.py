@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
-import warnings
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,8 @@ from tqdm import tqdm
 import lowrank_kernels as lk
 
 from .. import analysis, files
-from . import UserError, models, pictures, reviews
-from .demo_parts import adamw, chapter, medium_precision
+from . import models, pictures, reviews
+from .demo_parts import chapter, ends, fit, medium_precision, prepare, taken
 
 PROMPT_TOKENS = 5
 MAX_TOKENS = 20  # of a review
@@ -56,13 +56,10 @@ class Data:
 class Gold:
     """Logistic regression of stars on the words of a text: ``score(text)`` is the log-odds of the better star."""
 
-    def __init__(self, data: reviews.Reviews, seed: int = 0) -> None:
-        counts: dict[str, int] = {}
-        for text in data.texts:
-            for word in set(reviews.words(text)):
-                counts[word] = counts.get(word, 0) + 1
-        self.index = {word: i for i, (word, n) in enumerate(sorted(counts.items())) if n >= 3}
-        self.index = {word: i for i, word in enumerate(self.index)}
+    def __init__(self, data: reviews.Reviews) -> None:
+        counts = Counter(word for text in data.texts for word in set(reviews.words(text)))
+        frequent = sorted(word for word, n in counts.items() if n >= 3)
+        self.index = {word: i for i, word in enumerate(frequent)}
         X = torch.stack([self._vector(text) for text in data.texts])
         y = torch.tensor(data.stars).float()
         self.weight = torch.zeros(len(self.index), requires_grad=True)
@@ -96,14 +93,7 @@ class Gold:
 def run(args: argparse.Namespace) -> int:
     """All stages; 1 if the reward model learned nothing or the score did not rise."""
     start = time.perf_counter()
-    models.require("matplotlib")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from error
+    prepare(args)
     sizes = Sizes(rank=args.rank)
     sizes.ppo_rollouts = args.steps or sizes.ppo_rollouts
     sizes.learning_rate = args.lr or sizes.learning_rate
@@ -118,14 +108,14 @@ def run(args: argparse.Namespace) -> int:
     )
 
     chapter(f"2. Fine-tune on {sizes.sft_steps * sizes.batch} reviews (adapter sft)")
-    losses = sft(model, tokenizer, data, sizes)
+    losses = sft(model, data, sizes)
     print(f"loss {losses[0]:.2f} to {statistics.fmean(losses[-4:]):.2f}")
     lk.save_adapter(model, args.out / "sft", "sft")
 
     chapter(
         f"3. A reward model from {sizes.reward_steps * sizes.batch} pairs, one rater each (adapter rm)"
     )
-    accuracy = reward_model(model, tokenizer, data, sizes, args.out / "rm")
+    accuracy = reward_model(model, data, sizes, args.out / "rm")
     print(
         f"right on {accuracy:.0%} of pairs that it has not seen, as the mean of all raters has them"
     )
@@ -134,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
         f"4. PPO: {sizes.ppo_rollouts} rollouts of {sizes.episodes} reviews of {sizes.completion} tokens"
     )
     log, samples = ppo(model, tokenizer, data, sizes, args.out, divergence="kl", kl_coef=0.02)
-    before, after = _ends(log, "score")
-    gold_before, gold_after = _ends(log, "gold")
+    before, after = ends([row["score"] for row in log])
+    gold_before, gold_after = ends([row["gold"] for row in log])
     print(f"score {before:.2f} to {after:.2f}; gold, never trained on, {gold_before:.2f} to {gold_after:.2f}; "
           f"exact KL from the reference {log[-1]['kl_exact']:.3f} nats a token")  # fmt: skip
     for text in samples[:4]:
@@ -213,28 +203,26 @@ def batch(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
 
 
-def sft(model, tokenizer, data: Data, sizes: Sizes) -> list[float]:
+def likelihood_loss(model, rows: list[list[int]]) -> torch.Tensor:
+    """The mean negative log-likelihood of the tokens of all rows, the first of each excepted."""
+    ids, mask = batch(rows)
+    logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
+    labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def sft(model, data: Data, sizes: Sizes) -> list[float]:
     """The active adapter learns to continue reviews; the loss of each step."""
-    parameters = lk.adapters(model)["sft"].parameters
-    optimizer, schedule = adamw(parameters, 1e-3, sizes.sft_steps)
-    losses = []
     model.train()
-    for step in tqdm(range(sizes.sft_steps), desc="SFT", disable=None):
-        rows = [data.sft[(step * sizes.batch + i) % len(data.sft)] for i in range(sizes.batch)]
-        ids, mask = batch(rows)
-        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1]
-        labels = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    losses = fit(
+        lk.adapters(model)["sft"].parameters, 1e-3, sizes.sft_steps,
+        lambda step: likelihood_loss(model, taken(data.sft, step, sizes.batch)), "SFT",
+    )  # fmt: skip
     model.eval()
     return losses
 
 
-def reward_model(model, tokenizer, data: Data, sizes: Sizes, folder: pathlib.Path) -> float:
+def reward_model(model, data: Data, sizes: Sizes, folder: pathlib.Path) -> float:
     """Adapter and head ``rm``, in ``folder`` as PEFT's SEQ_CLS; how many held-out pairs it orders rightly."""
     from ..adapter_files import write_adapter
     from ..rlhf import ranking_loss
@@ -245,30 +233,26 @@ def reward_model(model, tokenizer, data: Data, sizes: Sizes, folder: pathlib.Pat
     head = torch.nn.Linear(width, 1, bias=False)
     torch.nn.init.normal_(head.weight, std=(width + 1) ** -0.5)
 
-    def scores(rows: list[list[int]]) -> torch.Tensor:
+    def scores(pairs: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        """[pairs, 2], the better one first."""
+        rows = [better for better, _ in pairs] + [worse for _, worse in pairs]
         ids, mask = batch(rows)
         hidden = model.base_model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return head(hidden[torch.arange(len(rows)), mask.sum(1) - 1])[:, 0]
+        return head(hidden[torch.arange(len(rows)), mask.sum(1) - 1]).view(2, -1).T
+
+    def loss_at(step: int) -> torch.Tensor:
+        of_pairs = scores(taken(data.pairs, step, sizes.batch))
+        return ranking_loss(of_pairs, torch.tensor([[1, 2]]).expand(len(of_pairs), 2))
 
     parameters = [*lk.adapters(model)["rm"].parameters, *head.parameters()]
-    optimizer, schedule = adamw(parameters, 1e-3, sizes.reward_steps)
     model.train()
-    for step in tqdm(range(sizes.reward_steps), desc="Reward model", disable=None):
-        pairs = [data.pairs[(step * sizes.batch + i) % len(data.pairs)] for i in range(sizes.batch)]
-        both = scores([better for better, _ in pairs] + [worse for _, worse in pairs])
-        ranks = torch.tensor([[1, 2]]).expand(len(pairs), 2)
-        loss = ranking_loss(both.view(2, -1).T, ranks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    fit(parameters, 1e-3, sizes.reward_steps, loss_at, "Reward model")
     model.eval()
     right = []
     with torch.no_grad():
         for start in range(0, len(data.held_out_pairs), 32):
-            pairs = data.held_out_pairs[start : start + 32]
-            both = scores([better for better, _ in pairs] + [worse for _, worse in pairs])
-            right += (both[: len(pairs)] > both[len(pairs) :]).tolist()
+            better, worse = scores(data.held_out_pairs[start : start + 32]).T
+            right += (better > worse).tolist()
     write_adapter(
         model, folder, "rm", lambda layer: layer.whole_adapter("rm"), {"score": head}, warn=False
     )
@@ -301,20 +285,20 @@ def ppo(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=padding(tokenizer),
     )  # fmt: skip
     prompts = [{"prompt_ids": ids} for ids in data.prompts]
-    trainer = rlhf.PPOTrainer(roles, config, train_dataset=prompts)
-    trainer.remove_callback(transformers.PrinterCallback)
     texts: list[list[str]] = []
     bar = tqdm(total=sizes.ppo_rollouts, desc=f"PPO, {divergence}", disable=None)
-    make = trainer._make_rollout
 
-    def watched(rows):
-        made = make(rows)
-        kept = [ids[mask.bool()].tolist() for ids, mask in zip(made["ids"], made["mask"])]
-        texts.append(tokenizer.batch_decode(kept, skip_special_tokens=True))
-        bar.update()
-        return made
+    class Watched(rlhf.TransformersSampler):
+        """Keeps what was written."""
 
-    trainer._make_rollout = watched
+        def generate(self, *args):
+            rollout = super().generate(*args)
+            texts.append(texts_of(tokenizer, rollout))
+            bar.update()
+            return rollout
+
+    trainer = rlhf.PPOTrainer(roles, config, train_dataset=prompts, sampler=Watched(roles))
+    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     bar.close()
     names = ("score", "kl", "kl_exact", "nll", "ends", "clip_fraction", "explained_variance")
@@ -326,6 +310,12 @@ def ppo(
     ], texts[-1]
 
 
+def texts_of(tokenizer, rollout) -> list[str]:
+    """Prompts with their completions."""
+    kept = [ids[mask.bool()].tolist() for ids, mask in zip(rollout.ids, rollout.mask)]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+
+
 def padding(tokenizer) -> int:
     """A token that never ends a text."""
     unused = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0)
@@ -334,15 +324,6 @@ def padding(tokenizer) -> int:
 
 def _distinct(texts: list[str]) -> float:
     return analysis.distinct([reviews.words(text) for text in texts], 2)
-
-
-def _ends(log: list[dict[str, float]], name: str) -> tuple[float, float]:
-    """The means of the first and the last quarter."""
-    quarter = max(1, len(log) // 4)
-    return (
-        statistics.fmean(row[name] for row in log[:quarter]),
-        statistics.fmean(row[name] for row in log[-quarter:]),
-    )
 
 
 def curves(path: pathlib.Path, title: str, logs: dict[str, list[dict[str, float]]]) -> None:
