@@ -109,7 +109,6 @@ def divergence_of(
         return _in_chunks(of_chunk, rows, hidden_p, hidden_q)[0]
 
 
-@torch.no_grad()
 def logprobs_of_two(
     name: str,
     hidden_p: torch.Tensor,
@@ -121,13 +120,15 @@ def logprobs_of_two(
 ) -> tuple[tuple[LogProbs, LogProbs], torch.Tensor]:
     """:func:`logprobs` of both, that of p with its entropy if asked for, and their :func:`divergence_of`, in one pass.
 
-    The log-probabilities have the bits of :func:`logprobs`, since the head sees the same chunks.
+    The log-probabilities have the bits of :func:`logprobs`, since the head sees the same chunks, and its gradients; the
+    divergence has none.
     """
     rows = _chunk_rows(hidden_p, None, temperature)
 
     def of_chunk(p, q, part_ids) -> tuple[torch.Tensor, ...]:
         p, q = (head(part).float() / temperature for part in (p, q))
-        apart = divergences.exact(name, p, q)
+        with torch.no_grad():
+            apart = divergences.exact(name, p, q)
         return *_of_logits(p, part_ids, entropy), *_of_logits(q, part_ids, False), apart
 
     *of_p, of_q, apart = _in_chunks(of_chunk, rows, hidden_p, hidden_q, ids)

@@ -22,7 +22,7 @@ from ..model_adapters import add_adapter, set_adapter
 from ..named_adapters import adapted_layers
 from ..nn import take_adapters
 from ..paths import some
-from .logprobs import divergence_of, logprobs, logprobs_of_two
+from .logprobs import logprobs, logprobs_of_two
 from .role_parts import (
     ROLES,
     TRAINED,
@@ -305,25 +305,20 @@ class RoleModel(nn.Module):
             raise ValueError(
                 f"divergence: expected policy and reference among roles, got {list(hidden)}"
             )
-        head = self.head_of_language
-        arguments = head, ids[:, 1:][wanted], self.temperature
-        if divergence is not None and not torch.is_grad_enabled():
-            both = at["policy"], at["reference"]
-            of_roles, apart = logprobs_of_two(divergence, *both, *arguments, entropy)
-            found = dict(zip(("policy", "reference"), of_roles))
-        else:
+        arguments = self.head_of_language, ids[:, 1:][wanted], self.temperature
+        if divergence is None:
             found = {
                 role: logprobs(at[role], *arguments, entropy and role == "policy") for role in roles
             }
-            if divergence is not None:
-                both = at["policy"], at["reference"]
-                apart = divergence_of(divergence, *both, head, self.temperature)
+        else:
+            both = at["policy"], at["reference"]
+            of_roles, apart = logprobs_of_two(divergence, *both, *arguments, entropy)
+            found = dict(zip(("policy", "reference"), of_roles))
+            out["divergence"] = spread(apart)
         for role, of in found.items():
             out[role] = spread(of.logprobs)
         if entropy and "policy" in found:
             out["entropy"] = spread(found["policy"].entropy)
-        if divergence is not None:
-            out["divergence"] = spread(apart)
         return out
 
     @property
