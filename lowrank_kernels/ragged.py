@@ -1,11 +1,19 @@
-"""Nested (ragged) tensors: a function of rows, applied to all rows at once."""
+"""Rows of different lengths: nested tensors, of which all rows go through a function at once, and padded ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
+
+
+def padded(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[length]`` with zeros behind them, ``[rows, longest]``, and a mask that is true where they are."""
+    longest = max(map(len, rows))
+    stacked = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+    return stacked, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def is_ragged(x: object) -> bool:

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
 from torch import nn
 
@@ -15,6 +14,7 @@ from ..arguments import ceil_div
 from ..experts import GroupedLinear4bit
 from ..model_adapters import adapters
 from ..nn import lora_layers
+from ..ragged import padded
 from ..rlhf.logprobs import logprobs
 
 
@@ -136,10 +136,8 @@ def forgetting(
     try:
         for start in range(0, len(sequences), batch_size):
             rows = sequences[start : start + batch_size]
-            longest = max(map(len, rows))
-            ids = torch.stack([F.pad(row, (0, longest - len(row))) for row in rows]).to(device)
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            mask = torch.arange(longest, device=device) < lengths[:, None]
+            ids, mask = (t.to(device) for t in padded(rows))
+            longest = ids.shape[1]
             names_of_rows = [name for name in columns for _ in rows]
             plan = bank.plan(names_of_rows, tokens_per_sequence=[longest] * len(names_of_rows))
             with bank.using(plan):

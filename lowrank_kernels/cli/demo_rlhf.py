@@ -20,6 +20,7 @@ from tqdm import tqdm
 import lowrank_kernels as lk
 
 from .. import analysis, files
+from ..ragged import padded
 from . import models, pictures, reviews
 from .demo_parts import chapter, ends, fit, medium_precision, prepare, taken
 
@@ -198,9 +199,7 @@ def _pairs(texts, ratings, ids, seed: int, one_rater: bool) -> list[tuple[list[i
 
 
 def batch(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.stack([F.pad(torch.tensor(row), (0, longest - len(row))) for row in rows])
-    return ids, torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]
+    return padded([torch.tensor(row) for row in rows])
 
 
 def likelihood_loss(model, rows: list[list[int]]) -> torch.Tensor:

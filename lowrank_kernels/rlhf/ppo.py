@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from .. import files
+from ..ragged import padded
 from . import divergences
 from .advantages import ScoreStatistics, gae, token_rewards, whiten
 from .config import PPOConfig, check_arguments, sampling_of
@@ -345,9 +345,7 @@ class PPOTrainer(transformers.Trainer):
         size = self.args.per_device_train_batch_size
         start = (first + self.accelerator.process_index) * size
         chosen = [self.texts[(start + i) % len(self.texts)] for i in range(size)]
-        length = max(map(len, chosen))
-        ids = torch.stack([F.pad(text, (0, length - len(text))) for text in chosen])
-        mask = torch.stack([torch.arange(length) < len(text) for text in chosen])
+        ids, mask = padded(chosen)
         device = self.accelerator.device
         return ids.to(device), mask.to(device)
 
